@@ -1,0 +1,140 @@
+"""The nouns that every other file speaks of: parameters, models, transforms, batches, scores, means and the training state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# A nested dict with slash paths. A leaf is a `jax.Array` or an `ftjax.weights.Weight`; whatever is not a dict is a leaf.
+Params = dict[str, Any]
+Metrics = dict[str, "Mean"]
+
+
+def pytree(cls):
+    """Make `cls` a frozen dataclass that is a pytree; `static()` fields are part of its structure."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+def static(**options) -> Any:
+    """Declare a dataclass field that is plain data: hashed and compared, never traced."""
+    return dataclasses.field(metadata={"static": True}, **options)
+
+
+class Model(NamedTuple):
+    """A language model as pure functions over a plain parameter tree."""
+
+    config: Any
+    """The architecture: plain data with a strict schema."""
+    init: Callable[[jax.Array], Params]
+    """`init(key) -> params`: random weights; under `jax.eval_shape` the shapes of the whole model."""
+    apply: Callable[..., tuple[jax.Array, Any]]
+    """`apply(params, tokens, *, positions=None, segment_ids=None, cache=None) -> (hidden [b, t, d], cache)`."""
+    head: Callable[[Params], Params]
+    """`head(params)`: the leaves that `unembed` reads, so that a loss can treat them apart from the trunk."""
+    unembed: Callable[[Params, jax.Array], jax.Array]
+    """`unembed(head(params), hidden [..., d]) -> logits [..., v]` in float32, soft-cap included."""
+
+
+class Plan(NamedTuple):
+    """What one rule of a transform does to a tree: the row of the printed table and the source of exported configs."""
+
+    method: str
+    """The transform's name, which is also its key in the trainable tree."""
+    rule: str
+    """The filter as the user wrote it."""
+    paths: tuple[str, ...]
+    """The leaves it matched."""
+    options: Mapping[str, Any] = {}
+    """Plain data such as `{"rank": 16, "alpha": 32.0}`."""
+
+
+class Transform(NamedTuple):
+    """A fine-tuning method: a function from one parameter tree to two, and back to one that a model can apply."""
+
+    init: Callable[[jax.Array, Params], tuple[Params, Params]]
+    """`init(key, params) -> (frozen, trainable)`. `trainable` is `{method name: tree}`; `frozen` shares the buffers of `params`."""
+    attach: Callable[..., Params]
+    """`attach(frozen, trainable, *, key=None) -> params`. Without a key nothing is random: dropout and noise are off."""
+    plan: Callable[[Params], tuple[Plan, ...]]
+    """`plan(params)`: the rules and what they match, from shapes alone."""
+
+
+@pytree
+class Batch:
+    """Token sequences and what the objective needs to know of them.
+
+    Leading axes `[*b]` are `[b]`, `[b, 2]` for pairs (chosen first) or `[p, g]` for groups of samples.
+    """
+
+    tokens: jax.Array
+    """int `[*b, t]`."""
+    loss_mask: jax.Array
+    """float `[*b, t]`: 1 where the token at `t` is to be predicted (from those before it). The first token of a segment never is."""
+    positions: jax.Array
+    """int `[*b, t]`: the index within the segment, for RoPE."""
+    segment_ids: jax.Array
+    """int `[*b, t]`: 1, 2, … for the documents packed into a row, 0 for padding."""
+    reference_logps: jax.Array | None = None
+    behavior_logps: jax.Array | None = None
+    advantages: jax.Array | None = None
+    returns: jax.Array | None = None
+    desirable: jax.Array | None = None
+
+
+@pytree
+class Scores:
+    """What a policy says of given tokens, in float32; zero wherever `loss_mask` is zero."""
+
+    logps: jax.Array
+    """`[*b, t]`: the log-probability of `tokens[t]` given the tokens before it."""
+    entropy: jax.Array | None = None
+    """`[*b, t]`: of the distribution that `tokens[t]` was drawn from, in nats; carries no gradient."""
+    mean_logps: jax.Array | None = None
+    """`[*b, t]`: the mean log-probability over the vocabulary (for label smoothing)."""
+    greedy: jax.Array | None = None
+    """`[*b, t]`: 1 where `tokens[t]` was the most likely token."""
+    values: jax.Array | None = None
+    """`[*b, t]`: a value head's prediction."""
+
+
+@pytree
+class Mean:
+    """A mean that has not been divided yet: `total / weight`.
+
+    Means add, over micro-batches, devices and steps alike, so the quotient taken once on the host is exact.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.weight + other.weight)
+
+    def value(self) -> float:
+        """Return the quotient on the host; NaN if nothing was counted."""
+        weight = float(np.asarray(self.weight))
+        return float(np.asarray(self.total)) / weight if weight else float("nan")
+
+
+def masked_mean(values: jax.Array, mask: jax.Array) -> Mean:
+    """Return the mean of `values` where `mask` is 1; a masked value counts as 0 even if it is not finite."""
+    return Mean(jnp.sum(jnp.where(mask > 0, values, 0) * mask), jnp.sum(mask))
+
+
+@pytree
+class TrainState:
+    """All that a step changes, and all that a checkpoint of the training needs beside the data position."""
+
+    step: jax.Array
+    key: jax.Array
+    trainable: Params
+    opt_state: Any
+
+
+LossFn = Callable[[Scores, Batch], tuple[Mean, Metrics]]
+RewardFn = Callable[..., Sequence[float | None]]

@@ -1,0 +1,96 @@
+"""A weight is a leaf that knows how to multiply.
+
+Models call the functions of this file and never `@`, so a leaf may be a plain array, a low-rank sum, a quantised matrix or anything
+else that implements `Weight`. A new method is a subclass in a file of its own; no model has to hear of it.
+
+A weight stands for an array `[..., i, o]` with the contraction over `i`; leading axes are stacked layers, which a scan removes before
+any of these functions sees the leaf.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+class Weight(abc.ABC):
+    """What stands for a dense array `[..., i, o]`. Subclasses are final frozen pytree dataclasses (`ftjax.types.pytree`)."""
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense array that this stands for."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> jnp.dtype:
+        """The dtype that `materialize` returns."""
+
+    @abc.abstractmethod
+    def materialize(self) -> jax.Array:
+        """Return the dense array."""
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        """Return `x @ W`, `[..., i] -> [..., o]`, in the dtype of `x`."""
+        return dot(x, self.materialize())
+
+    def dot_transposed(self, x: jax.Array) -> jax.Array:
+        """Return `x @ Wᵀ`, `[..., o] -> [..., i]`, in the dtype of `x`: a tied output head."""
+        return dot_transposed(x, self.materialize())
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        """Return the rows `W[ids]`, `[...] -> [..., o]`."""
+        return embed(ids, self.materialize())
+
+    def dots(self, x: jax.Array, others: Sequence[Any]) -> tuple[jax.Array, ...]:
+        """Return the products of `x` with this weight and with `others`; a subclass may share work between them."""
+        return tuple(dot(x, w) for w in (self, *others))
+
+    def __matmul__(self, other):
+        raise TypeError(f"{type(self).__name__} is a Weight, not an array: write ftjax.weights.dot(x, w), or materialize(w) for the dense array.")
+
+    __rmatmul__ = __mul__ = __rmul__ = __add__ = __radd__ = __matmul__
+
+
+Leaf = jax.Array | Weight
+
+
+def dot(x: jax.Array, w: Leaf) -> jax.Array:
+    """Return `x @ w`, `[..., i] -> [..., o]`, in the dtype of `x`."""
+    if isinstance(w, Weight):
+        return w.dot(x)
+    return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def dot_transposed(x: jax.Array, w: Leaf) -> jax.Array:
+    """Return `x @ wᵀ`, `[..., o] -> [..., i]`, in the dtype of `x`."""
+    if isinstance(w, Weight):
+        return w.dot_transposed(x)
+    return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def dots(x: jax.Array, ws: Sequence[Leaf]) -> tuple[jax.Array, ...]:
+    """Return `[x @ w for w in ws]`: several weights over one input, as in q, k, v or gate and up."""
+    first, *rest = ws
+    return first.dots(x, rest) if isinstance(first, Weight) else tuple(dot(x, w) for w in ws)
+
+
+def embed(ids: jax.Array, w: Leaf) -> jax.Array:
+    """Return the rows `w[ids]`, `[...] -> [..., o]`."""
+    if isinstance(w, Weight):
+        return w.embed(ids)
+    return jnp.take(w, ids, axis=0)
+
+
+def materialize(w: Leaf) -> jax.Array:
+    """Return the dense array that `w` stands for."""
+    return w.materialize() if isinstance(w, Weight) else w
+
+
+def dense(params: Any) -> Any:
+    """Return the tree with every `Weight` materialised: what merging an adapter means."""
+    return jax.tree.map(materialize, params, is_leaf=lambda leaf: isinstance(leaf, Weight))
