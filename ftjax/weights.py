@@ -46,12 +46,14 @@ class Weight(abc.ABC):
         """Return the rows `W[ids]`, `[...] -> [..., o]`."""
         return embed(ids, self.materialize())
 
-    def dots(self, x: jax.Array, others: Sequence[Any]) -> tuple[jax.Array, ...]:
-        """Return the products of `x` with this weight and with `others`; a subclass may share work between them."""
-        return tuple(dot(x, w) for w in (self, *others))
+    def dots(self, x: jax.Array, ws: Sequence[Any]) -> tuple[jax.Array, ...]:
+        """Return `[x @ w for w in ws]`, this weight among them; a subclass may share work between them."""
+        return tuple(dot(x, w) for w in ws)
 
     def __matmul__(self, other):
-        raise TypeError(f"{type(self).__name__} is a Weight, not an array: write ftjax.weights.dot(x, w), or materialize(w) for the dense array.")
+        raise TypeError(
+            f"{type(self).__name__} is a Weight, not an array: write ftjax.weights.dot(x, w), or materialize(w) for the dense array."
+        )
 
     __rmatmul__ = __mul__ = __rmul__ = __add__ = __radd__ = __matmul__
 
@@ -75,8 +77,8 @@ def dot_transposed(x: jax.Array, w: Leaf) -> jax.Array:
 
 def dots(x: jax.Array, ws: Sequence[Leaf]) -> tuple[jax.Array, ...]:
     """Return `[x @ w for w in ws]`: several weights over one input, as in q, k, v or gate and up."""
-    first, *rest = ws
-    return first.dots(x, rest) if isinstance(first, Weight) else tuple(dot(x, w) for w in ws)
+    leader = next((w for w in ws if isinstance(w, Weight)), None)
+    return tuple(dot(x, w) for w in ws) if leader is None else leader.dots(x, ws)
 
 
 def embed(ids: jax.Array, w: Leaf) -> jax.Array:

@@ -1,0 +1,200 @@
+"""Log-probabilities of given tokens without ever holding the logits.
+
+Glossary. A *chunk* is a slice of a few tokens from every row; the logits of one chunk are all that exists at a time. The *head* is the
+part of the parameters that turns hidden states into logits.
+
+Memory: one chunk of logits (float32) and, under a gradient, one array the size of `hidden`. Work: the logits are computed once. A token's
+log-probability has the gradient g · (E[W | p] - W_target) in its hidden state, and only the scalar g is not known during the forward
+pass; so the forward pass stores the rest, and the backward pass is a multiplication by g. This saves a third of the matmuls. Where the
+head itself is trained its gradient needs g, and the backward pass computes the chunks again.
+
+Tokens that the mask leaves out are sorted to the end of each row, and chunks without a token are never visited: a batch whose prompts
+are masked pays for its completions only.
+
+The function that this must equal is `reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Unembed = Callable[[Any, jax.Array], jax.Array]
+DIFFERENTIABLE = ("logps", "mean_logps")
+
+
+def reference(unembed: Unembed, head: Any, hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    """Return what `token_logps` returns, from the whole logits at once."""
+    return _statistics(unembed(head, hidden), targets, mask)
+
+
+def token_logps(
+    unembed: Unembed,
+    head: Any,
+    hidden: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    *,
+    chunk: int,
+    outputs: tuple[str, ...] = ("logps",),
+) -> dict[str, jax.Array]:
+    """Score `targets[b, t]` under the logits of `hidden[b, t]`.
+
+    Args:
+      unembed: `(head, hidden [..., d]) -> logits [..., v]`, float32.
+      head: its parameters; gradients flow into them.
+      hidden: `[b, t, d]`.
+      targets: int `[b, t]`.
+      mask: `[b, t]`; results are 0 where it is 0, and so are gradients.
+      chunk: tokens of each row whose logits exist at a time.
+      outputs: which of `logps`, `mean_logps` (mean over the vocabulary), `entropy` and `greedy` to return. Gradients flow through the
+        first two only.
+
+    Returns:
+      `{name: float32 [b, t]}`.
+    """
+    if unknown := set(outputs) - {"logps", "mean_logps", "entropy", "greedy"}:
+        raise ValueError(f"token_logps: there is no output {sorted(unknown)[0]!r}.")
+    time = hidden.shape[1]
+    chunk = max(1, min(chunk, time))
+    # Counted tokens first, each row in its own order, then padding up to whole chunks.
+    order = jnp.argsort(mask <= 0, axis=1, stable=True)
+    gathered = _gather_rows(order, hidden, targets, mask)
+    padded = tuple(jnp.pad(x, [(0, 0), (0, -time % chunk)] + [(0, 0)] * (x.ndim - 2)) for x in gathered)
+    sorted_out = _scan_chunks(unembed, chunk, outputs, head, *padded)
+    back = jnp.argsort(order, axis=1)
+    return {name: jnp.take_along_axis(value[:, :time], back, axis=1) for name, value in sorted_out.items()}
+
+
+def _gather_rows(order: jax.Array, hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
+    return (
+        jnp.take_along_axis(hidden, order[:, :, None], axis=1),
+        jnp.take_along_axis(targets, order, axis=1),
+        jnp.take_along_axis(mask, order, axis=1),
+    )
+
+
+def _statistics(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    counted = mask > 0
+    logits = jnp.where(counted[..., None], logits, 0.0)  # a padded token may hold anything
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    probabilities = jnp.exp(logits - normalizer[..., None])
+    found = {
+        "logps": chosen - normalizer,
+        "mean_logps": jnp.mean(logits, axis=-1) - normalizer,
+        "entropy": jax.lax.stop_gradient(normalizer - jnp.sum(probabilities * logits, axis=-1)),
+        "greedy": jax.lax.stop_gradient(chosen >= jnp.max(logits, axis=-1)).astype(jnp.float32),
+    }
+    return {name: jnp.where(counted, value, 0.0) for name, value in found.items()}
+
+
+def _logits_gradient(name: str, logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    """Return d logps / d logits = onehot - p, or d mean_logps / d logits = 1/v - p, for each token by itself."""
+    counted = (mask > 0)[..., None]
+    vocabulary = logits.shape[-1]
+    ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    drawn = (ids == targets[..., None]).astype(jnp.float32) if name == "logps" else jnp.full(logits.shape, 1.0 / vocabulary, jnp.float32)
+    return jnp.where(counted, drawn - jax.nn.softmax(jnp.where(counted, logits, 0.0), axis=-1), 0.0)
+
+
+def _num_chunks(chunk: int, mask: jax.Array) -> jax.Array:
+    return (jnp.max(jnp.sum(mask > 0, axis=1)) + chunk - 1) // chunk
+
+
+def _slices(chunk: int, index: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
+    return [jax.lax.dynamic_slice_in_dim(x, index * chunk, chunk, axis=1) for x in arrays]
+
+
+def _write(chunk: int, index: jax.Array, into: jax.Array, value: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(into, value.astype(into.dtype), index * chunk, axis=1)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _scan_chunks(unembed, chunk, outputs, head, hidden, targets, mask):
+    def body(index, found):
+        h, y, m = _slices(chunk, index, hidden, targets, mask)
+        stats = _statistics(unembed(head, h), y, m)
+        return {name: _write(chunk, index, found[name], stats[name]) for name in outputs}
+
+    empty = {name: jnp.zeros(targets.shape, jnp.float32) for name in outputs}
+    return jax.lax.fori_loop(0, _num_chunks(chunk, mask), body, empty)
+
+
+def _forward(unembed, chunk, outputs, head, hidden, targets, mask):
+    head_is_trained = any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=_is_primal))
+    head, hidden, targets, mask = jax.tree.map(lambda leaf: leaf.value, (head, hidden, targets, mask), is_leaf=_is_primal)
+    if head_is_trained:
+        return _scan_chunks(unembed, chunk, outputs, head, hidden, targets, mask), (head, hidden, targets, mask, None)
+
+    names = [name for name in DIFFERENTIABLE if name in outputs]
+
+    def body(index, carry):
+        found, units = carry
+        h, y, m = _slices(chunk, index, hidden, targets, mask)
+        logits, pullback = jax.vjp(partial(unembed, head), h)
+        stats = _statistics(logits, y, m)
+        units = {name: _write(chunk, index, units[name], pullback(_logits_gradient(name, logits, y, m))[0]) for name in names}
+        return {name: _write(chunk, index, found[name], stats[name]) for name in outputs}, units
+
+    empty = {name: jnp.zeros(targets.shape, jnp.float32) for name in outputs}
+    units = {name: jnp.zeros_like(hidden) for name in names}
+    found, units = jax.lax.fori_loop(0, _num_chunks(chunk, mask), body, (empty, units))
+    return found, (None, hidden, targets, mask, units)
+
+
+def _backward(unembed, chunk, outputs, residuals, cotangents):
+    head, hidden, targets, mask, units = residuals
+    cotangents = {name: _dense(cotangents[name], targets.shape) for name in DIFFERENTIABLE if name in outputs}
+    nothing = (_no_gradient(targets), jnp.zeros_like(mask))
+    if units is not None:
+        parts = [cotangents[name][..., None] * unit.astype(jnp.float32) for name, unit in units.items()]
+        return (None, sum(parts, jnp.zeros(hidden.shape, jnp.float32)).astype(hidden.dtype), *nothing)
+
+    def body(index, carry):
+        d_head, d_hidden = carry
+        h, y, m = _slices(chunk, index, hidden, targets, mask)
+        logits, pullback = jax.vjp(unembed, head, h)
+        given = {name: _slices(chunk, index, cotangents[name])[0][..., None] for name in cotangents}
+        more, here = pullback(sum(g * _logits_gradient(name, logits, y, m) for name, g in given.items()))
+        return jax.tree.map(_accumulate, d_head, more), _write(chunk, index, d_hidden, here)
+
+    start = (jax.tree.map(_accumulator, head), jnp.zeros_like(hidden))
+    d_head, d_hidden = jax.lax.fori_loop(0, _num_chunks(chunk, mask), body, start)
+    return (jax.tree.map(_as_cotangent, d_head, head), d_hidden, *nothing)
+
+
+def _is_primal(leaf) -> bool:
+    return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)
+
+
+def _dense(cotangent, shape) -> jax.Array:
+    return jnp.zeros(shape, jnp.float32) if isinstance(cotangent, jax.custom_derivatives.SymbolicZero) else cotangent
+
+
+def _is_float(x) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _no_gradient(x):
+    return np.zeros(x.shape, jax.dtypes.float0)
+
+
+def _accumulator(x):
+    return jnp.zeros(x.shape, jnp.float32) if _is_float(x) else jnp.zeros((), jnp.float32)
+
+
+def _accumulate(total, x):
+    return total + x.astype(jnp.float32) if x.dtype != jax.dtypes.float0 else total
+
+
+def _as_cotangent(total, x):
+    return total.astype(x.dtype) if _is_float(x) else _no_gradient(x)
+
+
+_scan_chunks.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -1,0 +1,48 @@
+"""Several methods as one: each freezes and trains what the ones before it left."""
+
+from __future__ import annotations
+
+import jax
+
+from ftjax.types import Params, Plan, Transform
+
+
+def chain(*transforms: Transform) -> Transform:
+    """Compose methods: `chain(lora(...), full(...))` is a `Transform` again.
+
+    `init` runs from left to right, each method on the frozen tree that the one before it returned; `attach` does the same, so a later
+    method wraps the leaves of an earlier one. The trainable tree is the union `{method name: tree}`; two methods of one kind need names
+    of their own (`lora(..., name="second")`).
+
+    Raises:
+      ValueError: two methods have one name.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from ftjax import peft
+      >>> params = {"layers": {"q_proj": {"kernel": jnp.ones((2, 4, 4))}}, "norm": {"scale": jnp.ones(4)}}
+      >>> method = peft.chain(peft.lora(["q_proj"], rank=1), peft.full("norm/scale"))
+      >>> frozen, trainable = method.init(jax.random.key(0), params)
+      >>> sorted(trainable)
+      ['full', 'lora']
+    """
+
+    def init(key: jax.Array, params: Params) -> tuple[Params, Params]:
+        frozen, trainable = params, {}
+        for index, transform in enumerate(transforms):
+            frozen, new = transform.init(jax.random.fold_in(key, index), frozen)
+            if twice := trainable.keys() & new.keys():
+                raise ValueError(f"chain: two methods are named {sorted(twice)[0]!r}; give one of them another name (name=...).")
+            trainable |= new
+        return frozen, trainable
+
+    def attach(frozen: Params, trainable: Params, *, key: jax.Array | None = None) -> Params:
+        params = frozen
+        for index, transform in enumerate(transforms):
+            params = transform.attach(params, trainable, key=None if key is None else jax.random.fold_in(key, index))
+        return params
+
+    def plan(params: Params) -> tuple[Plan, ...]:
+        return tuple(row for transform in transforms for row in transform.plan(params))
+
+    return Transform(init, attach, plan)

@@ -1,0 +1,86 @@
+"""Full fine-tuning of any part: the leaves move to the trainable tree, in float32, and leave a hole behind."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ftjax import tree
+from ftjax.types import Params, Plan, Transform, pytree, static
+from ftjax.weights import Weight
+
+
+@pytree
+class Moved(Weight):
+    """A hole in the frozen tree: the leaf that stood here is trained. It holds no array and knows shape and dtype."""
+
+    hole_shape: tuple[int, ...] = static()
+    hole_dtype: jnp.dtype = static()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.hole_shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.hole_dtype
+
+    def materialize(self) -> jax.Array:
+        raise ValueError(
+            "This leaf is trained in full and its value is in the trainable tree: use method.attach(frozen, trainable), not frozen."
+        )
+
+
+def full(targets: tree.Filter, *, exclude: tree.Filter | None = None, name: str = "full") -> Transform:
+    """Train the leaves that `targets` selects themselves; everything else stays frozen.
+
+    The trained copy is float32 whatever the base's dtype, and is cast back where the model reads it, so small updates are not lost to
+    bfloat16 rounding. The frozen tree then no longer holds the whole model: a reference policy needs a copy of it made before.
+
+    Args:
+      targets: which leaves (see `ftjax.tree`); norms, biases and embeddings as well as matrices.
+      exclude: leaves to leave frozen among them.
+      name: the key in the trainable tree.
+
+    Raises:
+      ValueError: nothing matched; or a leaf is not a plain array (a quantised matrix, say).
+
+    Example:
+      >>> params = {"norm": {"scale": jnp.ones(4, jnp.bfloat16)}, "lm_head": {"kernel": jnp.ones((4, 8), jnp.bfloat16)}}
+      >>> method = full("norm/scale")
+      >>> frozen, trainable = method.init(jax.random.key(0), params)
+      >>> trainable["full"]["norm"]["scale"].dtype.name, method.attach(frozen, trainable)["norm"]["scale"].dtype.name
+      ('float32', 'bfloat16')
+    """
+
+    def paths(params: Params) -> tuple[str, ...]:
+        found = tree.matches(params, targets, who=name)
+        if exclude is not None:
+            found = tuple(path for path in found if not tree.predicate(exclude)(path))
+        if not found:
+            raise ValueError(f"{name}: {tree.describe(targets)!r} without {tree.describe(exclude)!r} leaves nothing to train.")
+        return found
+
+    def init(key: jax.Array, params: Params) -> tuple[Params, Params]:
+        del key
+        flat, holes, trained = tree.flatten(params), {}, {}
+        for path in paths(params):
+            if isinstance(flat[path], Weight):
+                raise ValueError(f"{name}: {path!r} is a {type(flat[path]).__name__}, not a plain array, and cannot be trained in full.")
+            holes[path] = Moved(flat[path].shape, flat[path].dtype)
+            trained[path] = flat[path].astype(jnp.float32)
+        return tree.replace(params, holes), {name: tree.unflatten(trained)}
+
+    def attach(frozen: Params, trainable: Params, *, key: jax.Array | None = None) -> Params:
+        del key
+        flat, leaves = tree.flatten(frozen), {}
+        for path, value in tree.flatten(trainable[name]).items():
+            if not isinstance(flat.get(path), Moved):
+                raise ValueError(f"{name}: {path!r} is not free in the frozen tree; list {name!r} before the method that wraps it.")
+            leaves[path] = value.astype(flat[path].dtype)
+        return tree.replace(frozen, leaves)
+
+    def plan(params: Params) -> tuple[Plan, ...]:
+        return (Plan(name, tree.describe(targets), paths(params)),)
+
+    return Transform(init, attach, plan)

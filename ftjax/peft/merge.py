@@ -1,0 +1,14 @@
+"""Fold a method into the weights it rides on."""
+
+from __future__ import annotations
+
+from ftjax import weights
+from ftjax.types import Params, Transform
+
+
+def merge(method: Transform, frozen: Params, trainable: Params) -> Params:
+    """Return the dense tree that gives the same model without the method: `materialize` of every attached leaf.
+
+    Exact up to one rounding to the base's dtype; a bfloat16 base therefore changes the logits by about its precision.
+    """
+    return weights.dense(method.attach(frozen, trainable))
