@@ -59,7 +59,8 @@ def find(name: str, *, cache: str | Path | None = None) -> Path:
 
     Args:
       name: a folder or `.gguf` file; a key of `WHEELS`; a bucket's folder (`gs://…`); or a hub id (`org/name`, `org/name/file.gguf`).
-      cache: where wheels and buckets are unpacked; `$FTJAX_CACHE`, `$XDG_CACHE_HOME/ftjax` or `~/.cache/ftjax` if None. The hub keeps its own.
+      cache: where wheels and buckets are unpacked; `$FTJAX_CACHE`, `$XDG_CACHE_HOME/ftjax` or `~/.cache/ftjax` if None.
+        The hub keeps a cache of its own.
 
     Raises:
       ValueError: nothing is known by this name, or what came is not what was expected.
@@ -171,8 +172,12 @@ def _extract(archive: Path, wheel: Wheel, folder: Path) -> Path:
 
 def _from_bucket(name: str, cache: Path) -> Path:
     """Copy a folder (or a `.gguf`) that etils can read, such as `gs://bucket/model`; files of the right size are kept."""
-    source = epath.Path(name)
-    if not source.exists():
+    try:
+        source = epath.Path(name)
+        exists = source.exists()
+    except (KeyError, ImportError) as error:
+        raise ValueError(f"hub: {name!r} is of a kind that etils cannot open here ({error}); for gs:// install etils[epath-gcs]") from error
+    if not exists:
         raise ValueError(f"hub: {name!r} does not exist, or this machine may not read it")
     target = cache / "buckets" / hashlib.sha256(name.encode()).hexdigest()[:16] / source.name
     if source.is_file():
@@ -200,11 +205,11 @@ def _from_hub(name: str, download) -> Path:
     try:
         return Path(download())
     except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = str(error).strip().splitlines()
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise ConnectionError(
-            f"hub: could not get {name!r} from the Hugging Face hub ({type(error).__name__}: {reason[0] if reason else 'no reason given'}). "
-            "It is not a local folder either. Check the spelling and the network; a gated or private model needs `hf auth login` or HF_TOKEN; "
-            f"without the hub, name a local folder, a .gguf file, or one of {sorted(WHEELS)}."
+            f"hub: could not get {name!r} from the Hugging Face hub ({type(error).__name__}: {reason}), and it is no local folder. "
+            "Check the spelling and the network; a gated or private model needs `hf auth login` or HF_TOKEN. "
+            f"Without the hub, name a local folder, a .gguf file, or one of {sorted(WHEELS)}."
         ) from error
 
 

@@ -1,0 +1,114 @@
+"""From files to a parameter tree, tensor by tensor: no weight is ever on the host twice.
+
+model, params, tokenizer, path = load("smollm2-135m-instruct")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax import hub, models, tree
+from ftjax.hf import folder, gguf, names, tokenizer
+from ftjax.hf.folder import Checkpoint
+from ftjax.hf.lazy import LazyTensor, aligned, cast, stack, swap
+from ftjax.types import Model, Params
+
+Place = Callable[[str, LazyTensor], jax.Array]
+"""`place(path, tensor) -> array`: how a leaf gets onto its devices. With a mesh:
+`lambda path, tensor: jax.make_array_from_callback(tensor.shape, sharding(path), tensor.read)`, which reads this host's shards only."""
+
+
+class Pretrained(NamedTuple):
+    """All that a name stands for."""
+
+    model: Model
+    params: Params
+    tokenizer: Any
+    path: Path
+
+
+def load(name: str, *, dtype: str = "auto", remat: str = "none", place: Place | None = None) -> Pretrained:
+    """Find a model by name, read its config, weights and tokenizer.
+
+    Args:
+      name: a folder, a `.gguf` file, a known registry model or a hub id (see `ftjax.hub.find`).
+      dtype: of the weights: "float32", "bfloat16", or "auto" for the dtype of the file's largest tensor (float32 for dequantised blocks).
+      remat: what `models.build` rematerialises.
+      place: see `Place`; whole arrays on the default device if None.
+
+    Raises:
+      ValueError: the name, the config or a tensor is not as expected; the message says which and what to do.
+    """
+    path = hub.find(name)
+    checkpoint = read(path)
+    dtype = stored_dtype(checkpoint) if dtype == "auto" else jnp.dtype(dtype)
+    model = models.build(models.config_from_hf(checkpoint.config), remat=remat)
+    return Pretrained(model, load_params(checkpoint, model, dtype=dtype, place=place), tokenizer.load(path), path)
+
+
+def read(path: Path) -> Checkpoint:
+    """Return the checkpoint at a path that `hub.find` gave: a GGUF file or a folder of safetensors."""
+    return gguf.read(path) if path.suffix == ".gguf" else folder.read(path)
+
+
+def stored_dtype(checkpoint: Checkpoint) -> np.dtype:
+    """Return the dtype of the checkpoint's largest tensor."""
+    return max(checkpoint.tensors.values(), key=lambda tensor: int(np.prod(tensor.shape))).dtype
+
+
+def load_params(checkpoint: Checkpoint, model: Model, *, dtype: Any = None, place: Place | None = None) -> Params:
+    """Read a model's parameters.
+
+    Args:
+      checkpoint: from `read`.
+      model: whose `init` says which leaves there are, and their shapes.
+      dtype: of the leaves; each tensor's own if None.
+      place: see `Place`.
+
+    Raises:
+      ValueError: tensors are missing, left over or misshapen; the message lists all of them.
+    """
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(jax.eval_shape(model.init, jax.random.key(0))).items()}
+    _check(checkpoint, shapes)
+    place = place or on_default_device
+    params = {}
+    for path, shape in shapes.items():
+        tensors = [checkpoint.tensors[name] for name in names.tensors(path, shape[0])]
+        params[path] = place(path, leaf(path, tensors, dtype))
+    return tree.unflatten(params)
+
+
+def leaf(path: str, tensors: list[LazyTensor], dtype: Any = None) -> LazyTensor:
+    """Return a leaf of the tree, still in its file, from the Hugging Face tensors it is made of."""
+    if names.is_transposed(path):
+        tensors = [swap(tensor) for tensor in tensors]
+    tensors = [cast(tensor, dtype or tensors[0].dtype) for tensor in tensors]
+    return stack(tensors) if names.is_stacked(path) else aligned(tensors[0])
+
+
+def on_default_device(path: str, tensor: LazyTensor) -> jax.Array:
+    """Place the whole array on JAX's default device."""
+    del path
+    return jax.device_put(tensor.read())
+
+
+def _check(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    expected = {name: names.leaf_shape(path, shape) for path, shape in shapes.items() for name in names.tensors(path, shape[0])}
+    found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
+    tied = {"lm_head.weight"} - set(expected)  # some files repeat the embedding as the head that their config ties to it
+    problems = [f"missing: {name} {list(expected[name])}" for name in sorted(set(expected) - set(found))]
+    problems += [f"extra: {name} {list(found[name])}" for name in sorted(set(found) - set(expected) - tied) if not names.ignorable(name)]
+    problems += [
+        f"misshapen: {name} is {list(found[name])}, expected {list(expected[name])}"
+        for name in sorted(set(expected) & set(found))
+        if found[name] != expected[name]
+    ]
+    if problems:
+        listing = "\n  ".join(problems)
+        raise ValueError(f"hf: the tensors of {checkpoint.path} do not fit its config ({len(problems)} problems):\n  {listing}")

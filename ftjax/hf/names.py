@@ -1,0 +1,88 @@
+"""Paths and Hugging Face names: one rule, both ways, for every family.
+
+model.layers.7.self_attn.q_proj.weight [o, i]   <->   layers/self_attn/q_proj/kernel [L, i, o], layer 7
+model.layers.7.input_layernorm.weight  [d]      <->   layers/input_layernorm/scale [L, d], layer 7
+model.embed_tokens.weight              [v, d]   <->   embed_tokens/kernel [v, d]
+lm_head.weight                         [v, d]   <->   lm_head/kernel [d, v]
+"""
+
+from __future__ import annotations
+
+import re
+
+LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+# What multimodal and headless checkpoints write before the name of a text model's tensor.
+_PREFIXES = (
+    (re.compile(r"(model\.)?language_model\.(model\.)?(lm_head\.)"), r"\3"),
+    (re.compile(r"(model\.)?language_model\.(model\.)?"), "model."),
+    (re.compile(r"(?=layers\.|embed_tokens\.|norm\.weight$)"), "model."),
+)
+
+IGNORABLE = (
+    r".*rotary_emb\.inv_freq",  # buffers of old transformers releases: computed from the config
+    r".*\.(attn|self_attn)\.(masked_)?bias",  # causal masks saved as buffers
+    r"(model\.)?(vision_tower|vision_model|multi_modal_projector)\..*",  # the other half of a multimodal checkpoint
+)
+"""Tensors that a checkpoint may hold and no text model has a place for."""
+
+
+def canonical(name: str) -> str:
+    """Return a tensor's name as a plain text model writes it: `language_model.model.norm.weight` is `model.norm.weight`."""
+    for pattern, replacement in _PREFIXES:
+        if pattern.match(name):
+            return pattern.sub(replacement, name, count=1)
+    return name
+
+
+def ignorable(name: str) -> bool:
+    """Return whether a checkpoint's tensor may be left unread."""
+    return any(re.fullmatch(pattern, name) for pattern in IGNORABLE)
+
+
+def is_stacked(path: str) -> bool:
+    """Return whether the leaf has a leading axis of layers."""
+    return path.startswith("layers/")
+
+
+def is_transposed(path: str) -> bool:
+    """Return whether Hugging Face stores the matrix as `[o, i]` where we hold `[i, o]`: all but the embedding."""
+    return path.endswith("/kernel") and path != "embed_tokens/kernel"
+
+
+def module(path: str, layer: int | None = None) -> str:
+    """Return the Hugging Face module that owns a leaf: `model.layers.7.self_attn.q_proj`."""
+    owner = path.rpartition("/")[0].replace("/", ".")
+    if is_stacked(path):
+        return f"model.layers.{layer}.{owner.removeprefix('layers.')}"
+    return owner if owner == "lm_head" else f"model.{owner}"
+
+
+def tensors(path: str, num_layers: int) -> list[str]:
+    """Return the Hugging Face tensors that a leaf is made of: one, or one for each layer."""
+    leaf = _LEAVES[path.rpartition("/")[2]]
+    layers = range(num_layers) if is_stacked(path) else (None,)
+    return [f"{module(path, layer)}.{leaf}" for layer in layers]
+
+
+def path(name: str) -> tuple[str, int | None]:
+    """Return `(path, layer)` of a Hugging Face tensor; the layer is None outside the trunk.
+
+    Raises:
+      ValueError: the name does not end in `.weight` or `.bias`.
+    """
+    owner, _, leaf = canonical(name).rpartition(".")
+    if leaf not in ("weight", "bias") or not owner:
+        raise ValueError(f"hf: {name!r} is not the name of a parameter: expected it to end in '.weight' or '.bias'")
+    layer = LAYER.fullmatch(owner)
+    owner = f"layers.{layer[2]}" if layer else owner.removeprefix("model.")
+    if leaf == "weight":
+        leaf = "scale" if owner.endswith("norm") else "kernel"
+    return f"{owner}.{leaf}".replace(".", "/"), int(layer[1]) if layer else None
+
+
+def leaf_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of each of the `tensors` of a leaf of this shape."""
+    shape = tuple(shape[1:]) if is_stacked(path) else tuple(shape)
+    return shape[::-1] if is_transposed(path) else shape
