@@ -1,0 +1,30 @@
+"""Language models: a config, a tree of parameters, and pure functions over it."""
+
+from __future__ import annotations
+
+from ftjax.models.cache import Cache, init_cache
+from ftjax.models.config import Config
+from ftjax.models.decoder import make_model
+from ftjax.models.families import FAMILIES
+from ftjax.models.hf_config import config_from_hf, to_hf
+from ftjax.models.presets import PRESETS, preset
+from ftjax.types import Model
+
+__all__ = ["FAMILIES", "PRESETS", "Cache", "Config", "Model", "build", "config_from_hf", "init_cache", "preset", "to_hf"]
+
+
+def build(config: Config, *, remat: str = "none", dtype: str | None = None, scan: bool = True, attention: str = "auto") -> Model:
+    """Return the model of one architecture.
+
+    Args:
+      config: see `config_from_hf`.
+      remat: what the backward pass finds stored of each layer: `"none"` recomputes nothing, `"full"` stores the layer's input only,
+        `"dots"` also the outputs of its matrix products.
+      dtype: that of the activations; None means that of the embedding.
+      scan: scan over the stacked layers, so that compile time does not grow with depth, or unroll them.
+      attention: a key of `ftjax.kernels.attention.IMPLEMENTATIONS`, or `"auto"`.
+
+    Raises:
+      ValueError: the config contradicts itself or an option has no such value.
+    """
+    return make_model(config, FAMILIES[config.model_type], remat=remat, dtype=dtype, scan=scan, attention=attention)

@@ -1,0 +1,115 @@
+"""The architecture of a language model as plain data: everything that shapes its parameters or its function, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+ROPE_KINDS = ("default", "linear", "llama3")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """The frequencies of a rotary position embedding; the names are those of Hugging Face's `rope_parameters`."""
+
+    rope_theta: float
+    rope_type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_position_embeddings: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """An architecture. The names are those of Hugging Face's `config.json`, with every default filled in.
+
+    `config_from_hf` makes one and checks it; `problems` says what is wrong with one made by hand.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    hidden_act: str
+    tie_word_embeddings: bool
+    rope: Rope
+    layer_types: tuple[str, ...]
+    """One of `LAYER_TYPES` for each layer."""
+    local_rope: Rope | None = None
+    """The embedding of the sliding layers where it differs from `rope`."""
+    sliding_window: int | None = None
+    """How many positions a query of a sliding layer sees, itself included."""
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    query_pre_attn_scalar: float | None = None
+    """Scores are divided by its square root; None means `head_dim`."""
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    initializer_range: float = 0.02
+    dtype: str = "float32"
+    """The dtype of randomly initialised weights, and the one a checkpoint was written in."""
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
+
+    @property
+    def attention_scale(self) -> float:
+        """The factor of the attention scores."""
+        return float(self.query_pre_attn_scalar or self.head_dim) ** -0.5
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer, None where it sees everything."""
+        return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
+
+
+_POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
+def problems(config: Config) -> list[str]:
+    """Return all that is wrong with a config, in words; empty if nothing is."""
+    found = [
+        f"{name} must be a positive integer, not {value!r}"
+        for name in _POSITIVE
+        if not isinstance(value := getattr(config, name), int) or isinstance(value, bool) or value < 1
+    ]
+    if found:
+        return found
+    if config.num_attention_heads % config.num_key_value_heads:
+        found.append(f"num_attention_heads {config.num_attention_heads} is no multiple of num_key_value_heads {config.num_key_value_heads}")
+    if config.head_dim % 2:
+        found.append(f"head_dim {config.head_dim} is odd, and rotary embeddings turn pairs")
+    found += _bad_choice("hidden_act", config.hidden_act, ACTIVATIONS) + _bad_choice("dtype", config.dtype, DTYPES)
+    for kind in sorted(set(config.layer_types)):
+        found += _bad_choice("layer_types", kind, LAYER_TYPES)
+    if len(config.layer_types) != config.num_hidden_layers:
+        found.append(f"layer_types names {len(config.layer_types)} layers of {config.num_hidden_layers}")
+    if "sliding_attention" in config.layer_types and not config.sliding_window:
+        found.append("layer_types has sliding_attention but sliding_window is not set")
+    for rope in filter(None, (config.rope, config.local_rope)):
+        found += _bad_choice("rope_type", rope.rope_type, ROPE_KINDS)
+        if rope.rope_type == "llama3" and not (rope.high_freq_factor > rope.low_freq_factor and rope.original_max_position_embeddings > 0):
+            found.append("rope_type llama3 needs high_freq_factor > low_freq_factor and original_max_position_embeddings")
+    return found
+
+
+def _bad_choice(name: str, value: str, choices: tuple[str, ...]) -> list[str]:
+    return [] if value in choices else [f"{name} {value!r} is not supported; one of {', '.join(choices)} is"]
