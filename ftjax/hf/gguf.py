@@ -14,7 +14,9 @@ from typing import Any
 import gguf
 import numpy as np
 
+from ftjax.hf import gguf_file
 from ftjax.hf.folder import Checkpoint
+from ftjax.hf.gguf_file import File, Packed
 from ftjax.hf.lazy import Index, LazyTensor
 from ftjax.tree import nearest
 
@@ -48,47 +50,28 @@ _INNER_GEMMA = _INNER | {
 }
 
 
-def open_file(path: Path) -> gguf.GGUFReader:
-    """Return the parsed header of a GGUF file; the tensors stay memory-mapped.
-
-    Raises:
-      ValueError: the file is not GGUF, or shorter than its header says.
-    """
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, IndexError, OverflowError, MemoryError, UnicodeDecodeError) as error:
-        raise ValueError(f"gguf: {path} is not a complete GGUF file ({error}); download or copy it again") from error
-
-
-def metadata(file: gguf.GGUFReader) -> dict[str, Any]:
-    """Return the key-value part of a GGUF file as plain Python values."""
-    return {key: field.contents() for key, field in file.fields.items() if not key.startswith("GGUF.")}
-
-
-def read(path: Path, file: gguf.GGUFReader | None = None) -> Checkpoint:
+def read(path: Path, file: File | None = None) -> Checkpoint:
     """Return the checkpoint in a GGUF file.
 
     Args:
       path: the file.
-      file: `open_file(path)`, if the caller has it already.
+      file: `gguf_file.open_file(path)`, if the caller has it already.
 
     Raises:
       ValueError: the file is malformed, or of an architecture, block type or RoPE scaling that is not supported.
     """
-    file = file or open_file(path)
-    meta = metadata(file)
-    infos = {tensor.name: tensor for tensor in file.tensors}
+    meta, packed = file or gguf_file.open_file(path)
     architecture = meta.get("general.architecture", "")
     if architecture not in ARCHITECTURES:
         raise ValueError(f"gguf: {path}: architecture {architecture!r} is not supported; nearest: {nearest(architecture, ARCHITECTURES)}.")
     try:
-        config = config_dict(meta, infos)
+        config = config_dict(meta, packed)
     except KeyError as error:
         raise ValueError(f"gguf: {path}: the metadata lack {error}") from error
     tensors = {}
-    for name, info in infos.items():
+    for name, tensor in packed.items():
         if name != "rope_freqs.weight":  # Llama 3's RoPE scaling, which the config expresses
-            tensors[hf_name(name, architecture)] = _tensor(info, architecture, config)
+            tensors[hf_name(name, architecture)] = _tensor(name, tensor, architecture, config)
     return Checkpoint(path, config, tensors)
 
 
@@ -104,7 +87,7 @@ def hf_name(name: str, architecture: str) -> str:
     return name
 
 
-def config_dict(meta: Mapping[str, Any], infos: Mapping[str, Any]) -> dict[str, Any]:
+def config_dict(meta: Mapping[str, Any], packed: Mapping[str, Packed]) -> dict[str, Any]:
     """Return the `config.json` that a GGUF file's metadata and tensor list amount to."""
     architecture = meta["general.architecture"]
     model_type, model_class = ARCHITECTURES[architecture]
@@ -116,7 +99,7 @@ def config_dict(meta: Mapping[str, Any], infos: Mapping[str, Any]) -> dict[str, 
     config = {
         "model_type": model_type,
         "architectures": [model_class],
-        "vocab_size": int(infos["token_embd.weight"].shape[-1]),
+        "vocab_size": packed["token_embd.weight"].shape[0],
         "hidden_size": width,
         "intermediate_size": get("feed_forward_length"),
         "num_hidden_layers": get("block_count"),
@@ -126,18 +109,18 @@ def config_dict(meta: Mapping[str, Any], infos: Mapping[str, Any]) -> dict[str, 
         "rms_norm_eps": _decimal(get("attention.layer_norm_rms_epsilon")),
         "rope_theta": _decimal(get("rope.freq_base", 10000.0)),
         "max_position_embeddings": get("context_length"),
-        "tie_word_embeddings": "output.weight" not in infos,
+        "tie_word_embeddings": "output.weight" not in packed,
         "bos_token_id": meta.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": meta.get("tokenizer.ggml.eos_token_id"),
         "pad_token_id": meta.get("tokenizer.ggml.padding_token_id"),
     }
-    scaling = _rope_scaling(get, infos, config)
+    scaling = _rope_scaling(get, packed, config)
     if scaling:
         config["rope_scaling"] = scaling
     if architecture.startswith("gemma"):
         return config | _gemma(architecture, get, config)
     if architecture != "qwen2":  # whose q, k, v always have one
-        config["attention_bias"] = "blk.0.attn_q.bias" in infos
+        config["attention_bias"] = "blk.0.attn_q.bias" in packed
     return config | {"hidden_act": "silu"}
 
 
@@ -158,9 +141,9 @@ def _gemma(architecture: str, get: Any, config: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def _rope_scaling(get: Any, infos: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any] | None:
-    if "rope_freqs.weight" in infos:
-        return _llama3_scaling(np.asarray(infos["rope_freqs.weight"].data, np.float32), config)
+def _rope_scaling(get: Any, packed: Mapping[str, Packed], config: Mapping[str, Any]) -> dict[str, Any] | None:
+    if "rope_freqs.weight" in packed:
+        return _llama3_scaling(packed["rope_freqs.weight"].rows.view(np.float32), config)
     kind = get("rope.scaling.type", "none")
     if kind == "none":
         return None
@@ -190,22 +173,20 @@ def _decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _tensor(info: Any, architecture: str, config: Mapping[str, Any]) -> LazyTensor:
-    shape = tuple(int(n) for n in reversed(info.shape))
-    rows = info.data
-    if architecture == "llama" and re.search(r"\.attn_[qk]\.", info.name):
-        rows = _halves(rows, config["num_attention_heads" if ".attn_q." in info.name else "num_key_value_heads"])
-    offset = 1.0 if architecture.startswith("gemma") and "norm" in info.name else 0.0
+def _tensor(name: str, packed: Packed, architecture: str, config: Mapping[str, Any]) -> LazyTensor:
+    rows = packed.rows
+    if architecture == "llama" and re.search(r"\.attn_[qk]\.", name):
+        rows = _halves(rows, config["num_attention_heads" if ".attn_q." in name else "num_key_value_heads"])
+    offset = np.float32(1.0 if architecture.startswith("gemma") and "norm" in name else 0.0)
 
     def fetch(index: Index) -> np.ndarray:
         try:
-            block = gguf.quants.dequantize(np.ascontiguousarray(rows[index[0]]), info.tensor_type)
+            block = gguf.quants.dequantize(np.ascontiguousarray(rows[index[0]]), packed.kind)
         except NotImplementedError as error:
-            raise ValueError(f"gguf: tensor {info.name!r} has block type {info.tensor_type.name}, which gguf cannot dequantise") from error
-        block = block[(slice(None), *index[1:])]
-        return block - np.float32(offset) if offset else block
+            raise ValueError(f"gguf: tensor {name!r} has block type {packed.kind.name}, which gguf cannot dequantise") from error
+        return block[(slice(None), *index[1:])] - offset if offset else block[(slice(None), *index[1:])]
 
-    return LazyTensor(shape, np.dtype(np.float32), fetch)
+    return LazyTensor(packed.shape, np.dtype(np.float32), fetch)
 
 
 def _halves(rows: np.ndarray, num_heads: int) -> np.ndarray:

@@ -47,7 +47,7 @@ def build(meta: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
     """Return the tokenizer and the keywords that `PreTrainedTokenizerFast` wants beside it.
 
     Args:
-      meta: `ftjax.hf.gguf.metadata(file)`.
+      meta: the metadata of a GGUF file.
 
     Raises:
       ValueError: the kind of tokenizer or its splitting is not supported, or the metadata are incomplete.

@@ -11,7 +11,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advi
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
 
-from ftjax.hf import gguf, gguf_tokenizer  # noqa: E402
+from ftjax.hf import gguf_file, gguf_tokenizer  # noqa: E402
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -31,15 +31,15 @@ def load(path: Path | str) -> PreTrainedTokenizerFast:
     """
     path = Path(path)
     if path.suffix == ".gguf":
-        return from_gguf(path)
+        return from_gguf(gguf_file.open_file(path))
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise FileNotFoundError(f"tokenizer: {path} holds no tokenizer.json; copy it from where the model came from")
     return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 
-def from_gguf(path: Path) -> PreTrainedTokenizerFast:
+def from_gguf(file: gguf_file.File) -> PreTrainedTokenizerFast:
     """Return the tokenizer that a GGUF file's metadata describe."""
-    tokenizer, options = gguf_tokenizer.build(gguf.metadata(gguf.open_file(path)))
+    tokenizer, options = gguf_tokenizer.build(file.metadata)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **options)
 
 
