@@ -1,0 +1,16 @@
+"""Does a quarter of an hour of LoRA on a laptop teach a small model a task that it cannot do?
+
+Command: ftjax train --config=configs/quickstart.py --workdir=runs/quickstart
+Hardware: 2 CPU cores. UNTESTED
+"""
+
+from configs import base
+
+
+def get_config(arg=""):
+    config = base.sft()
+    config.steps = 100
+    config.data.sources.task = base.source("tasks:copy")
+    config.data.eval_sources.task = base.source("tasks:copy", split="test")
+    config.eval.generate.examples = 64
+    return base.finish(config, arg, tiny="tiny-llama")

@@ -1,0 +1,74 @@
+"""What every sub-command that computes does first: the compile cache, the other processes, and a quiet log."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+
+from absl import flags as absl_flags
+
+from ftjax import hub
+
+_COORDINATOR = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS")
+
+
+def define_flags(flags: absl_flags.FlagValues) -> None:
+    """Define the flags that all of them share."""
+    absl_flags.DEFINE_string(
+        "compile_cache", "", "folder for compiled programs, 'off' for none (default: $JAX_COMPILATION_CACHE_DIR or the user's cache)", flags
+    )
+    absl_flags.DEFINE_bool(
+        "distributed", False, "join the other processes (alone on a TPU pod; else $JAX_COORDINATOR_ADDRESS and the like are read)", flags
+    )
+
+
+def start(flags: absl_flags.FlagValues) -> None:
+    """Set JAX up; to be called before its first use."""
+    import jax
+
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*persistent compilation cache.*")
+    set_compile_cache(flags.compile_cache)
+    if flags.distributed or any(name in os.environ for name in _COORDINATOR):
+        join_processes()
+    # A host array that slips into a jitted call would be copied at every step without a word.
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def set_compile_cache(folder: str) -> None:
+    """Keep compiled programs in `folder`, in a folder of ftjax's cache if empty, or nowhere if "off".
+
+    The folder is made readable by this user alone: a program in it is run as it is.
+    """
+    import jax
+
+    if folder == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    chosen = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(hub.default_cache() / "compiled")
+    if "://" not in chosen:
+        Path(chosen).expanduser().mkdir(mode=0o700, parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", chosen)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def join_processes() -> None:
+    """Connect to the other processes of the run.
+
+    On a TPU pod, under Slurm and under Open MPI JAX finds them by itself; elsewhere the environment says where they are:
+    `JAX_COORDINATOR_ADDRESS=host:port`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
+    """
+    import jax
+
+    address = next((os.environ[name] for name in _COORDINATOR if name in os.environ), None)
+    processes, index = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    if address is not None and (processes is None) != (index is None):
+        raise ValueError("distributed: set both JAX_NUM_PROCESSES and JAX_PROCESS_ID beside JAX_COORDINATOR_ADDRESS, or neither.")
+    jax.distributed.initialize(
+        coordinator_address=address,
+        num_processes=None if processes is None else int(processes),
+        process_id=None if index is None else int(index),
+    )
