@@ -1,0 +1,104 @@
+"""Formats -> messages -> tokens and loss mask -> packed or padded batches, by index and without a device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ftjax.data.corpus import Report, Sequences, concatenate, encode, examples
+from ftjax.data.formats import Example, parse
+from ftjax.data.loader import Loader, make_loader
+from ftjax.data.rows import RowError
+from ftjax.data.sources import Source, open_source
+from ftjax.data.template import CHATML, ChatTemplate, TemplateError
+from ftjax.data.tokenize import Encoder, answer, make_encoder
+
+__all__ = [
+    "CHATML",
+    "ChatTemplate",
+    "Encoder",
+    "Example",
+    "Loader",
+    "Report",
+    "RowError",
+    "Sequences",
+    "Source",
+    "TemplateError",
+    "answer",
+    "concatenate",
+    "encode",
+    "examples",
+    "load",
+    "make_encoder",
+    "make_loader",
+    "open_source",
+    "parse",
+    "read",
+]
+
+
+def read(spec: Mapping[str, Any], *, bad_rows: str = "raise", report: Report | None = None) -> list[Example]:
+    """Return the examples of one source.
+
+    Args:
+      spec: `{"path": …}` and, where wanted, `format`, `split`, `name`, `columns`: see `sources.open_source` and `formats.parse`.
+      bad_rows: "raise", or "skip" and count.
+      report: counts.
+    """
+    source = open_source(spec["path"], split=spec.get("split") or "train", name=spec.get("name") or None)
+    options = {"format": spec.get("format") or "auto", "columns": spec.get("columns")}
+    return list(examples(source, **options, bad_rows=bad_rows, report=report))
+
+
+def load(
+    sources: Mapping[str, Mapping[str, Any]],
+    encoder: Encoder,
+    *,
+    batch_size: int,
+    packing: str = "best_fit",
+    seed: int = 0,
+    shuffle: bool = True,
+    bad_rows: str = "raise",
+    unsupervised: str = "skip",
+) -> tuple[Loader, dict[str, Report]]:
+    """Return the loader of several sources and what became of their rows.
+
+    Args:
+      sources: name -> `{"path", "format", "split", "name", "columns", "weight"}`, all but `path` optional; either every source has a
+        weight or none has.
+      encoder: from `make_encoder(tokenizer, max_tokens=…)`; its `max_tokens` is the width of the rows.
+      batch_size: rows of a batch over all hosts.
+      packing: "best_fit", "none" or "wrapped".
+      seed: of the order.
+      shuffle: False keeps the order of the rows (evaluation).
+      bad_rows: "raise" at a row that cannot be used, or "skip" and count.
+      unsupervised: the same for a row of which no token would be trained.
+
+    Raises:
+      RowError: a row cannot be used; the message names file, line, column and reason.
+      ValueError: a source is missing or empty, or nothing in it would be trained.
+    """
+    if not sources:
+        raise ValueError("data: no source is given; set data.sources to {name: {'path': …}}")
+    weights = tuple(float(spec["weight"]) for spec in sources.values() if spec.get("weight") is not None)
+    if weights and len(weights) < len(sources):
+        missing = [name for name, spec in sources.items() if spec.get("weight") is None]
+        raise ValueError(f"data: either every source has a weight or none has; without one: {missing}")
+    parts, reports = [], {name: Report() for name in sources}
+    for name, spec in sources.items():
+        rows = read(spec, bad_rows=bad_rows, report=reports[name])
+        parts.append(encode(rows, encoder, bad_rows=bad_rows, unsupervised=unsupervised, report=reports[name]))
+    sizes = tuple(len(part.lengths) for part in parts)
+    return (
+        make_loader(
+            concatenate(parts),
+            batch_size=batch_size,
+            max_tokens=encoder.max_tokens,
+            packing=packing,
+            seed=seed,
+            sizes=sizes,
+            weights=weights or None,
+            shuffle=shuffle,
+        ),
+        reports,
+    )

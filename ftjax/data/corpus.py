@@ -1,0 +1,162 @@
+"""From rows to sequences, with an account of what was cut or left out on the way."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from ftjax import tree
+from ftjax.data import formats
+from ftjax.data.formats import Example
+from ftjax.data.rows import RowError
+from ftjax.data.sources import Source
+from ftjax.data.tokenize import Encoder
+
+BAD_ROWS = ("raise", "skip")
+
+
+class Sequences(NamedTuple):
+    """Many sequences end to end: sequence `i` is `tokens[starts[i] : starts[i + 1]]`."""
+
+    tokens: np.ndarray
+    """int32 `[all tokens]`."""
+    loss_mask: np.ndarray
+    """uint8 `[all tokens]`."""
+    starts: np.ndarray
+    """int64 `[sequences + 1]`."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 `[sequences]`."""
+        return np.diff(self.starts)
+
+
+@dataclasses.dataclass
+class Report:
+    """What became of the rows of a source."""
+
+    rows: int = 0
+    examples: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    cut_prompts: int = 0
+    cut_responses: int = 0
+    skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    """Reason -> rows or examples left out for it."""
+    first_errors: list[str] = dataclasses.field(default_factory=list)
+
+    def skip(self, reason: str, message: str) -> None:
+        """Count one example that was left out."""
+        self.skipped[reason] += 1
+        if len(self.first_errors) < 5:
+            self.first_errors.append(message)
+
+    def __add__(self, other: Report) -> Report:
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return Report(*(a + b for a, b in zip(mine, theirs, strict=True)))
+
+
+def examples(
+    source: Source, *, format: str = "auto", columns: Mapping[str, str] | None = None, bad_rows: str = "raise", report: Report | None = None
+) -> Iterator[Example]:
+    """Yield the examples of a source, in order.
+
+    Args:
+      source: rows by index.
+      format: a name from `formats.FORMATS`, or "auto": told from each row's columns, so that a file may mix formats.
+      columns: see `formats.parse`.
+      bad_rows: "raise", or "skip" to count rows that cannot be read and go on.
+      report: counts rows and skips.
+
+    Raises:
+      RowError: a row cannot be read and `bad_rows` is "raise".
+    """
+    _check_bad_rows(bad_rows)
+    report = report or Report()
+    for at in range(source.size):
+        report.rows += 1
+        try:
+            found = formats.parse(source.read(at), format=format, columns=columns, where=source.where(at))
+        except RowError as error:
+            _bad(error, bad_rows, report)
+            continue
+        report.examples += len(found)
+        yield from found
+
+
+def encode(
+    rows: Iterable[Example], encoder: Encoder, *, bad_rows: str = "raise", unsupervised: str = "skip", report: Report | None = None
+) -> Sequences:
+    """Return the sequences of some examples.
+
+    Args:
+      rows: examples.
+      encoder: how they become tokens.
+      bad_rows: what to do with an example that the template cannot render or mask, "raise" or "skip".
+      unsupervised: what to do with an example of which no token is trained, "skip" (and count) or "raise".
+      report: counts.
+
+    Raises:
+      RowError: see `bad_rows` and `unsupervised`.
+      ValueError: no token of all the examples is trained.
+    """
+    _check_bad_rows(bad_rows)
+    report = report or Report()
+    kept = []
+    for chunk in itertools.batched(rows, 512) if hasattr(itertools, "batched") else _batched(iter(rows), 512):
+        for example, encoded in zip(chunk, encoder.encode(chunk), strict=True):
+            if isinstance(encoded, RowError):
+                _bad(encoded, bad_rows, report)
+                continue
+            for sequence in encoded:
+                if not sequence.loss_mask.any():
+                    error = RowError(
+                        "no token of it would be trained (an empty answer, or every assistant message has weight 0)", where=example.where
+                    )
+                    _bad(error, unsupervised, report, reason="no supervised token")
+                    continue
+                report.cut_prompts += sequence.cut == "prompt"
+                report.cut_responses += sequence.cut == "response"
+                kept.append(sequence)
+    if not kept:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in report.skipped.most_common(5)) or "there was none"
+        raise ValueError(f"data: of {report.examples:,} examples no token would be trained: {reasons}. First: {report.first_errors[:1]}")
+    sequences = Sequences(
+        np.concatenate([sequence.tokens for sequence in kept]),
+        np.concatenate([sequence.loss_mask for sequence in kept]),
+        np.cumsum([0, *(len(sequence.tokens) for sequence in kept)]),
+    )
+    report.sequences += len(kept)
+    report.tokens += len(sequences.tokens)
+    report.supervised += int(sequences.loss_mask.sum(dtype=np.int64))
+    return sequences
+
+
+def concatenate(parts: Iterable[Sequences]) -> Sequences:
+    """Return the sequences of all parts, one part after the other."""
+    parts = list(parts)
+    lengths = np.concatenate([part.lengths for part in parts])
+    tokens = np.concatenate([part.tokens for part in parts])
+    return Sequences(tokens, np.concatenate([part.loss_mask for part in parts]), np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def _bad(error: RowError, policy: str, report: Report, reason: str = "") -> None:
+    if policy == "raise":
+        raise error
+    report.skip(reason or error.reason.split(";")[0][:80], str(error))
+
+
+def _check_bad_rows(bad_rows: str) -> None:
+    if bad_rows not in BAD_ROWS:
+        raise ValueError(f"data: bad_rows is {bad_rows!r}; nearest: {tree.nearest(bad_rows, BAD_ROWS)}")
+
+
+def _batched(items: Iterator[Example], size: int) -> Iterator[list[Example]]:
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk

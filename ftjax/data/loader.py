@@ -1,0 +1,217 @@
+"""Batches by index: `Loader.batch(step)` is a pure function of (sequences, settings, seed, step).
+
+An epoch is a plan made from (seed, epoch) alone. To find the epoch of a step only the sizes of the plans before it are needed; without
+weights every epoch has the same, so any step is reached at once, and with weights at the price of planning (not reading) the epochs
+before it. The last batch of an epoch is filled with empty rows (segment 0, mask 0), so every sequence comes exactly once an epoch
+and every batch has the same shape, or one of a few bucket widths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import queue
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+
+from ftjax.data.corpus import Sequences
+from ftjax.data.mixture import Mixture
+from ftjax.data.packing import Plan, make_plan
+from ftjax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loader:
+    """Make one with `make_loader(…)`; `shard` returns another that holds one host's rows."""
+
+    sequences: Sequences
+    mixture: Mixture
+    first: np.ndarray
+    """int `[sources]`: the first sequence of each source."""
+    batch_size: int
+    max_tokens: int
+    packing: str
+    buckets: int
+    rows: tuple[int, int]
+    """The rows of each global batch that this loader returns."""
+    plans: dict[int, Plan] = dataclasses.field(default_factory=dict)
+    """The latest plans, by epoch: a cache, never a state."""
+    ends: list[int] = dataclasses.field(default_factory=list)
+    """The steps up to the end of epoch 0, 1, …, as far as anyone asked: a cache too."""
+
+    def plan(self, epoch: int) -> Plan:
+        """Return the plan of an epoch; its sequences are numbered by their place in `order(epoch)`."""
+        if epoch not in self.plans:
+            generator = np.random.default_rng([self.mixture.seed % 2**63, epoch, 0xF7])
+            while len(self.plans) >= 2:
+                self.plans.pop(next(iter(self.plans)), None)
+            self.plans[epoch] = make_plan(
+                self.sequences.lengths[self.order(epoch)],
+                batch_size=self.batch_size,
+                max_tokens=self.max_tokens,
+                packing=self.packing,
+                generator=generator,
+                buckets=self.buckets,
+                shuffle=self.mixture.shuffle,
+            )
+        return self.plans[epoch]
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the sequences of an epoch `[epoch_size]` in the order in which they are drawn."""
+        size = self.mixture.epoch_size
+        source, row = self.mixture.draw(np.arange(epoch * size, (epoch + 1) * size))
+        return self.first[source] + row
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches in the first epoch (in every epoch, unless the sources have weights)."""
+        return self._end(0)
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Return `(epoch, step within it)`."""
+        if step < 0:
+            raise ValueError(f"data: there is no step {step}")
+        if self.mixture.weights is None:
+            return divmod(step, self.steps_per_epoch)
+        epoch = 0
+        while self._end(epoch) <= step:
+            epoch += 1
+        return epoch, step - (self._end(epoch - 1) if epoch else 0)
+
+    def batch(self, step: int) -> Batch:
+        """Return the batch of a step: NumPy arrays `[rows, width]`."""
+        epoch, within = self.locate(step)
+        plan, order = self.plan(epoch), self._order(epoch)
+        rows = plan.batches[within][slice(*self.rows)]
+        return assemble(self.sequences, plan, rows, order, width=int(plan.widths[within]))
+
+    def shard(self, process_index: int, process_count: int) -> Loader:
+        """Return the loader of one host: its consecutive share of each batch's rows."""
+        first, last = self.rows
+        if (last - first) % process_count or not 0 <= process_index < process_count:
+            raise ValueError(f"data: {last - first} rows cannot be shared by {process_count} processes (this is number {process_index})")
+        share = (last - first) // process_count
+        return dataclasses.replace(self, rows=(first + share * process_index, first + share * (process_index + 1)), plans={}, ends=[])
+
+    def epoch(self, epoch: int = 0) -> Iterator[Batch]:
+        """Yield the batches of one epoch: how to go through evaluation data once."""
+        first = self._end(epoch - 1) if epoch else 0
+        for step in range(first, self._end(epoch)):
+            yield self.batch(step)
+
+    def iterate(self, start_step: int = 0, *, ahead: int = 2) -> Iterator[Batch]:
+        """Yield batches from `start_step` on for ever, made in a thread that keeps `ahead` of them ready.
+
+        Close the iterator (or drop it) to end the thread. An error in the thread is raised here.
+        """
+        ready: queue.Queue = queue.Queue(maxsize=ahead)
+        stopped = threading.Event()
+
+        def put(item) -> None:
+            while not stopped.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def work() -> None:
+            step = start_step
+            try:
+                while not stopped.is_set():
+                    put(self.batch(step))
+                    step += 1
+            except BaseException as error:
+                put(error)
+
+        thread = threading.Thread(target=work, name="ftjax-data", daemon=True)
+        thread.start()
+        try:
+            while True:
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stopped.set()
+            thread.join()
+
+    @property
+    def efficiency(self) -> float:
+        """The share of all batch positions of the first epoch that hold a token."""
+        plan = self.plan(0)
+        used = int((plan.rows.pieces[:, 2] - plan.rows.pieces[:, 1]).sum())
+        return used / (int(plan.widths.sum()) * self.batch_size)
+
+    def _end(self, epoch: int) -> int:
+        while len(self.ends) <= epoch:
+            at = len(self.ends)
+            steps = self.ends[0] if at and self.mixture.weights is None else len(self.plan(at).batches)
+            self.ends.append(steps + (self.ends[-1] if at else 0))
+        return self.ends[epoch]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return _orders(self, epoch)
+
+
+@functools.lru_cache(maxsize=4)
+def _orders(loader: Loader, epoch: int) -> np.ndarray:
+    return loader.order(epoch)
+
+
+def make_loader(
+    sequences: Sequences,
+    *,
+    batch_size: int,
+    max_tokens: int,
+    packing: str = "best_fit",
+    seed: int = 0,
+    sizes: tuple[int, ...] | None = None,
+    weights: tuple[float, ...] | None = None,
+    shuffle: bool = True,
+    buckets: int = 4,
+) -> Loader:
+    """Return the loader of some sequences.
+
+    Args:
+      sequences: all sources, one after the other.
+      batch_size: rows of a batch, over all hosts.
+      max_tokens: tokens of a row.
+      packing: "best_fit", "none" or "wrapped": see `packing.make_plan`.
+      seed: of the order.
+      sizes: sequences of each source; all are one source by default.
+      weights: the share of each source, or None for all rows of all sources once an epoch.
+      shuffle: False keeps the order of the sources.
+      buckets: with packing "none", the most different widths.
+    """
+    count = len(sequences.lengths)
+    sizes = sizes or (count,)
+    if sum(sizes) != count:
+        raise ValueError(f"data: sizes {sizes} do not add up to {count} sequences")
+    if batch_size < 1:
+        raise ValueError(f"data: batch_size is {batch_size}")
+    first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    mixture = Mixture(tuple(sizes), weights, seed, shuffle)
+    return Loader(sequences, mixture, first, batch_size, max_tokens, packing, buckets, (0, batch_size))
+
+
+def assemble(sequences: Sequences, plan: Plan, rows: np.ndarray, order: np.ndarray, *, width: int) -> Batch:
+    """Return the batch `[len(rows), width]` of some rows of a plan."""
+    shape = (len(rows), width)
+    tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
+    loss_mask = np.zeros(shape, np.float32)
+    for at, row in enumerate(rows.tolist()):
+        if row < 0:
+            continue
+        column = 0
+        for segment, (sequence, begin, end) in enumerate(plan.rows.pieces[plan.rows.starts[row] : plan.rows.starts[row + 1]].tolist(), 1):
+            source = slice(int(sequences.starts[order[sequence]]) + begin, int(sequences.starts[order[sequence]]) + end)
+            target = slice(column, column + end - begin)
+            tokens[at, target] = sequences.tokens[source]
+            loss_mask[at, target] = sequences.loss_mask[source]
+            loss_mask[at, column] = 0  # the first token of a segment has nothing before it
+            positions[at, target] = np.arange(end - begin)
+            segment_ids[at, target] = segment
+            column = target.stop
+    return Batch(tokens=tokens, loss_mask=loss_mask, positions=positions, segment_ids=segment_ids)
