@@ -119,7 +119,9 @@ def config_dict(meta: Mapping[str, Any], packed: Mapping[str, Packed]) -> dict[s
         config["rope_scaling"] = scaling
     if architecture.startswith("gemma"):
         return config | _gemma(architecture, get, config)
-    if architecture != "qwen2":  # whose q, k, v always have one
+    if architecture == "qwen2":  # whose q, k, v always have a bias, and whose heads divide the width
+        del config["head_dim"]
+    else:
         config["attention_bias"] = "blk.0.attn_q.bias" in packed
     return config | {"hidden_act": "silu"}
 

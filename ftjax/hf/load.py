@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import hub, models, tree
-from ftjax.hf import folder, gguf, names, tokenizer
+from ftjax.hf import folder, gguf, gguf_file, names, tokenizer
 from ftjax.hf.folder import Checkpoint
 from ftjax.hf.lazy import LazyTensor, aligned, cast, stack, swap
 from ftjax.types import Model, Params
@@ -46,10 +46,12 @@ def load(name: str, *, dtype: str = "auto", remat: str = "none", place: Place | 
       ValueError: the name, the config or a tensor is not as expected; the message says which and what to do.
     """
     path = hub.find(name)
-    checkpoint = read(path)
+    file = gguf_file.open_file(path) if path.suffix == ".gguf" else None
+    checkpoint = gguf.read(path, file) if file else folder.read(path)
     dtype = stored_dtype(checkpoint) if dtype == "auto" else jnp.dtype(dtype)
     model = models.build(models.config_from_hf(checkpoint.config), remat=remat)
-    return Pretrained(model, load_params(checkpoint, model, dtype=dtype, place=place), tokenizer.load(path), path)
+    params = load_params(checkpoint, model, dtype=dtype, place=place)
+    return Pretrained(model, params, tokenizer.from_gguf(file) if file else tokenizer.load(path), path)
 
 
 def read(path: Path) -> Checkpoint:
