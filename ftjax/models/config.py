@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 ROPE_KINDS = ("default", "linear", "llama3")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
@@ -72,7 +74,7 @@ class Config:
         return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
 
 
-_POSITIVE = (
+SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -82,16 +84,12 @@ _POSITIVE = (
     "head_dim",
     "max_position_embeddings",
 )
+"""The fields that must be positive integers."""
 
 
 def problems(config: Config) -> list[str]:
     """Return all that is wrong with a config, in words; empty if nothing is."""
-    found = [
-        f"{name} must be a positive integer, not {value!r}"
-        for name in _POSITIVE
-        if not isinstance(value := getattr(config, name), int) or isinstance(value, bool) or value < 1
-    ]
-    if found:
+    if found := not_positive(vars(config), SIZES):
         return found
     if config.num_attention_heads % config.num_key_value_heads:
         found.append(f"num_attention_heads {config.num_attention_heads} is no multiple of num_key_value_heads {config.num_key_value_heads}")
@@ -107,8 +105,17 @@ def problems(config: Config) -> list[str]:
     for rope in filter(None, (config.rope, config.local_rope)):
         found += _bad_choice("rope_type", rope.rope_type, ROPE_KINDS)
         if rope.rope_type == "llama3" and not (rope.high_freq_factor > rope.low_freq_factor and rope.original_max_position_embeddings > 0):
-            found.append("rope_type llama3 needs high_freq_factor > low_freq_factor and original_max_position_embeddings")
+            found.append("rope_type llama3 needs high_freq_factor > low_freq_factor and original_max_position_embeddings > 0")
     return found
+
+
+def not_positive(values: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Return a complaint for each name whose value is not a positive integer."""
+    return [f"{name} must be a positive integer, not {values[name]!r}" for name in names if not _is_positive(values[name])]
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _bad_choice(name: str, value: str, choices: tuple[str, ...]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Gemma 3, its text model: Gemma 2 with normalised queries and keys, five sliding layers to each full one, and a rotary base for either kind.
+"""Gemma 3, its text model: Gemma 2 with normalised queries and keys, and five sliding layers, of another rotary base, to a full one.
 
 Gemma team 2025, arXiv:2503.19786. The caps of Gemma 2 are gone, but a checkpoint that sets them is understood.
 """

@@ -1,6 +1,6 @@
-"""Hugging Face's `config.json` in and out: strict, so that an option we do not implement is refused and never silently dropped.
+"""Hugging Face's `config.json` in and out; strict, so that an option we do not implement is refused, never dropped in silence.
 
-Both spellings are read: `rope_theta` with `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5), `torch_dtype` and `dtype`.
+Both spellings are read: `rope_theta`, `rope_scaling` and `torch_dtype` (transformers 4), `rope_parameters` and `dtype` (transformers 5).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ftjax import tree
-from ftjax.models.config import Config, Rope, problems
+from ftjax.models.config import SIZES, Config, Rope, not_positive, problems
 from ftjax.models.decoder import Family
 from ftjax.models.families import FAMILIES
 
@@ -38,6 +38,7 @@ _ANYWHERE = ("dtype", "torch_dtype", "rope_parameters", "rope_scaling", "rope_th
 _WRAPPERS = {"gemma3": "text_config"}
 _INHERITED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 _ROPE_KEYS = {field.name for field in dataclasses.fields(Rope)} | {"type", "partial_rotary_factor"}
+_ROPE_NEEDS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 _COPIED = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings rms_norm_eps "
     "tie_word_embeddings initializer_range bos_token_id pad_token_id"
@@ -58,8 +59,12 @@ def config_from_hf(raw: Mapping[str, Any]) -> Config:
     family = _family(raw)
     found = _unknown(raw, family)
     raw = {**family.defaults, **raw}
-    rope, local_rope = _ropes(raw, family, found)
     heads = raw["num_attention_heads"]
+    raw["num_key_value_heads"] = heads if raw["num_key_value_heads"] is None else raw["num_key_value_heads"]
+    found += not_positive(raw, [name for name in SIZES if name != "head_dim"])
+    rope, local_rope = _ropes(raw, family, found)
+    if found:
+        raise ValueError(_message(family, found))
     kinds = tuple(raw.get("layer_types") or family.layer_types(raw))
     eos = raw["eos_token_id"]
     dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
@@ -67,7 +72,7 @@ def config_from_hf(raw: Mapping[str, Any]) -> Config:
         model_type=family.model_type,
         **{name: raw[name] for name in _COPIED},
         **{name: raw[name] for name in _OPTIONAL if name in family.defaults},
-        num_key_value_heads=heads if raw["num_key_value_heads"] is None else raw["num_key_value_heads"],
+        num_key_value_heads=raw["num_key_value_heads"],
         head_dim=raw["hidden_size"] // heads if raw.get("head_dim") is None else raw["head_dim"],
         hidden_act=raw[_activation_key(family)],
         rope=rope,
@@ -77,9 +82,8 @@ def config_from_hf(raw: Mapping[str, Any]) -> Config:
         dtype=str(dtype).removeprefix("torch."),
         eos_token_id=tuple(eos) if isinstance(eos, list | tuple) else eos,
     )
-    found += problems(config)
-    if found:
-        raise ValueError(f"config.json of {family.model_type}: " + "; ".join(found) + ".")
+    if found := problems(config):
+        raise ValueError(_message(family, found))
     return config
 
 
@@ -101,6 +105,10 @@ def to_hf(config: Config) -> dict[str, Any]:
     if "use_sliding_window" in family.defaults:
         raw["use_sliding_window"] = config.sliding_window is not None
     return raw
+
+
+def _message(family: Family, found: list[str]) -> str:
+    return f"config.json of {family.model_type}: " + "; ".join(found) + "."
 
 
 def _unwrap(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -155,18 +163,18 @@ def _rope(given: Mapping[str, Any], raw: Mapping[str, Any], found: list[str]) ->
     if given.get("partial_rotary_factor", 1) not in ONLY["partial_rotary_factor"]:
         found.append("partial_rotary_factor is not implemented, only 1 is")
     kind = given.get("rope_type", given.get("type")) or "default"
-    rope = Rope(rope_theta=float(given["rope_theta"]), rope_type=kind)
-    if kind == "default":
-        return rope
-    if kind == "linear":
-        return dataclasses.replace(rope, factor=float(given["factor"]))
-    numbers = {name: float(given[name]) for name in ("factor", "low_freq_factor", "high_freq_factor") if name in given}
-    context = given.get("original_max_position_embeddings", raw["max_position_embeddings"])
-    return dataclasses.replace(rope, **numbers, original_max_position_embeddings=int(context))
+    needed = _ROPE_NEEDS.get(kind, ())
+    missing = [name for name in needed if name not in given]
+    if missing:
+        found.append(f"rope_type {kind!r} needs {', '.join(missing)}")
+    numbers = {name: float(given[name]) for name in needed if name in given}
+    if kind == "llama3":
+        numbers["original_max_position_embeddings"] = given.get("original_max_position_embeddings", raw["max_position_embeddings"])
+    return Rope(rope_theta=float(given["rope_theta"]), rope_type=kind, **numbers)
 
 
 def _scaling(rope: Rope) -> dict[str, Any] | None:
     if rope.rope_type == "default":
         return None
-    names = ("rope_type", "factor") if rope.rope_type == "linear" else [f.name for f in dataclasses.fields(Rope) if f.name != "rope_theta"]
-    return {name: getattr(rope, name) for name in names}
+    names = [*_ROPE_NEEDS[rope.rope_type], *(["original_max_position_embeddings"] if rope.rope_type == "llama3" else [])]
+    return {"rope_type": rope.rope_type, **{name: getattr(rope, name) for name in names}}

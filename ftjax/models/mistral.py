@@ -1,4 +1,4 @@
-"""Mistral: a Llama whose layers see a sliding window, or everything where `sliding_window` is null (Jiang et al. 2023, arXiv:2310.06825)."""
+"""Mistral: a Llama whose layers see a sliding window, or everything where that is null (Jiang et al. 2023, arXiv:2310.06825)."""
 
 from __future__ import annotations
 
