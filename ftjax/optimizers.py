@@ -79,7 +79,7 @@ def build(
     decay_steps: int | None = None,
     weight_decay: float = 0.0,
     b1: float = 0.9,
-    b2: float = 0.999,
+    b2: float | None = None,
     eps: float = 1e-8,
     momentum: float = 0.0,
     clip_norm: float | None = 1.0,
@@ -92,18 +92,23 @@ def build(
 
     Args:
       name: `adamw`, `lion` (arXiv 2302.06675), `adafactor` (arXiv 1804.04235) or `sgd`.
-      learning_rate: the peak; see `schedule` for `steps`, `schedule_name`, `warmup_steps`, `final_fraction` and `decay_steps`.
+      learning_rate: the peak.
+      steps: length of the run.
+      schedule_name: see `schedule`, also for the next three.
+      warmup_steps: steps of rise.
+      final_fraction: of the peak, at the end.
+      decay_steps: of `wsd`.
       weight_decay: of everything but biases, norms and vectors.
       b1: first-moment decay of AdamW and Lion.
-      b2: second-moment decay of AdamW and Lion.
+      b2: second-moment decay of AdamW, 0.999 if None; slow momentum of Lion, 0.99 if None.
       eps: AdamW's guard against division by zero.
       momentum: of SGD.
       clip_norm: largest global gradient norm; None leaves it alone.
       groups: learning-rate multipliers by path; see `scale_by_path`.
     """
     rules = {
-        "adamw": lambda: optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-        "lion": lambda: optax.scale_by_lion(b1=b1, b2=b2),
+        "adamw": lambda: optax.scale_by_adam(b1=b1, b2=0.999 if b2 is None else b2, eps=eps),
+        "lion": lambda: optax.scale_by_lion(b1=b1, b2=0.99 if b2 is None else b2),
         "adafactor": lambda: optax.scale_by_factored_rms(),
         "sgd": lambda: optax.trace(decay=momentum) if momentum else optax.identity(),
     }

@@ -17,10 +17,10 @@ Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 
 
 def init_state(key: jax.Array, trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return the state before the first step. `key` seeds dropout and noise."""
+    """Return the state before the first step. `key` seeds dropout and noise; it is copied, for a step donates the state."""
     if not tree.size(trainable):
         raise ValueError("init_state: nothing is trainable; choose a method that trains something, such as lora or full.")
-    return TrainState(jnp.zeros((), jnp.int32), key, trainable, optimizer.init(trainable))
+    return TrainState(jnp.zeros((), jnp.int32), jnp.copy(key), trainable, optimizer.init(trainable))
 
 
 def make_train_step(
@@ -75,15 +75,16 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         grads, metrics = accumulate(state.trainable, frozen, batch, key)
         grads = jax.tree.map(lambda g: g / metrics["loss"].weight, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        grad_norm = optax.global_norm(grads)
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes int32 step counts; ftjax itself runs under strict promotion in tests
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"].total)
         trainable = _select(finite, optax.apply_updates(state.trainable, updates), state.trainable)
         opt_state = _select(finite, opt_state, state.opt_state)
         one = jnp.ones((), jnp.float32)
         metrics |= {
             "grad_norm": Mean(grad_norm, one),
-            "update_norm": Mean(optax.global_norm(updates), one),
+            "update_norm": Mean(optax.tree.norm(updates), one),
             "tokens": Mean(jnp.sum(batch.loss_mask), one),
             "skipped": Mean(1.0 - finite.astype(jnp.float32), one),
         }

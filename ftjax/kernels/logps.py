@@ -30,7 +30,7 @@ DIFFERENTIABLE = ("logps", "mean_logps")
 
 def reference(unembed: Unembed, head: Any, hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
     """Return what `token_logps` returns, from the whole logits at once."""
-    return _statistics(unembed(head, hidden), targets, mask)
+    return _statistics(unembed(head, _without_padding(hidden, mask)), targets, mask)
 
 
 def token_logps(
@@ -64,11 +64,16 @@ def token_logps(
     chunk = max(1, min(chunk, time))
     # Counted tokens first, each row in its own order, then padding up to whole chunks.
     order = jnp.argsort(mask <= 0, axis=1, stable=True)
-    gathered = _gather_rows(order, hidden, targets, mask)
+    gathered = _gather_rows(order, _without_padding(hidden, mask), targets, mask)
     padded = tuple(jnp.pad(x, [(0, 0), (0, -time % chunk)] + [(0, 0)] * (x.ndim - 2)) for x in gathered)
     sorted_out = _scan_chunks(unembed, chunk, outputs, head, *padded)
     back = jnp.argsort(order, axis=1)
     return {name: jnp.take_along_axis(value[:, :time], back, axis=1) for name, value in sorted_out.items()}
+
+
+def _without_padding(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """Zero what the mask leaves out: a padded token may hold anything, and 0 · NaN is not 0."""
+    return jnp.where((mask > 0)[..., None], hidden, jnp.zeros((), hidden.dtype))
 
 
 def _gather_rows(order: jax.Array, hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
@@ -80,8 +85,6 @@ def _gather_rows(order: jax.Array, hidden: jax.Array, targets: jax.Array, mask: 
 
 
 def _statistics(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    counted = mask > 0
-    logits = jnp.where(counted[..., None], logits, 0.0)  # a padded token may hold anything
     normalizer = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     probabilities = jnp.exp(logits - normalizer[..., None])
@@ -91,16 +94,15 @@ def _statistics(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> dict[
         "entropy": jax.lax.stop_gradient(normalizer - jnp.sum(probabilities * logits, axis=-1)),
         "greedy": jax.lax.stop_gradient(chosen >= jnp.max(logits, axis=-1)).astype(jnp.float32),
     }
-    return {name: jnp.where(counted, value, 0.0) for name, value in found.items()}
+    return {name: jnp.where(mask > 0, value, 0.0) for name, value in found.items()}
 
 
 def _logits_gradient(name: str, logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
     """Return d logps / d logits = onehot - p, or d mean_logps / d logits = 1/v - p, for each token by itself."""
-    counted = (mask > 0)[..., None]
     vocabulary = logits.shape[-1]
     ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     drawn = (ids == targets[..., None]).astype(jnp.float32) if name == "logps" else jnp.full(logits.shape, 1.0 / vocabulary, jnp.float32)
-    return jnp.where(counted, drawn - jax.nn.softmax(jnp.where(counted, logits, 0.0), axis=-1), 0.0)
+    return jnp.where((mask > 0)[..., None], drawn - jax.nn.softmax(logits, axis=-1), 0.0)
 
 
 def _num_chunks(chunk: int, mask: jax.Array) -> jax.Array:

@@ -68,7 +68,7 @@ def full(targets: tree.Filter, *, exclude: tree.Filter | None = None, name: str 
             if isinstance(flat[path], Weight):
                 raise ValueError(f"{name}: {path!r} is a {type(flat[path]).__name__}, not a plain array, and cannot be trained in full.")
             holes[path] = Moved(flat[path].shape, flat[path].dtype)
-            trained[path] = flat[path].astype(jnp.float32)
+            trained[path] = jnp.array(flat[path], jnp.float32, copy=True)  # the state is donated, `params` must outlive it
         return tree.replace(params, holes), {name: tree.unflatten(trained)}
 
     def attach(frozen: Params, trainable: Params, *, key: jax.Array | None = None) -> Params:

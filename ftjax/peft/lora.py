@@ -132,7 +132,7 @@ def lora(
       rank: r, from 1 to the smaller side of the matrix.
       alpha: numerator of the scale; `rank` if None, which makes the scale 1 (or √rank).
       rslora: divide by √rank instead of rank.
-      dropout: probability, in [0, 1), of zeroing an entry of x on the low-rank path. It acts only where `attach` is given a key: in training.
+      dropout: probability, in [0, 1), of zeroing an entry of x on the low-rank path; it acts only where `attach` is given a key.
       init: how A and B start, with A B = 0: a function or one of `INITS`.
       exclude: matrices to leave out among the targets.
       rank_pattern: other ranks for some of them, `{regex or module name: rank}`; the first match wins.

@@ -49,7 +49,7 @@ def neftune(alpha: float = 5.0, *, targets: tree.Filter = "embed_tokens/kernel",
 
     x' = x + alpha / sqrt(t d) · U(-1, 1)        (Jain et al., 2023, arXiv 2310.05914, algorithm 1)
 
-    `t` is the padded length of a row; the paper counts its real tokens, which differs by the padding only. A tied output head sees no noise.
+    `t` is the padded length of a row; the paper counts its real tokens. A tied output head sees no noise.
 
     Args:
       alpha: the noise's size; the paper uses 5, 10 or 15.

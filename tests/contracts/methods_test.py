@@ -1,0 +1,114 @@
+"""What every fine-tuning method must keep, whoever wrote it: a new one joins by a line in EXAMPLES."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ftjax import losses, peft, scoring, train, tree, weights
+from tests import toy
+
+EXAMPLES = {
+    "lora": [
+        partial(peft.lora, "all-linear", rank=2, alpha=4),
+        partial(peft.lora, "everything", rank=2, init="a_zero", exclude="norms", dropout=0.3),
+    ],
+    "full": [partial(peft.full, "everything"), partial(peft.full, "norms")],
+    "neftune": [lambda: peft.chain(peft.neftune(), peft.lora("all-linear", rank=1))],
+}
+CASES = [pytest.param(make(), id=f"{name}{n}") for name, makes in EXAMPLES.items() for n, make in enumerate(makes)]
+both_dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+
+
+def test_every_method_is_listed():
+    assert set(EXAMPLES) == set(peft.METHODS)
+
+
+def base(key, dtype=jnp.float32):
+    return jax.tree.map(lambda x: x.astype(dtype), toy.init(key))
+
+
+def moved(trainable, key):
+    """Return the trainable tree away from its start, so that a law about it says something."""
+    leaves, structure = jax.tree.flatten(trainable)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(structure, [x + 0.1 * jax.random.normal(k, x.shape, x.dtype) for x, k in zip(leaves, keys, strict=True)])
+
+
+def hidden(params, batch):
+    return toy.apply(params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)[0]
+
+
+@both_dtypes
+@pytest.mark.parametrize("method", CASES)
+def test_a_method_is_the_identity_at_init(method, dtype, key):
+    params, batch = base(key, dtype), toy.batch(key)
+    np.testing.assert_array_equal(hidden(method.attach(*method.init(key, params)), batch), hidden(params, batch))
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_dot_equals_materialize_and_merged_equals_unmerged(method, key):
+    frozen, trainable = method.init(key, base(key))
+    trainable, batch = moved(trainable, key), toy.batch(key)
+    attached, merged = method.attach(frozen, trainable), peft.merge(method, frozen, trainable)
+    assert not any(isinstance(leaf, weights.Weight) for leaf in tree.flatten(merged).values())
+    for params in (attached, merged):
+        got = scoring.score(toy.MODEL, params, batch).logps
+        np.testing.assert_allclose(got, scoring.score(toy.MODEL, weights.dense(attached), batch).logps, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(hidden(merged, batch), hidden(base(key), batch), atol=1e-3)
+
+
+@both_dtypes
+@pytest.mark.parametrize("method", CASES)
+def test_what_is_trainable_is_float32_and_named_after_a_method(method, dtype, key):
+    frozen, trainable = method.init(key, base(key, dtype))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(trainable)} == {"float32"}
+    assert set(trainable) <= {row.method for row in method.plan(base(key))}
+    assert {leaf.dtype for leaf in tree.flatten(method.attach(frozen, trainable)).values()} == {jnp.dtype(dtype)}
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_the_plan_names_leaves_of_the_tree(method, key):
+    params = jax.eval_shape(toy.init, key)
+    rows = method.plan(params)
+    assert rows and all(row.paths and set(row.paths) <= set(tree.flatten(params)) for row in rows)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_the_frozen_tree_shares_the_buffers_of_the_base(method, key):
+    params = base(key)
+    frozen, _ = method.init(key, params)
+    flat = tree.flatten(params)
+    assert all(leaf is flat[path] for path, leaf in tree.flatten(frozen).items() if isinstance(leaf, jax.Array))
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_init_works_from_shapes_alone(method, key):
+    shapes = jax.eval_shape(method.init, key, jax.eval_shape(toy.init, key))[1]
+    values = method.init(key, base(key))[1]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), values)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_every_trainable_leaf_gets_a_gradient_and_a_method_learns(method, key):
+    score = partial(scoring.score, toy.MODEL)
+    optimizer = optax.adam(0.03)
+    frozen, start = method.init(key, base(key))
+    step = train.make_train_step(score, method, losses.sft, optimizer)
+    state, batch, seen = train.init_state(key, jax.tree.map(jnp.copy, start), optimizer), toy.batch(key), []
+    for _ in range(30):
+        state, metrics = step(state, frozen, batch)
+        seen.append(metrics["loss"].value())
+    assert np.mean(seen[-3:]) < 0.97 * seen[0]
+    still = [path for path, leaf in tree.flatten(state.trainable).items() if np.array_equal(leaf, tree.flatten(start)[path])]
+    assert not still
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_nothing_is_random_without_a_key(method, key):
+    frozen, trainable = method.init(key, base(key))
+    trainable, batch = moved(trainable, key), toy.batch(key)
+    np.testing.assert_array_equal(*(hidden(method.attach(frozen, trainable), batch) for _ in range(2)))

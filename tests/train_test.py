@@ -1,0 +1,129 @@
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ftjax import losses, optimizers, peft, scoring, train
+from ftjax.types import Batch
+from tests import toy
+
+SCORE = partial(scoring.score, toy.MODEL, chunk_tokens=4)
+METHOD = peft.chain(peft.lora("all-linear", rank=2, init="gaussian"), peft.full("norm/scale"))
+
+
+def start(key, method=METHOD, optimizer=None, **options):
+    optimizer = optimizer or optimizers.build("adamw", learning_rate=0.05, steps=10)
+    frozen, trainable = method.init(key, toy.init(key))
+    return train.make_train_step(SCORE, method, losses.sft, optimizer, **options), train.init_state(key, trainable, optimizer), frozen
+
+
+def values(metrics):
+    return {name: mean.value() for name, mean in metrics.items()}
+
+
+def test_the_gradient_is_that_of_the_loss_by_finite_differences(key):
+    batch = toy.batch(key)
+    frozen, trainable = METHOD.init(key, toy.init(key))
+    trainable = jax.tree.map(lambda x: x + 0.1, trainable)
+
+    @jax.jit
+    def loss(trainable):
+        mean, _ = losses.sft(SCORE(METHOD.attach(frozen, trainable), batch), batch)
+        return mean.total / mean.weight
+
+    step = train.make_train_step(SCORE, METHOD, losses.sft, optax.sgd(1.0))
+    new, _ = step(train.init_state(key, jax.tree.map(jnp.copy, trainable), optax.sgd(1.0)), frozen, batch)
+    gradient = jax.tree.map(jnp.subtract, trainable, new.trainable)
+    for n in range(3):
+        direction = jax.tree.map(lambda x, n=n: jnp.cos(n + jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), trainable)
+        slope = sum(jax.tree.leaves(jax.tree.map(lambda g, d: jnp.sum(g * d), gradient, direction)))
+        ahead, behind = (loss(jax.tree.map(lambda x, d, e=e: x + e * d, trainable, direction)) for e in (3e-3, -3e-3))
+        np.testing.assert_allclose(slope, (ahead - behind) / 6e-3, rtol=5e-3)
+
+
+def test_training_lowers_the_loss_and_touches_only_what_is_trainable(key):
+    step, state, frozen = start(key)
+    before = jax.tree.map(np.asarray, frozen)
+    batch = toy.batch(key)
+    losses_seen = []
+    for _ in range(20):
+        state, metrics = step(state, frozen, batch)
+        losses_seen.append(metrics["loss"].value())
+    assert losses_seen[-1] < 0.7 * losses_seen[0]
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, frozen), before)
+    assert int(state.step) == 20
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_equals_one_batch_though_rows_hold_different_numbers_of_tokens(key, accumulation):
+    batch = toy.batch(key, rows=8)
+    mask = batch.loss_mask.at[0].set(0.0).at[1, 5:].set(0.0)
+    batch = Batch(batch.tokens, mask, batch.positions, batch.segment_ids)
+    sgd = optax.sgd(1.0)
+    whole, state, frozen = start(key, optimizer=sgd)
+    parts, other, _ = start(key, optimizer=sgd, accumulation=accumulation)
+    state, expected = whole(state, frozen, batch)
+    other, got = parts(other, frozen, batch)
+    chex.assert_trees_all_close(other.trainable, state.trainable, rtol=1e-5, atol=1e-7)
+    assert values(got) == pytest.approx(values(expected), rel=1e-5)
+
+
+def test_a_batch_that_does_not_divide_is_an_error(key):
+    step, state, frozen = start(key, accumulation=3)
+    with pytest.raises(ValueError, match="4 rows cannot be split into 3"):
+        step(state, frozen, toy.batch(key))
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_says_so(key):
+    step, state, frozen = start(key)
+    state, metrics = step(state, frozen, toy.batch(key))
+    assert values(metrics)["skipped"] == 0
+    kept = jax.tree.map(np.asarray, (state.trainable, state.opt_state))
+    poisoned = {**frozen, "embed_tokens": {"kernel": frozen["embed_tokens"]["kernel"].at[3].set(jnp.nan)}}
+    state, metrics = step(state, poisoned, toy.batch(key))
+    assert values(metrics)["skipped"] == 1 and int(state.step) == 2
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, (state.trainable, state.opt_state)), kept)
+    state, metrics = step(state, frozen, toy.batch(key))
+    assert values(metrics)["skipped"] == 0 and np.isfinite(values(metrics)["loss"])
+
+
+def test_a_batch_without_a_supervised_token_is_skipped(key):
+    step, state, frozen = start(key)
+    batch = toy.batch(key)
+    _, metrics = step(state, frozen, Batch(batch.tokens, jnp.zeros_like(batch.loss_mask), batch.positions, batch.segment_ids))
+    assert values(metrics)["skipped"] == 1
+
+
+def test_the_step_compiles_once_and_donates_the_state(key):
+    traced = []
+    score = lambda params, batch: (traced.append(1), SCORE(params, batch))[1]  # noqa: E731
+    _, state, frozen = start(key)
+    step = train.make_train_step(score, METHOD, losses.sft, optimizers.build("adamw", learning_rate=0.05, steps=10))
+    first = state
+    for n in range(3):
+        state, _ = step(state, frozen, toy.batch(jax.random.key(n)))
+    assert len(traced) == 1
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.trainable))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(frozen))
+
+
+def test_dropout_follows_the_key_and_the_step(key):
+    method = peft.lora("all-linear", rank=2, init="a_zero", dropout=0.5)
+    step, state, frozen = start(key, method=method, optimizer=optax.sgd(0.0))
+    state = train.init_state(key, jax.tree.map(lambda x: x + 0.3, state.trainable), optax.sgd(0.0))
+    seen = []
+    for _ in range(2):
+        state, metrics = step(state, frozen, toy.batch(key))
+        seen.append(metrics["loss"].value())
+    evaluate = train.make_eval_step(SCORE, method, losses.sft)
+    quiet = [evaluate(state.trainable, frozen, toy.batch(key))["loss"].value() for _ in range(2)]
+    assert seen[0] != seen[1] and quiet[0] == quiet[1] and quiet[0] not in seen
+
+
+def test_nothing_trainable_is_an_error(key):
+    with pytest.raises(ValueError, match="nothing is trainable"):
+        start(key, method=peft.neftune())
