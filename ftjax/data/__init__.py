@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ftjax import tree
 from ftjax.data.corpus import Report, Sequences, concatenate, encode, examples
 from ftjax.data.formats import Example, parse
 from ftjax.data.loader import Loader, make_loader
@@ -37,17 +38,23 @@ __all__ = [
 ]
 
 
-def read(spec: Mapping[str, Any], *, bad_rows: str = "raise", report: Report | None = None) -> list[Example]:
-    """Return the examples of one source.
+SPEC = ("path", "format", "split", "name", "columns", "weight")
+
+
+def read(spec: Mapping[str, Any], *, bad_rows: str = "raise", report: Report | None = None) -> Iterator[Example]:
+    """Yield the examples of one source.
 
     Args:
       spec: `{"path": …}` and, where wanted, `format`, `split`, `name`, `columns`: see `sources.open_source` and `formats.parse`.
       bad_rows: "raise", or "skip" and count.
       report: counts.
     """
+    for key in spec:
+        if key not in SPEC:
+            raise ValueError(f"data: a source has no setting {key!r}; nearest: {tree.nearest(key, SPEC)}")
     source = open_source(spec["path"], split=spec.get("split") or "train", name=spec.get("name") or None)
     options = {"format": spec.get("format") or "auto", "columns": spec.get("columns")}
-    return list(examples(source, **options, bad_rows=bad_rows, report=report))
+    return examples(source, **options, bad_rows=bad_rows, report=report)
 
 
 def load(

@@ -77,7 +77,7 @@ def examples(
     Raises:
       RowError: a row cannot be read and `bad_rows` is "raise".
     """
-    _check_bad_rows(bad_rows)
+    _check_policy(bad_rows)
     report = report or Report()
     for at in range(source.size):
         report.rows += 1
@@ -106,24 +106,22 @@ def encode(
       RowError: see `bad_rows` and `unsupervised`.
       ValueError: no token of all the examples is trained.
     """
-    _check_bad_rows(bad_rows)
+    for policy in (bad_rows, unsupervised):
+        _check_policy(policy)
     report = report or Report()
     kept = []
-    for chunk in itertools.batched(rows, 512) if hasattr(itertools, "batched") else _batched(iter(rows), 512):
+    for chunk in _chunks(iter(rows), 512):
         for example, encoded in zip(chunk, encoder.encode(chunk), strict=True):
             if isinstance(encoded, RowError):
                 _bad(encoded, bad_rows, report)
                 continue
-            for sequence in encoded:
-                if not sequence.loss_mask.any():
-                    error = RowError(
-                        "no token of it would be trained (an empty answer, or every assistant message has weight 0)", where=example.where
-                    )
-                    _bad(error, unsupervised, report, reason="no supervised token")
-                    continue
-                report.cut_prompts += sequence.cut == "prompt"
-                report.cut_responses += sequence.cut == "response"
-                kept.append(sequence)
+            if not encoded.loss_mask.any():
+                reason = "no token of it would be trained: it is empty, or no assistant message has weight 1"
+                _bad(RowError(reason, where=example.where), unsupervised, report)
+                continue
+            report.cut_prompts += encoded.cut == "prompt"
+            report.cut_responses += encoded.cut == "response"
+            kept.append(encoded)
     if not kept:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in report.skipped.most_common(5)) or "there was none"
         raise ValueError(f"data: of {report.examples:,} examples no token would be trained: {reasons}. First: {report.first_errors[:1]}")
@@ -146,17 +144,17 @@ def concatenate(parts: Iterable[Sequences]) -> Sequences:
     return Sequences(tokens, np.concatenate([part.loss_mask for part in parts]), np.concatenate([[0], np.cumsum(lengths)]))
 
 
-def _bad(error: RowError, policy: str, report: Report, reason: str = "") -> None:
+def _bad(error: RowError, policy: str, report: Report) -> None:
     if policy == "raise":
         raise error
-    report.skip(reason or error.reason.split(";")[0][:80], str(error))
+    report.skip(error.reason.split(";")[0][:80], str(error))
 
 
-def _check_bad_rows(bad_rows: str) -> None:
-    if bad_rows not in BAD_ROWS:
-        raise ValueError(f"data: bad_rows is {bad_rows!r}; nearest: {tree.nearest(bad_rows, BAD_ROWS)}")
+def _check_policy(policy: str) -> None:
+    if policy not in BAD_ROWS:
+        raise ValueError(f"data: bad rows can be treated by {BAD_ROWS}, not {policy!r}; nearest: {tree.nearest(policy, BAD_ROWS)}")
 
 
-def _batched(items: Iterator[Example], size: int) -> Iterator[list[Example]]:
+def _chunks(items: Iterator[Example], size: int) -> Iterator[list[Example]]:
     while chunk := list(itertools.islice(items, size)):
         yield chunk

@@ -9,10 +9,10 @@ and every batch has the same shape, or one of a few bucket widths.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import queue
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -36,27 +36,31 @@ class Loader:
     buckets: int
     rows: tuple[int, int]
     """The rows of each global batch that this loader returns."""
-    plans: dict[int, Plan] = dataclasses.field(default_factory=dict)
-    """The latest plans, by epoch: a cache, never a state."""
+    plans: dict[int, tuple[np.ndarray, Plan]] = dataclasses.field(default_factory=dict)
+    """The order and the plan of the latest epochs: a cache, never a state."""
     ends: list[int] = dataclasses.field(default_factory=list)
     """The steps up to the end of epoch 0, 1, …, as far as anyone asked: a cache too."""
+    lock: Any = dataclasses.field(default_factory=threading.RLock)
+    """For the caches: the thread of `iterate` and its user may both ask."""
 
-    def plan(self, epoch: int) -> Plan:
-        """Return the plan of an epoch; its sequences are numbered by their place in `order(epoch)`."""
-        if epoch not in self.plans:
-            generator = np.random.default_rng([self.mixture.seed % 2**63, epoch, 0xF7])
-            while len(self.plans) >= 2:
-                self.plans.pop(next(iter(self.plans)), None)
-            self.plans[epoch] = make_plan(
-                self.sequences.lengths[self.order(epoch)],
-                batch_size=self.batch_size,
-                max_tokens=self.max_tokens,
-                packing=self.packing,
-                generator=generator,
-                buckets=self.buckets,
-                shuffle=self.mixture.shuffle,
-            )
-        return self.plans[epoch]
+    def plan(self, epoch: int) -> tuple[np.ndarray, Plan]:
+        """Return `(order, plan)` of an epoch; the plan numbers sequences by their place in the order."""
+        with self.lock:
+            if epoch not in self.plans:
+                order = self.order(epoch)
+                plan = make_plan(
+                    self.sequences.lengths[order],
+                    batch_size=self.batch_size,
+                    max_tokens=self.max_tokens,
+                    packing=self.packing,
+                    generator=np.random.default_rng([self.mixture.seed % 2**63, epoch]),
+                    buckets=self.buckets,
+                    shuffle=self.mixture.shuffle,
+                )
+                for old in list(self.plans)[:-1]:
+                    del self.plans[old]
+                self.plans[epoch] = order, plan
+            return self.plans[epoch]
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the sequences of an epoch `[epoch_size]` in the order in which they are drawn."""
@@ -83,7 +87,7 @@ class Loader:
     def batch(self, step: int) -> Batch:
         """Return the batch of a step: NumPy arrays `[rows, width]`."""
         epoch, within = self.locate(step)
-        plan, order = self.plan(epoch), self._order(epoch)
+        order, plan = self.plan(epoch)
         rows = plan.batches[within][slice(*self.rows)]
         return assemble(self.sequences, plan, rows, order, width=int(plan.widths[within]))
 
@@ -93,7 +97,7 @@ class Loader:
         if (last - first) % process_count or not 0 <= process_index < process_count:
             raise ValueError(f"data: {last - first} rows cannot be shared by {process_count} processes (this is number {process_index})")
         share = (last - first) // process_count
-        return dataclasses.replace(self, rows=(first + share * process_index, first + share * (process_index + 1)), plans={}, ends=[])
+        return dataclasses.replace(self, rows=(first + share * process_index, first + share * (process_index + 1)))
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch: how to go through evaluation data once."""
@@ -140,24 +144,17 @@ class Loader:
     @property
     def efficiency(self) -> float:
         """The share of all batch positions of the first epoch that hold a token."""
-        plan = self.plan(0)
+        _, plan = self.plan(0)
         used = int((plan.rows.pieces[:, 2] - plan.rows.pieces[:, 1]).sum())
         return used / (int(plan.widths.sum()) * self.batch_size)
 
     def _end(self, epoch: int) -> int:
-        while len(self.ends) <= epoch:
-            at = len(self.ends)
-            steps = self.ends[0] if at and self.mixture.weights is None else len(self.plan(at).batches)
-            self.ends.append(steps + (self.ends[-1] if at else 0))
-        return self.ends[epoch]
-
-    def _order(self, epoch: int) -> np.ndarray:
-        return _orders(self, epoch)
-
-
-@functools.lru_cache(maxsize=4)
-def _orders(loader: Loader, epoch: int) -> np.ndarray:
-    return loader.order(epoch)
+        with self.lock:
+            while len(self.ends) <= epoch:
+                at = len(self.ends)
+                steps = self.ends[0] if at and self.mixture.weights is None else len(self.plan(at)[1].batches)
+                self.ends.append(steps + (self.ends[-1] if at else 0))
+            return self.ends[epoch]
 
 
 def make_loader(

@@ -51,7 +51,7 @@ def make_plan(
     """Return the plan of an epoch whose sequences have these `lengths [n]`, in this order.
 
     Args:
-      lengths: tokens of each sequence, 1 to `max_tokens` (any length for "wrapped").
+      lengths: tokens of each sequence; what is longer than `max_tokens` (only documents are) is cut into several pieces.
       batch_size: rows in a batch.
       max_tokens: tokens in a row.
       packing: "best_fit" (rows of whole sequences), "none" (one sequence a row, padded) or "wrapped" (the stream of all tokens, cut).
@@ -61,17 +61,33 @@ def make_plan(
     """
     if packing not in PACKINGS:
         raise ValueError(f"data: packing is {packing!r}; nearest: {tree.nearest(packing, PACKINGS)}")
-    if packing == "none":
-        return _padded(lengths, batch_size=batch_size, max_tokens=max_tokens, generator=generator, buckets=buckets, shuffle=shuffle)
-    rows = best_fit(lengths, max_tokens) if packing == "best_fit" else wrapped(lengths, max_tokens)
+    if packing == "wrapped":
+        rows = wrapped(lengths, max_tokens)
+    else:
+        pieces = split(lengths, max_tokens)
+        sizes = pieces[:, 2] - pieces[:, 1]
+        if packing == "none":
+            batches, tokens = padded(sizes, batch_size=batch_size, max_tokens=max_tokens, buckets=buckets)
+            order = generator.permutation(len(batches)) if shuffle else np.arange(len(batches))
+            return Plan(Rows(pieces, np.arange(len(pieces) + 1)), batches[order], tokens[order])
+        members, starts = best_fit(sizes, max_tokens)
+        rows = Rows(pieces[members], starts)
     count = len(rows.starts) - 1
-    order = generator.permutation(count) if shuffle else np.arange(count)
-    batches = _in_batches(order, batch_size)
+    batches = _in_batches(generator.permutation(count) if shuffle else np.arange(count), batch_size)
     return Plan(rows, batches, np.full(len(batches), max_tokens, np.int64))
 
 
-def best_fit(lengths: np.ndarray, capacity: int) -> Rows:
-    """Return rows filled by best fit, the longest first: each sequence goes where it leaves the least space.
+def split(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Return the pieces `[pieces, 3]` of sequences cut every `capacity` tokens; a sequence that fits is one piece."""
+    lengths = np.asarray(lengths, np.int64)
+    counts = -(-lengths // capacity)
+    sequence = np.repeat(np.arange(len(lengths)), counts)
+    begins = (np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)) * capacity
+    return np.stack([sequence, begins, np.minimum(begins + capacity, lengths[sequence])], axis=1)
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return `(members [n], starts [rows + 1])`: rows filled by best fit, the longest first, each going where it leaves the least space.
 
     Best-fit decreasing never needs more than 11/9 of the fewest rows possible plus one (Johnson et al. 1974); on real lengths it wastes
     a percent or less. Free spaces are a bitset, so a sequence finds its row in a shift: 100,000 take a fraction of a second.
@@ -97,8 +113,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> Rows:
         with_space[space - need].append(row)
         spaces |= 1 << (space - need)
     members = order[np.argsort(row_of[order], kind="stable")]
-    starts = np.searchsorted(row_of[members], np.arange(count + 1))
-    return Rows(np.stack([members, np.zeros_like(members), lengths[members]], axis=1), starts)
+    return members, np.searchsorted(row_of[members], np.arange(count + 1))
 
 
 def wrapped(lengths: np.ndarray, capacity: int) -> Rows:
@@ -119,9 +134,11 @@ def widths(max_tokens: int, buckets: int = 4) -> list[int]:
     return sorted({min(max_tokens, -(-max_tokens // 2**k) + 7 & ~7) for k in range(buckets)})
 
 
-def _padded(lengths: np.ndarray, *, batch_size: int, max_tokens: int, generator: np.random.Generator, buckets: int, shuffle: bool) -> Plan:
-    """One sequence a row; what is left over in a bucket moves up to the next, so only the last batch has empty rows."""
-    lengths = np.asarray(lengths, np.int64)
+def padded(lengths: np.ndarray, *, batch_size: int, max_tokens: int, buckets: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Return `(batches [steps, batch_size], widths [steps])` of one sequence a row, those of like length together.
+
+    What is left over in a bucket moves up to the next, so only one batch has empty rows (-1).
+    """
     bounds = np.asarray(widths(max_tokens, buckets))
     bucket = np.searchsorted(bounds, lengths)
     batches, tokens, left = [], [], np.zeros(0, np.int64)
@@ -133,11 +150,8 @@ def _padded(lengths: np.ndarray, *, batch_size: int, max_tokens: int, generator:
         left = waiting[full:]
     if len(left):
         batches.append(_in_batches(left, batch_size))
-        tokens.append(bounds[np.searchsorted(bounds, lengths[left].max())])
-    joined, tokens = np.concatenate(batches), np.asarray(tokens, np.int64)
-    order = generator.permutation(len(joined)) if shuffle else np.arange(len(joined))
-    index = np.arange(len(lengths))
-    return Plan(Rows(np.stack([index, np.zeros_like(index), lengths], axis=1), np.arange(len(lengths) + 1)), joined[order], tokens[order])
+        tokens.append(bounds[bucket[left].max()])
+    return np.concatenate(batches), np.asarray(tokens, np.int64)
 
 
 def _in_batches(rows: np.ndarray, batch_size: int) -> np.ndarray:

@@ -56,7 +56,10 @@ def as_row(row: Any, *, where: str) -> dict[str, Any]:
     try:
         _check_text(row)
     except UnicodeEncodeError as error:
-        raise RowError(f"a lone surrogate \\u{ord(error.object[error.start]):04x} is not text", where=where) from None
+        code = ord(error.object[error.start])
+        # Files that are decoded whole keep each byte that is not UTF-8 as a surrogate, so that only its row is lost.
+        reason = f"not UTF-8 (byte {code - 0xDC00:#04x})" if 0xDC80 <= code <= 0xDCFF else f"a lone surrogate \\u{code:04x} is not text"
+        raise RowError(reason, where=where) from None
     except RecursionError:
         raise RowError("nested too deeply", where=where) from None
     return row

@@ -89,20 +89,13 @@ def json_lines(path: epath.Path) -> Source:
 def json_file(path: epath.Path) -> Source:
     """Return the rows of a JSON list of objects, or of `{"data": [...]}`; JSON Lines under this suffix are read too."""
     data = _bytes(path)
-    head = bytes(data[:4096]).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if head.startswith(b"{"):
-        source = _lines(str(path), data)
-        try:
-            if source.size:
-                source.read(0)
-                return source
-        except RowError:
-            pass
-    elif not head.startswith(b"["):
-        raise RowError("expected a JSON list of objects", where=str(path))
-    text = decode_whole(data, where=str(path))
-    key = re.match(r'\s*\{\s*"\w+"\s*:\s*(?=\[)', text)
-    places = _list_items(text, key.end() if key else text.index("["), str(path))
+    text = _text(data)
+    opening = re.match(r'\s*(\{\s*"data"\s*:\s*)?\[', text)
+    if not opening:
+        if not text.lstrip().startswith("{"):
+            raise RowError("expected a list of objects", where=f"{path}:1")
+        return _lines(str(path), data)
+    places = _list_items(text, opening.end() - 1, str(path), closed=not opening[1])
     lines = np.searchsorted(_newlines(text), [begin for begin, _ in places]) + 1
 
     def where(i: int) -> str:
@@ -113,7 +106,7 @@ def json_file(path: epath.Path) -> Source:
 
 def csv_file(path: epath.Path, delimiter: str = ",") -> Source:
     """Return the rows of a CSV file with a header line; every column is a string."""
-    text = decode_whole(_bytes(path), where=str(path))
+    text = _text(_bytes(path))
     limit = csv.field_size_limit(MAX_ROW_BYTES)
     rows, lines = [], []
     try:
@@ -138,7 +131,7 @@ def csv_file(path: epath.Path, delimiter: str = ",") -> Source:
     def read(i: int) -> Row:
         if len(rows[i]) != len(header):
             raise RowError(f"{len(rows[i])} fields under {len(header)} column names", where=where(i))
-        return dict(zip(header, rows[i], strict=True))
+        return as_row(dict(zip(header, rows[i], strict=True)), where=where(i))
 
     return Source(str(path), len(rows), read, where)
 
@@ -174,7 +167,7 @@ def text_file(path: epath.Path) -> Source:
     data = _bytes(path)
 
     def read(i: int) -> Row:
-        return {"text": decode_whole(data, where=str(path)).replace("\r\n", "\n")}
+        return as_row({"text": _text(data).replace("\r\n", "\n")}, where=str(path))
 
     return Source(str(path), 1 if bytes(data[:4096]).strip() or len(data) > 4096 else 0, read, lambda i: str(path))
 
@@ -210,14 +203,9 @@ def join(sources: Sequence[Source], name: str) -> Source:
     return Source(name, stops[-1] if stops else 0, read, where)
 
 
-def decode_whole(data: Any, *, where: str) -> str:
-    """Return a whole file as text without its BOM; broken UTF-8 is an error that names the line."""
-    raw = bytes(data)
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise RowError(f"not UTF-8 at byte {error.start}", where=f"{where}:{line}") from None
+def _text(data: Any) -> str:
+    """Return a whole file as text without its BOM; bytes that are not UTF-8 stay as surrogates, which `as_row` finds in their row."""
+    return bytes(data).decode("utf-8-sig", "surrogateescape")
 
 
 def _bytes(path: epath.Path) -> Any:
@@ -265,30 +253,34 @@ def _newlines(text: str) -> np.ndarray:
     return np.asarray([match.start() for match in re.finditer("\n", text)], np.int64)
 
 
-def _list_items(text: str, at: int, name: str) -> list[tuple[int, int]]:
-    """Return where each item of the list that opens at `at` begins and ends."""
+def _list_items(text: str, at: int, name: str, *, closed: bool) -> list[tuple[int, int]]:
+    """Return where each item of the list that opens at `at` begins and ends; if `closed`, nothing may follow the list."""
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
     places: list[tuple[int, int]] = []
+
+    def wrong(reason: str, position: int) -> RowError:
+        return RowError(f"not JSON: {reason}", where=f"{name}:{text.count(chr(10), 0, position) + 1}")
+
     at = space.match(text, at + 1).end()
-    if text[at : at + 1] == "]":
-        return places
-    while True:
-        line = f"{name}:{text.count(chr(10), 0, at) + 1}" if text[at : at + 1] != "{" else ""
+    while text[at : at + 1] != "]" or places:
+        if text[at : at + 1] != "{":
+            raise wrong("expected an object (is there a comma after the last?)", at)
         try:
             _, end = decoder.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            raise wrong(error.msg, error.pos) from None
         except (ValueError, RecursionError) as error:
-            line = f"{name}:{text.count(chr(10), 0, getattr(error, 'pos', at)) + 1}"
-            raise RowError(f"not JSON: {getattr(error, 'msg', 'nested too deeply')}", where=line) from None
-        if line:
-            raise RowError("every item of the list must be an object", where=line)
+            raise wrong("nested too deeply" if isinstance(error, RecursionError) else str(error), at) from None
         places.append((at, end))
         at = space.match(text, end).end()
-        mark = text[at : at + 1]
+        if text[at : at + 1] == "]":
+            break
+        if text[at : at + 1] != ",":
+            raise wrong("expected ',' or ']'", at)
         at = space.match(text, at + 1).end()
-        if mark == "]":
-            return places
-        if mark != ",":
-            raise RowError("not JSON: expected ',' or ']'", where=f"{name}:{text.count(chr(10), 0, at) + 1}")
+    if closed and text[at + 1 :].strip():
+        raise wrong("something follows the list", at + 1)
+    return places
 
 
 def _suffix(name: str) -> str:

@@ -29,6 +29,18 @@ _CITIES = "Lima Oslo Cairo Paris Delhi Tokyo Berlin Quito Dublin Lagos Vienna Ha
 _JOBS = "baker nurse pilot farmer teacher painter lawyer singer plumber chemist gardener driver doctor waiter writer".split()
 _MONTHS = "January February March April May June July August September October November December".split()
 
+_UNITS = (
+    ("meters", "centimeters", 100),
+    ("centimeters", "millimeters", 10),
+    ("kilometers", "meters", 1000),
+    ("kilograms", "grams", 1000),
+    ("tonnes", "kilograms", 1000),
+    ("liters", "milliliters", 1000),
+    ("dollars", "cents", 100),
+    ("centuries", "years", 100),
+    ("decades", "years", 10),
+)
+
 
 def arithmetic(draw: random.Random) -> tuple[str, str]:
     """Sums and differences of two or three small numbers."""
@@ -92,21 +104,9 @@ def dates(draw: random.Random) -> tuple[str, str]:
 
 
 def units(draw: random.Random) -> tuple[str, str]:
-    """Hours, days, weeks, metres and so on in a smaller unit."""
-    big, small, factor, most = draw.choice(
-        (
-            ("hours", "minutes", 60, 24),
-            ("minutes", "seconds", 60, 24),
-            ("days", "hours", 24, 12),
-            ("weeks", "days", 7, 40),
-            ("years", "months", 12, 30),
-            ("meters", "centimeters", 100, 99),
-            ("kilograms", "grams", 1000, 99),
-            ("feet", "inches", 12, 30),
-            ("dozens", "pieces", 12, 30),
-        )
-    )
-    amount = draw.randint(2, most)
+    """A length, weight, volume, sum or time in a unit that is ten, a hundred or a thousand times smaller."""
+    big, small, factor = draw.choice(_UNITS)
+    amount = draw.randint(2, 999)
     return f"How many {small} are {amount} {big}? Answer with the number only.", str(amount * factor)
 
 

@@ -35,6 +35,15 @@ class Encoded(NamedTuple):
     """"", "prompt" (from the left) or "response" (on the right)."""
 
 
+class _Drawn(NamedTuple):
+    """An example as text: the character spans that are trained, and whether EOS must be added."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    needs_eos: bool
+    whole: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoder:
     """How examples become tokens. Make one with `make_encoder(…)`."""
@@ -43,19 +52,19 @@ class Encoder:
     template: ChatTemplate | None
     max_tokens: int
     train_on: str
+    ends: tuple[str, ...]
+    """The special tokens that may end a turn, as text."""
     end_of_turn: re.Pattern[str]
+    """One of `ends`, perhaps after white space."""
     bos: tuple[int, ...]
     """The BOS token if this tokenizer starts every text with one, else nothing."""
 
-    def encode(self, examples: Sequence[Example]) -> list[list[Encoded] | RowError]:
-        """Return the sequences of each example, or why it has none. A long document becomes several sequences, a conversation one."""
+    def encode(self, examples: Sequence[Example]) -> list[Encoded | RowError]:
+        """Return the sequence of each example, or why it has none. A document is never cut here: a plan splits the long ones."""
         drawn = [self._draw(example) for example in examples]
-        texts = [text for text, _ in (pair for pair in drawn if not isinstance(pair, RowError))]
+        texts = [one.text for one in drawn if isinstance(one, _Drawn)]
         encodings = iter(self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
-        return [
-            pair if isinstance(pair, RowError) else self._encoded(example, *pair, next(encodings))
-            for example, pair in zip(examples, drawn, strict=True)
-        ]
+        return [one if isinstance(one, RowError) else self._encoded(one, next(encodings)) for one in drawn]
 
     def prompt(self, example: Example) -> np.ndarray:
         """Return the tokens `[t]` that a model is given to write the last assistant message of `example` (or the next one)."""
@@ -69,25 +78,30 @@ class Encoder:
     def _with_bos(self, ids: list[int]) -> list[int]:
         return ids if not self.bos or ids[:1] == list(self.bos) else [*self.bos, *ids]
 
-    def _draw(self, example: Example) -> tuple[str, list[tuple[int, int]]] | RowError:
-        """Return the text and the character spans that are trained."""
+    def _draw(self, example: Example) -> _Drawn | RowError:
         try:
             if example.text is not None:
-                return example.text, [(0, len(example.text))]
-            text, spans = self._plain_pair(example) if self.template is None else self._conversation(example)
-            return text, [(0, len(text))] if self.train_on == "all" else spans
+                drawn = _Drawn(example.text, [(0, len(example.text))], self._needs_eos(example.text), whole=True)
+            else:
+                drawn = self._plain_pair(example) if self.template is None else self._conversation(example)
+            if drawn.needs_eos and self.tokenizer.eos_token_id is None:
+                raise RowError("the tokenizer has no EOS token to end a sequence with")
+            return drawn._replace(spans=[(0, len(drawn.text))]) if self.train_on == "all" else drawn
         except RowError as error:
             return error.at(example.where)
         except TemplateError as error:
             return RowError(str(error), where=example.where)
 
-    def _plain_pair(self, example: Example) -> tuple[str, list[tuple[int, int]]]:
+    def _needs_eos(self, text: str) -> bool:
+        return not text.endswith(self.tokenizer.eos_token or "\0")
+
+    def _plain_pair(self, example: Example) -> _Drawn:
         if [message["role"] for message in example.messages] != ["user", "assistant"]:
             raise RowError("a conversation needs a chat template, and template='none' is set; say template='chatml' or give one")
         prompt, completion = (message["content"] for message in example.messages)
-        return prompt + completion, [(len(prompt), len(prompt) + len(completion))]
+        return _Drawn(prompt + completion, [(len(prompt), len(prompt) + len(completion))], self._needs_eos(completion))
 
-    def _conversation(self, example: Example) -> tuple[str, list[tuple[int, int]]]:
+    def _conversation(self, example: Example) -> _Drawn:
         messages = [{key: value for key, value in message.items() if key != "weight"} for message in example.messages]
         turns = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
         turns = turns[-1:] if self.train_on == "last" else turns
@@ -95,7 +109,8 @@ class Encoder:
         text = self.template.render(messages, tools=example.tools)
         if _SENTINEL in text:
             raise RowError("holds the private-use characters U+E0F7 ftjax U+E0F8, which mark turns")
-        return text, [self._turn(text, messages, at, example.tools) for at in turns]
+        spans = [self._turn(text, messages, at, example.tools) for at in turns]
+        return _Drawn(text, spans, bool(spans) and spans[-1][1] == len(text) and not text.endswith(self.ends or "\0"))
 
     def _turn(self, text: str, messages: list[Message], at: int, tools: Sequence[Any] | None) -> tuple[int, int]:
         """Return the characters of message `at` in `text`, its end-of-turn token included."""
@@ -136,31 +151,15 @@ class Encoder:
             return None
         return len(prompt) if text.startswith(prompt) else None
 
-    def _encoded(self, example: Example, text: str, spans: list[tuple[int, int]], encoding: Any) -> list[Encoded] | RowError:
-        ids, mask = encoding.ids, _token_mask(encoding.offsets, spans)
-        closed = bool(spans) and spans[-1][1] == len(text)  # nothing follows what is trained: the sequence ends with EOS
-        if closed and (not ids or ids[-1] not in self._ends()):
-            if self.tokenizer.eos_token_id is None:
-                return RowError("the tokenizer has no EOS token to end a sequence with", where=example.where)
+    def _encoded(self, drawn: _Drawn, encoding: Any) -> Encoded:
+        ids, mask = encoding.ids, _token_mask(encoding.offsets, drawn.spans)
+        if drawn.needs_eos:
             ids, mask = [*ids, self.tokenizer.eos_token_id], np.append(mask, np.uint8(1))
-        whole = self._with_bos(ids)
-        mask = np.concatenate([np.zeros(len(whole) - len(ids), np.uint8), mask])
-        tokens = np.asarray(whole, np.int32)
-        if example.text is not None:
-            return [
-                _first_masked(tokens[at : at + self.max_tokens], mask[at : at + self.max_tokens])
-                for at in range(0, len(tokens), self.max_tokens)
-            ]
-        return [
-            cut(
-                _first_masked(tokens, mask),
-                max_tokens=self.max_tokens,
-                keep=len(self.bos) if whole[: len(self.bos)] == list(self.bos) else 0,
-            )
-        ]
-
-    def _ends(self) -> set[int]:
-        return {self.tokenizer.eos_token_id}
+        ids = self._with_bos(ids)
+        mask = np.concatenate([np.zeros(len(ids) - len(mask), np.uint8), mask])
+        sequence = _first_masked(np.asarray(ids, np.int32), mask)
+        keep = len(self.bos) if ids[: len(self.bos)] == list(self.bos) else 0
+        return sequence if drawn.whole else cut(sequence, max_tokens=self.max_tokens, keep=keep)
 
 
 def make_encoder(tokenizer: Any, *, max_tokens: int, template: str = "auto", train_on: str = "assistant", **variables: Any) -> Encoder:
@@ -188,11 +187,11 @@ def make_encoder(tokenizer: Any, *, max_tokens: int, template: str = "auto", tra
     special = {name: getattr(tokenizer, name, None) or "" for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     chat = ChatTemplate(source, variables={**special, **variables}) if source else None
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | {special["eos_token"]}
-    ends = sorted(added - {"", special["bos_token"]}, key=len, reverse=True)
+    ends = tuple(sorted(added - {"", special["bos_token"]}, key=len, reverse=True))
     end_of_turn = re.compile(rf"\s*({'|'.join(map(re.escape, ends))})" if ends else "(?!)")
     starts = tokenizer("a")["input_ids"][:1]
     bos = tuple(starts) if starts and starts[0] == tokenizer.bos_token_id else ()
-    return Encoder(tokenizer, chat, max_tokens, train_on, end_of_turn, bos)
+    return Encoder(tokenizer, chat, max_tokens, train_on, ends, end_of_turn, bos)
 
 
 def answer(example: Example) -> str:

@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 # Digits with or without thousands separators and decimals. A minus is a sign unless it stands between two terms ("5-3").
-_NUMBER = re.compile(r"(?:(?<![\w)\]%])[-−]\s?)?[$€£]?\s?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+_NUMBER = re.compile(r"(?:(?<![\w)\]%])[-−](?=[$€£\d.]))?[$€£]?\s?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 _MARKS = (re.compile(r"####"), re.compile(r"(?i)\banswer\b"))
 
 
