@@ -17,6 +17,7 @@ import numpy as np
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_LENGTH = struct.Struct("<Q")
 _MAX_DEPTH = 4
 _MAX_AXES = 4
 
@@ -114,7 +115,19 @@ class _Cursor:
         if inner in _SCALARS:
             code = _SCALARS[inner]
             return list(struct.unpack(f"<{count}{code}", self.take(count * struct.calcsize("<" + code))))
-        return [self.value(inner, depth + 1) for _ in range(count)]
+        return self.strings(count) if inner == _STRING else [self.value(inner, depth + 1) for _ in range(count)]
+
+    def strings(self, count: int) -> list[str]:
+        """Return `count` strings: a vocabulary, so this loop is written to be fast."""
+        found, position, end = [], self.position, len(self._data)
+        for _ in range(count):
+            (size,) = _LENGTH.unpack_from(self._data, position)
+            position += _LENGTH.size + size
+            if position > end:
+                raise ValueError(f"the header ends at byte {end}, inside a string")
+            found.append(str(self._data[position - size : position], "utf-8"))
+        self.position = position
+        return found
 
     def shape(self) -> tuple[int, ...]:
         num_axes = self.number("I")

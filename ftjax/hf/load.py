@@ -81,7 +81,7 @@ def load_params(checkpoint: Checkpoint, model: Model, *, dtype: Any = None, plac
     place = place or on_default_device
     params = {}
     for path, shape in shapes.items():
-        tensors = [checkpoint.tensors[name] for name in names.tensors(path, shape[0])]
+        tensors = [checkpoint.tensors[name] for name in names.tensors(path, shape)]
         params[path] = place(path, leaf(path, tensors, dtype))
     return tree.unflatten(params)
 
@@ -101,7 +101,7 @@ def on_default_device(path: str, tensor: LazyTensor) -> jax.Array:
 
 
 def _check(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    expected = {name: names.leaf_shape(path, shape) for path, shape in shapes.items() for name in names.tensors(path, shape[0])}
+    expected = {name: names.leaf_shape(path, shape) for path, shape in shapes.items() for name in names.tensors(path, shape)}
     found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     tied = {"lm_head.weight"} - set(expected)  # some files repeat the embedding as the head that their config ties to it
     problems = [f"missing: {name} {list(expected[name])}" for name in sorted(set(expected) - set(found))]

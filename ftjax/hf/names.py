@@ -51,19 +51,17 @@ def is_transposed(path: str) -> bool:
     return path.endswith("/kernel") and path != "embed_tokens/kernel"
 
 
-def module(path: str, layer: int | None = None) -> str:
-    """Return the Hugging Face module that owns a leaf: `model.layers.7.self_attn.q_proj`."""
+def modules(path: str, shape: tuple[int, ...]) -> list[str]:
+    """Return the Hugging Face modules that own a leaf of this shape: one, or `model.layers.7.self_attn.q_proj` for each layer."""
     owner = path.rpartition("/")[0].replace("/", ".")
     if is_stacked(path):
-        return f"model.layers.{layer}.{owner.removeprefix('layers.')}"
-    return owner if owner == "lm_head" else f"model.{owner}"
+        return [f"model.layers.{layer}.{owner.removeprefix('layers.')}" for layer in range(shape[0])]
+    return [owner if owner == "lm_head" else f"model.{owner}"]
 
 
-def tensors(path: str, num_layers: int) -> list[str]:
-    """Return the Hugging Face tensors that a leaf is made of: one, or one for each layer."""
-    leaf = _LEAVES[path.rpartition("/")[2]]
-    layers = range(num_layers) if is_stacked(path) else (None,)
-    return [f"{module(path, layer)}.{leaf}" for layer in layers]
+def tensors(path: str, shape: tuple[int, ...]) -> list[str]:
+    """Return the Hugging Face tensors that a leaf of this shape is made of: one, or one for each layer."""
+    return [f"{module}.{_LEAVES[path.rpartition('/')[2]]}" for module in modules(path, shape)]
 
 
 def path(name: str) -> tuple[str, int | None]:

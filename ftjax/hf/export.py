@@ -1,0 +1,159 @@
+"""A model out: the Hugging Face folder that `transformers`, vLLM or llama.cpp's converter load, adapters merged in.
+
+One layer of one leaf at a time is materialised, fetched and written, so neither host nor device ever holds a second model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax import models, tree, weights
+from ftjax.hf import names
+from ftjax.hf.folder import INDEX
+from ftjax.hf.write import Entry, new_folder, write_json, write_safetensors
+from ftjax.types import Model, Params
+
+SHARD_BYTES = 4_000_000_000
+
+
+def export_model(
+    folder: str | Path,
+    model: Model,
+    params: Params,
+    tokenizer: Any,
+    *,
+    dtype: Any = None,
+    shard_bytes: int = SHARD_BYTES,
+    base_name: str = "",
+) -> Path:
+    """Write config, weights, tokenizer with its chat template, generation config and model card.
+
+    Args:
+      folder: a new folder; it appears when everything in it is written.
+      model: whose config is written.
+      params: the tree that `model.apply` takes; a `Weight` leaf (an attached adapter, a quantised matrix) is written as its dense array.
+      tokenizer: as from `ftjax.hf.tokenizer.load`; None writes none.
+      dtype: of all tensors in the files; each leaf's own if None.
+      shard_bytes: the size that a safetensors file may have, if more than one tensor is in it.
+      base_name: the model that this one was trained from, for the model card.
+
+    Returns:
+      The folder.
+
+    Raises:
+      FileExistsError: the folder exists and is not empty.
+      ValueError: the tree does not have the leaves of the model; all that is wrong is listed and nothing is written.
+    """
+    leaves = tree.flatten(params)
+    _check(model, leaves)
+    dtypes = {path: jnp.dtype(dtype or leaf.dtype) for path, leaf in leaves.items()}
+    config = models.to_hf(model.config) | {"torch_dtype": dtypes["embed_tokens/kernel"].name}
+    with new_folder(Path(folder)) as temporary:
+        write_json(temporary / "config.json", config)
+        write_json(temporary / "generation_config.json", _generation_config(config, tokenizer))
+        (temporary / "README.md").write_text(_card(config, base_name, tree.size(leaves)), encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        _write_weights(temporary, leaves, dtypes, shard_bytes)
+    return Path(folder)
+
+
+def _check(model: Model, leaves: dict[str, Any]) -> None:
+    expected = tree.flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    problems = [f"missing: {path} {list(expected[path].shape)}" for path in sorted(expected.keys() - leaves.keys())]
+    problems += [f"extra: {path} {list(leaves[path].shape)}" for path in sorted(leaves.keys() - expected.keys())]
+    problems += [
+        f"misshapen: {path} is {list(leaves[path].shape)}, expected {list(expected[path].shape)}"
+        for path in sorted(expected.keys() & leaves.keys())
+        if leaves[path].shape != expected[path].shape
+    ]
+    if problems:
+        raise ValueError(f"export: the tree does not fit the model ({len(problems)} problems):\n  " + "\n  ".join(problems))
+
+
+def _write_weights(folder: Path, leaves: dict[str, Any], dtypes: dict[str, np.dtype], shard_bytes: int) -> None:
+    entries = [
+        Entry(name, dtypes[path], names.leaf_shape(path, leaf.shape))
+        for path, leaf in leaves.items()
+        for name in names.tensors(path, leaf.shape)
+    ]
+    shards = _shards(entries, shard_bytes)
+    arrays = _arrays(leaves, dtypes)
+    files = (
+        [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)] if len(shards) > 1 else ["model.safetensors"]
+    )
+    for file, shard in zip(files, shards, strict=True):
+        write_safetensors(folder / file, shard, (next(arrays) for _ in shard))
+    if len(shards) > 1:
+        weight_map = {entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard}
+        total = sum(entry.num_bytes for entry in entries)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _shards(entries: list[Entry], shard_bytes: int) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.num_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.num_bytes
+    return shards
+
+
+def _arrays(leaves: dict[str, Any], dtypes: dict[str, np.dtype]) -> Iterator[np.ndarray]:
+    """Yield the tensors in the order of `names.tensors`, leaf after leaf."""
+    for path, leaf in leaves.items():
+        for layer in range(leaf.shape[0]) if names.is_stacked(path) else (None,):
+            one = leaf if layer is None else _layer(leaf, layer)
+            dense = np.asarray(weights.materialize(one).astype(dtypes[path]))
+            yield dense.T if names.is_transposed(path) else dense
+
+
+def _layer(leaf: weights.Leaf, layer: int) -> weights.Leaf:
+    """Return one layer of a stacked leaf, `Weight` or array, as a scan over layers would."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), leaf)
+
+
+def _generation_config(config: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Return the ids that begin and end a text; a chat model's turn ends with its tokenizer's EOS, whatever its base's config says."""
+    ends = config.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if tokenizer is not None and tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in ends:
+        ends = [tokenizer.eos_token_id, *ends]
+    ids = {
+        "bos_token_id": config.get("bos_token_id"),
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": config.get("pad_token_id"),
+    }
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def _card(config: dict[str, Any], base_name: str, num_parameters: int) -> str:
+    base = f"base_model: {base_name}\n" if "/" in base_name else ""
+    origin = f"It was fine-tuned from `{base_name}`." if base_name else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+{base}tags:
+- ftjax
+---
+
+# Model card
+
+A `{config["model_type"]}` language model of {num_parameters:,} parameters, exported by ftjax. {origin}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
+```
+"""
