@@ -10,7 +10,7 @@ from configs import base
 def get_config(arg=""):
     config = base.sft()
     config.steps = 100
-    config.data.sources.task = base.source("tasks:copy")
-    config.data.eval_sources.task = base.source("tasks:copy", split="test")
+    config.data.sources.task = base.source("tasks:sort")
+    config.data.eval_sources.task = base.source("tasks:sort", split="test")
     config.eval.generate.examples = 64
     return base.finish(config, arg, tiny="tiny-llama")

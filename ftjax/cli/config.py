@@ -109,6 +109,21 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def check_unchanged(old: Mapping[str, Any], new: Mapping[str, Any], *, allowed: bool = False) -> None:
+    """Refuse to go on with a run under another config, unless `allowed`.
+
+    Raises:
+      ValueError: fields differ that a resumed run may not change; the message lists them.
+    """
+    changed = differences(old, new)
+    if changed and not allowed:
+        listing = "\n  ".join(changed)
+        raise ValueError(
+            f"config: this workdir holds a run of another config:\n  {listing}\n"
+            "Choose another --workdir, take the change back, or go on all the same with --allow_config_change."
+        )
+
+
 def help_lines(config: ConfigDict | None) -> list[str]:
     """Return the fields of a config with their values, for `--help`."""
     if config is None:

@@ -1,11 +1,175 @@
-"""Fine-tune."""
+"""Fine-tune a model as a config says.
 
+  ftjax train --config=configs/quickstart.py --workdir=runs/quickstart
+  ftjax train --config=configs/quickstart.py:smoke --workdir=/tmp/smoke        a few seconds, with a tiny random model
+  ftjax train --config=… --workdir=… --config.optimizer.learning_rate=3e-4     any field of the config
+
+The same command in the same workdir goes on where it stopped, with the same bits as if it never had. SIGTERM and Ctrl-C save and exit with
+code 0; a second one aborts. The workdir (a folder, or gs://…) holds metrics.jsonl, tensorboard/, checkpoints/, adapter/ and loss.png.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from contextlib import nullcontext
+from functools import partial
+
+import jax
+from absl import flags as absl_flags
+from etils import epath
+
+from ftjax import checkpoint, logs, sharding
+from ftjax.checkpoint import Checkpoints
+from ftjax.cli import adapter, build, measure, runtime, show
 from ftjax.cli import config as configs
+from ftjax.cli.loop import Loop, Memory, run
+from ftjax.cli.stop import Stop
+from ftjax.train import init_state, make_eval_step, make_train_step
 
 
-def define_flags(flags, argv):
+def define_flags(flags: absl_flags.FlagValues, argv) -> None:
+    """Define the flags of `ftjax train`."""
     configs.define(flags, argv)
+    absl_flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, the adapter", flag_values=flags)
+    absl_flags.DEFINE_bool("allow_config_change", False, "resume although the config is another than the run began with", flag_values=flags)
+    runtime.define_flags(flags)
 
 
-def main(flags):
-    print(flags.config)
+def main(flags: absl_flags.FlagValues) -> None:
+    """Train."""
+    if flags.config is None or not flags.workdir:
+        missing = "--workdir=FOLDER" if flags.config is not None else "--config=FILE"
+        raise ValueError(f"train: {missing} is needed, as in: ftjax train --config=configs/quickstart.py --workdir=runs/quickstart")
+    runtime.start(flags)
+    alone = checkpoint.lock(flags.workdir) if jax.process_index() == 0 else nullcontext()
+    with alone, Stop() as stop:
+        train(flags.config, epath.Path(flags.workdir), stop, allow_config_change=flags.allow_config_change)
+
+
+def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool = False) -> None:
+    """Run a config in a workdir, from its last checkpoint if there is one."""
+    began = time.monotonic()
+    first = jax.process_index() == 0
+    terminal = logs.Terminal(quiet=not first)
+    key = jax.random.key(config.seed)
+
+    # ---- mesh ----
+    mesh = build.mesh(config)
+    terminal.say(show.machine(mesh))
+
+    # ---- model and weights ----
+    loaded = build.model(config, mesh)
+    terminal.say(show.model(loaded))
+
+    # ---- method ----
+    method = build.method(config)
+    frozen, trainable = sharding.init_on_mesh(method.init, jax.random.fold_in(key, 0), loaded.params, mesh=mesh)
+    plans = method.plan(loaded.params)
+    terminal.heading("What is trained")
+    terminal.say(logs.plan_table(plans, loaded.params, trainable))
+
+    # ---- data ----
+    encoder = build.encoder(config, loaded.tokenizer)
+    loader, reports = build.loader(config, encoder)
+    eval_loader = build.eval_loader(config, encoder)
+    terminal.heading("What it learns from")
+    terminal.say(show.sources(reports, loader))
+    terminal.say(show.preview(loader.sequences, loaded.tokenizer, count=2, console=terminal.console))
+
+    # ---- step ----
+    optimizer, loss_fn, score = build.optimizer(config), build.loss(config), build.score(config, loaded.model, mesh)
+    make_state = partial(init_state, optimizer=optimizer)
+    state = sharding.init_on_mesh(make_state, jax.random.fold_in(key, 1), trainable, mesh=mesh)
+    shardings = sharding.state_shardings(state, mesh)
+    step = make_train_step(score, method, loss_fn, optimizer, accumulation=config.data.accumulation, state_sharding=shardings)
+    evaluate_step = make_eval_step(score, method, loss_fn)
+    flops = partial(logs.flops_per_batch, frozen, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable), loaded.model.config)
+    del trainable  # the state's now, and donated with it
+    loaded = loaded._replace(params=None)
+
+    # ---- where the run stands ----
+    config_json = configs.as_json(config)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
+    memory, start = Memory(), 0
+    if checkpoints.steps():
+        state, record = checkpoints.restore(state, fall_back=config.checkpoint.fall_back)
+        configs.check_unchanged(record.config, config_json, allowed=allow_config_change)
+        memory, start = Memory(**record.memory), record.step
+        terminal.say(f"going on from step {start}, saved in {checkpoints.folder}")
+    writers = _writers(config, config_json, workdir, start) if first else logs.Writers()
+
+    # ---- measured before ----
+    examples = build.held_out_examples(config, max(config.eval.generate.examples, config.eval.samples))
+
+    def answer(state, count: int) -> measure.Answers:
+        options = build.plain(config.eval.generate)
+        options.pop("examples")
+        return measure.answer(loaded.model, method.attach(frozen, state.trainable), encoder, examples[:count], **options)
+
+    def measured(state, when: str) -> dict:
+        if not config.eval.generate.examples:
+            return {}
+        with terminal.console.status(f"answering {config.eval.generate.examples} held-out prompts {when} training"):
+            found = answer(state, config.eval.generate.examples)
+        terminal.say(f"{config.eval.generate.metric.replace('_', ' ')} {when} training: [bold]{found.score:.1%}[/] of {len(found.scores)}")
+        return {"score": found.score, "completions": found.completions[:2], "prompts": found.prompts[:2], "wanted": found.wanted[:2]}
+
+    if not start:
+        terminal.heading("Training")
+        memory.before = measured(state, "before")
+
+    # ---- loop ----
+    def evaluate(state, done: int) -> dict[str, float]:
+        batches = itertools.islice(eval_loader.epoch(), config.eval.batches or None)
+        values = measure.evaluate(partial(evaluate_step, state.trainable, frozen), (build.on_mesh(batch, mesh) for batch in batches))
+        if config.eval.samples:
+            found = answer(state, config.eval.samples)
+            for prompt, completion in zip(found.prompts, found.completions, strict=True):
+                writers.text(done, "eval/sample", f"{prompt}\n→ {completion}")
+        return values
+
+    loop = Loop(
+        config=config,
+        config_json=config_json,
+        step=step,
+        frozen=frozen,
+        batches=loader.iterate,
+        put=partial(build.on_mesh, mesh=mesh),
+        flops=flops,
+        learning_rate=build.learning_rate(config),
+        evaluate=evaluate if eval_loader and config.eval.every_steps else None,
+        checkpoints=checkpoints,
+        writers=writers,
+        terminal=terminal,
+        meter=logs.Meter(logs.peak_flops(build.dtype(config.model.dtype)) * jax.process_count()),
+        stop=stop,
+        memory=memory,
+    )
+    state, done, reason = run(loop, state, start=start)
+    if stop.reason:
+        terminal.say(f"{reason}: saved at step {done} of {config.steps}; the same command goes on from there.")
+        writers.close()
+        checkpoints.close()
+        return
+
+    # ---- measured after ----
+    after = measured(state, "after")
+    if after:
+        writers.write(done, {"eval/score_before": memory.before.get("score", float("nan")), "eval/score_after": after["score"]})
+    writers.close()
+    checkpoints.close()
+    exported = adapter.export(workdir / "adapter", loaded, state.trainable, plans, say=terminal.say)
+    if first:
+        show.ending(terminal, workdir, config, memory.before, after, reason=reason, exported=exported, seconds=time.monotonic() - began)
+
+
+def _writers(config, config_json, workdir: epath.Path, start: int) -> logs.Writers:
+    (workdir / "config.json").write_text(json.dumps(config_json, indent=1))
+    writers: list[logs.Writer] = [logs.Jsonl(workdir / "metrics.jsonl", resume_step=start)]
+    if config.logging.tensorboard:
+        writers.append(logs.TensorBoard(workdir / "tensorboard", resume_step=start))
+    if config.logging.wandb:
+        writers.append(logs.Wandb(project=config.logging.wandb_project, folder=workdir, config=config_json, name=workdir.name))
+    return logs.Writers(writers)

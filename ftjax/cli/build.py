@@ -1,0 +1,190 @@
+"""From a config to objects: the only place where strings select. Errors name the field of the config."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from ftjax import data, hub, losses, models, optimizers, peft, scoring, sharding
+from ftjax.hf import load as hf_load
+from ftjax.hf import tokenizer as hf_tokenizer
+from ftjax.train import Score
+from ftjax.tree import nearest
+from ftjax.types import LossFn, Model, Params, Transform
+
+
+class Loaded(NamedTuple):
+    """A model with its weights and its tokenizer."""
+
+    model: Model
+    params: Params
+    tokenizer: Any
+    name: str
+
+
+def mesh(config) -> Mesh:
+    """Return the mesh of `config.mesh`; where all four sizes are given, over just so many devices of a single process."""
+    sizes = {name: int(config.mesh[name]) for name in sharding.AXES}
+    product = math.prod(sizes.values())
+    some = product > 0 and jax.process_count() == 1
+    return sharding.make_mesh(**sizes, devices=jax.devices()[:product] if some else None)
+
+
+def dtype(name: str) -> str:
+    """Return the dtype that "auto" stands for.
+
+    bfloat16 on accelerators; on a CPU where it is faster than float32, which is from JAX 0.12 on (1.6 to 2 times; it gains nothing on 0.10).
+    """
+    if name not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"model.dtype: there is no {name!r}; nearest: {nearest(name, ('auto', 'float32', 'bfloat16'))}.")
+    if name != "auto":
+        return name
+    slow = jax.default_backend() == "cpu" and jax.__version_info__ < (0, 12)
+    return "float32" if slow else "bfloat16"
+
+
+def architecture(config) -> tuple[Model, models.Config]:
+    """Return the model of `config.model.preset`, without weights."""
+    shape = dataclasses.replace(_named("model.preset", models.preset, config.model.preset), dtype=dtype(config.model.dtype))
+    return models.build(shape, remat=config.model.remat), shape
+
+
+def model(config, mesh: Mesh) -> Loaded:
+    """Return the model with its weights on the mesh; random ones where `config.model.random` says so."""
+    if config.model.random:
+        built, _ = architecture(config)
+        params = sharding.init_on_mesh(built.init, jax.random.key(config.seed), mesh=mesh)
+        return Loaded(built, params, tokenizer(config), f"{config.model.preset} (random)")
+    found = hf_load.load(
+        config.model.name, dtype=dtype(config.model.dtype), remat=config.model.remat, place=sharding.placement(mesh)
+    )
+    return Loaded(found.model, found.params, tokenizer(config) if config.tokenizer else found.tokenizer, config.model.name)
+
+
+def tokenizer(config) -> Any:
+    """Return the tokenizer of `config.tokenizer`, or the model's."""
+    if config.tokenizer == "bytes":
+        return hf_tokenizer.byte_tokenizer()
+    if not config.tokenizer and config.model.random:
+        raise ValueError("tokenizer: a model with random weights has none of its own; set tokenizer to a folder, a model or 'bytes'.")
+    return hf_tokenizer.load(hub.find(config.tokenizer or config.model.name))
+
+
+def method(config) -> Transform:
+    """Return the chain of `config.methods`, each with the block of its name."""
+    if not config.methods:
+        raise ValueError("methods: name at least one, such as ('lora',).")
+    return peft.chain(*(_method(name, config) for name in config.methods))
+
+
+def _method(name: str, config) -> Transform:
+    if name not in peft.METHODS:
+        raise ValueError(f"methods: there is no method {name!r}; nearest: {nearest(name, peft.METHODS)}.")
+    if name not in config:
+        raise ValueError(f"methods: {name!r} needs a block config.{name} with its options.")
+    return peft.METHODS[name](**plain(config[name]))
+
+
+def loss(config) -> LossFn:
+    """Return the objective of `config.algorithm` with the options of `config.loss`."""
+    if config.algorithm not in losses.LOSSES:
+        raise ValueError(f"algorithm: there is no {config.algorithm!r}; nearest: {nearest(config.algorithm, losses.LOSSES)}.")
+    return partial(losses.LOSSES[config.algorithm], **plain(config.loss))
+
+
+def score(config, model: Model, mesh: Mesh) -> Score:
+    """Return how tokens are scored: with what the objective and its metrics need, and no more."""
+    shards = math.prod(mesh.shape[name] for name in sharding.ROWS)
+    outputs = ("logps", "greedy", *(["mean_logps"] if config.loss.label_smoothing else []))
+    return partial(scoring.score, model, batch_shards=shards, outputs=outputs)
+
+
+def optimizer(config) -> optax.GradientTransformation:
+    """Return the optimiser and schedule of `config.optimizer`."""
+    options = plain(config.optimizer)
+    return optimizers.build(
+        options.pop("name"),
+        steps=config.steps,
+        schedule_name=options.pop("schedule"),
+        clip_norm=options.pop("clip_norm") or None,
+        groups=tuple(map(tuple, options.pop("groups"))),
+        **options,
+    )
+
+
+def learning_rate(config) -> optax.Schedule:
+    """Return the learning rate by step, for the logs."""
+    names = ("learning_rate", "warmup_steps", "final_fraction", "decay_steps")
+    return optimizers.schedule(config.optimizer.schedule, steps=config.steps, **{name: config.optimizer[name] for name in names})
+
+
+def encoder(config, tokenizer: Any) -> data.Encoder:
+    """Return how examples become tokens."""
+    return data.make_encoder(
+        tokenizer, max_tokens=config.data.max_tokens, template=config.data.template, train_on=config.data.train_on
+    )
+
+
+def loader(config, encoder: data.Encoder) -> tuple[data.Loader, dict[str, data.Report]]:
+    """Return this process's share of the training batches, and what became of the rows of each source."""
+    if config.data.batch_size % config.data.accumulation:
+        raise ValueError(
+            f"data.accumulation: {config.data.batch_size} rows (data.batch_size) cannot be split into {config.data.accumulation} parts."
+        )
+    return _load(config, encoder, config.data.sources, "data.sources", shuffle=config.data.shuffle)
+
+
+def eval_loader(config, encoder: data.Encoder) -> data.Loader | None:
+    """Return this process's share of the held-out batches, in the order of their files; None without eval_sources."""
+    if not config.data.eval_sources:
+        return None
+    return _load(config, encoder, config.data.eval_sources, "data.eval_sources", shuffle=False)[0]
+
+
+def _load(config, encoder: data.Encoder, sources, field: str, *, shuffle: bool) -> tuple[data.Loader, dict[str, data.Report]]:
+    if not sources:
+        raise ValueError(f"{field}: no source is named; add one as base.source(PATH).")
+    found, reports = data.load(
+        {name: plain(source) for name, source in sources.items()},
+        encoder,
+        batch_size=config.data.batch_size,
+        packing=config.data.packing,
+        seed=config.seed,
+        shuffle=shuffle,
+        bad_rows=config.data.bad_rows,
+    )
+    return found.shard(jax.process_index(), jax.process_count()), reports
+
+
+def held_out_examples(config, count: int) -> list[data.Example]:
+    """Return the first `count` held-out examples that have an answer to compare with, taken in turn from each source."""
+    sources = [data.read(plain(source), bad_rows=config.data.bad_rows) for source in config.data.eval_sources.values()]
+    answered = [[example for example in examples if data.answer(example)] for examples in sources]
+    width = max(map(len, answered), default=0)
+    return [examples[at] for at in range(width) for examples in answered if at < len(examples)][:count]
+
+
+def on_mesh(batch: Any, mesh: Mesh) -> Any:
+    """Return a batch of this process's rows as global arrays."""
+    where = sharding.batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, where)
+    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(where, rows), batch)
+
+
+def plain(block) -> dict[str, Any]:
+    """Return a block of the config as a dict of plain values."""
+    return block.to_dict() if hasattr(block, "to_dict") else dict(block)
+
+
+def _named(field: str, function, name: str):
+    try:
+        return function(name)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error

@@ -1,0 +1,195 @@
+"""The training loop: batches in, steps done, numbers out one step late so that the devices never wait for the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ftjax import logs
+from ftjax.checkpoint import Checkpoints, Record, improves
+from ftjax.cli.stop import Stop
+from ftjax.train import Step
+from ftjax.types import Batch, Mean, Metrics, Params, TrainState
+
+Evaluate = Callable[[TrainState, int], dict[str, float]]
+"""`(state, step) -> values`: held-out metrics; logs what is not a number itself."""
+
+
+class NonFinite(ValueError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+@dataclasses.dataclass
+class Memory:
+    """What a run remembers beside its state, so that a resumed one decides and reports as an uninterrupted one would."""
+
+    best: float | None = None
+    bad_evals: int = 0
+    skipped_in_a_row: int = 0
+    skipped: int = 0
+    before: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What was measured before the first step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What stays the same from step to step."""
+
+    config: Any
+    config_json: Mapping[str, Any]
+    step: Step
+    frozen: Params
+    batches: Callable[[int], Iterator[Batch]]
+    """`batches(start) -> iterator` of numpy batches: this process's rows."""
+    put: Callable[[Batch], Batch]
+    """Onto the mesh."""
+    flops: Callable[[Batch], float]
+    learning_rate: Callable[[int], Any]
+    evaluate: Evaluate | None
+    checkpoints: Checkpoints
+    writers: logs.Writers
+    terminal: logs.Terminal
+    meter: logs.Meter
+    stop: Stop
+    memory: Memory
+
+
+def run(loop: Loop, state: TrainState, *, start: int) -> tuple[TrainState, int, str]:
+    """Train from step `start` on.
+
+    Returns:
+      The state, the number of steps done, and why the loop ended: "finished", "early stopping", or the name of a signal.
+
+    Raises:
+      NonFinite: `max_skipped_steps` in a row changed nothing; the last finite state has been saved.
+    """
+    config, readings, done, reason = loop.config, Readings(loop), start, "finished"
+    loop.terminal.start(config.steps, done=start)
+    batches = loop.batches(start)
+    try:
+        loop.meter.restart()
+        while done < config.steps:
+            batch = next(batches)
+            with jax.transfer_guard("disallow"):
+                state, metrics = loop.step(state, loop.frozen, loop.put(batch))
+            done += 1
+            readings.add(done, metrics, batch)
+            stopping = loop.stop.at(done)
+            evaluating = loop.evaluate is not None and _due(done, config.eval.every_steps, config.steps)
+            if stopping or evaluating or _due(done, config.checkpoint.every_steps, config.steps):
+                readings.flush()
+                values = _evaluate(loop, state, done) if evaluating and not stopping else {}
+                _save(loop, state, done, values)
+                loop.meter.restart()
+            if stopping:
+                reason = loop.stop.reason or "SIGTERM"
+                break
+            if 0 < config.early_stopping.patience <= loop.memory.bad_evals:
+                reason = "early stopping"
+                break
+    except NonFinite:
+        _save(loop, state, done, {})
+        loop.checkpoints.wait()
+        raise
+    finally:
+        batches.close()
+        loop.terminal.stop()
+    loop.checkpoints.wait()
+    return state, done, reason
+
+
+def _due(done: int, every: int, last: int) -> bool:
+    return done == last or (every > 0 and done % every == 0)
+
+
+def _evaluate(loop: Loop, state: TrainState, done: int) -> dict[str, float]:
+    values = loop.evaluate(state, done)
+    loop.writers.write(done, {f"eval/{name}": value for name, value in values.items()})
+    metric = loop.config.checkpoint.best_metric
+    if metric not in values:
+        raise ValueError(f"checkpoint.best_metric: the evaluation has no {metric!r}; it has {', '.join(values)}.")
+    better = improves(values[metric], loop.memory.best, metric)
+    loop.memory.best = values[metric] if better else loop.memory.best
+    loop.memory.bad_evals = 0 if better else loop.memory.bad_evals + 1
+    loop.terminal.say(
+        f"[bold]evaluation[/] at step {done}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()) + ("  (best)" if better else "")
+    )
+    return values
+
+
+def _save(loop: Loop, state: TrainState, done: int, values: Mapping[str, float]) -> None:
+    """Save where a checkpoint is due, where the run ends, and where it has never been better."""
+    best = bool(values) and loop.memory.bad_evals == 0
+    if best or _due(done, loop.config.checkpoint.every_steps, loop.config.steps) or not values:
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        loop.checkpoints.save(state, Record(done, loop.config_json, finite, dataclasses.asdict(loop.memory)))
+
+
+class Readings:
+    """Reads the metrics of a step after the next one has been handed to the devices.
+
+    On a CPU, where the host itself computes, there is nothing to gain by that, and they are read at once.
+    """
+
+    def __init__(self, loop: Loop, *, late: bool | None = None):
+        self._loop = loop
+        self._late = jax.default_backend() != "cpu" if late is None else late
+        self._waiting: tuple[int, Metrics, Batch] | None = None
+        self._sums: dict[str, Mean] = {}
+
+    def add(self, step: int, metrics: Metrics, batch: Batch) -> None:
+        """Take the metrics of a step, still on the devices; read those of the step before."""
+        before, self._waiting = self._waiting, (step, metrics, batch)
+        if before:
+            self._read(*before)
+        if not self._late:
+            self.flush()
+        self._loop.terminal.advance(step)
+
+    def flush(self) -> None:
+        """Read what is waiting, which waits for the devices."""
+        if self._waiting:
+            waiting, self._waiting = self._waiting, None
+            self._read(*waiting)
+
+    def _read(self, step: int, metrics: Metrics, batch: Batch) -> None:
+        means = jax.device_get(metrics)
+        processes = jax.process_count()
+        self._loop.meter.add(int((np.asarray(batch.segment_ids) > 0).sum()) * processes, self._loop.flops(batch) * processes)
+        self._check(step, means)
+        self._sums = {name: self._sums[name] + mean for name, mean in means.items()} if self._sums else means
+        if step % self._loop.config.logging.every_steps == 0 or step == self._loop.config.steps:
+            self._report(step)
+
+    def _check(self, step: int, means: Metrics) -> None:
+        """Count and name steps that changed nothing; raise after too many in a row."""
+        memory, most = self._loop.memory, self._loop.config.max_skipped_steps
+        if not means["skipped"].total:
+            memory.skipped_in_a_row = 0
+            return
+        memory.skipped += 1
+        memory.skipped_in_a_row += 1
+        self._loop.terminal.say(
+            f"[yellow]step {step} was skipped[/]: loss {means['loss'].value():.4g}, gradient norm {means['grad_norm'].value():.4g} "
+            f"({memory.skipped} so far)"
+        )
+        if memory.skipped_in_a_row >= most > 0:
+            raise NonFinite(
+                f"{most} steps in a row, the last of them step {step}, had a loss or gradient that is not finite, and changed no weight. "
+                "Try a lower optimizer.learning_rate or more warmup_steps, look at the data of these steps with `ftjax inspect`, or set "
+                "model.dtype to float32. The last finite weights are saved; max_skipped_steps says how many to bear."
+            )
+
+    def _report(self, step: int) -> None:
+        values = {name: mean.value() for name, mean in self._sums.items() if name not in ("tokens", "skipped")}
+        values |= {"supervised_tokens": float(self._sums["tokens"].total), "skipped": float(self._sums["skipped"].total)}
+        self._sums = {}
+        values |= self._loop.meter.read()
+        values["learning_rate"] = float(self._loop.learning_rate(step - 1))
+        self._loop.writers.write(step, {f"train/{name}": value for name, value in values.items()})
+        self._loop.terminal.report(step, values)

@@ -1,0 +1,95 @@
+"""How good a model is: loss over held-out batches, and how many answers it gets exactly right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from ftjax import data, rewards, rollout
+from ftjax.tree import nearest
+from ftjax.types import Batch, Metrics, Model, Params
+
+MATCHES = {"exact_match": rewards.exact_match, "numeric_match": rewards.numeric_match}
+
+
+def evaluate(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> dict[str, float]:
+    """Return the metrics over all batches, each a quotient of sums, and the perplexity.
+
+    Args:
+      step: `batch -> metrics`, from `train.make_eval_step`.
+      batches: global batches, already on their devices.
+    """
+    total: Metrics = {}
+    for batch in batches:
+        found = step(batch)
+        total = {name: total[name] + mean for name, mean in found.items()} if total else found
+    if not total:
+        raise ValueError("eval: there is no held-out batch.")
+    values = {name: mean.value() for name, mean in jax.device_get(total).items()}
+    return {**values, "perplexity": math.exp(min(values.get("nll", values["loss"]), 700.0))}
+
+
+class Answers(NamedTuple):
+    """What a model wrote to held-out prompts, beside what was asked for."""
+
+    prompts: list[str]
+    completions: list[str]
+    wanted: list[str]
+    scores: list[float | None]
+
+    @property
+    def score(self) -> float:
+        """The share of right answers among those that can be judged."""
+        judged = [score for score in self.scores if score is not None]
+        return sum(judged) / len(judged) if judged else float("nan")
+
+
+def answer(
+    model: Model,
+    params: Params,
+    encoder: data.Encoder,
+    examples: Sequence[data.Example],
+    *,
+    max_tokens: int,
+    batch_size: int,
+    metric: str = "exact_match",
+) -> Answers:
+    """Complete the prompts of some examples greedily and compare with their last assistant messages.
+
+    Args:
+      model: the architecture.
+      params: attached without a key, so that dropout is off.
+      encoder: renders the prompts as in training.
+      examples: held-out examples that end with an answer.
+      max_tokens: of a completion.
+      batch_size: prompts at a time.
+      metric: a key of `MATCHES`.
+    """
+    if metric not in MATCHES:
+        raise ValueError(f"eval.generate.metric: there is no {metric!r}; nearest: {nearest(metric, MATCHES)}.")
+    completions = rollout.generate_text(
+        model,
+        params,
+        encoder.tokenizer,
+        [encoder.prompt(example) for example in examples],
+        max_tokens=max_tokens,
+        temperature=0.0,
+        key=None,
+        batch_size=batch_size,
+    )
+    prompts, wanted = [question(example) for example in examples], [data.answer(example) for example in examples]
+    scores = MATCHES[metric](prompts, completions, answer=[_reference(example) for example in examples])
+    return Answers(prompts, completions, wanted, scores)
+
+
+def question(example: data.Example) -> str:
+    """Return the last user message, to show."""
+    return next((message["content"] for message in reversed(example.messages) if message["role"] == "user"), "")
+
+
+def _reference(example: data.Example) -> Any:
+    """Return what counts as right: the row's `answer` if it has one, else the answer that would be trained."""
+    return example.columns.get("answer") or data.answer(example)

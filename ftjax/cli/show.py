@@ -1,0 +1,95 @@
+"""What a run prints about itself: the machine, the model, the data, and at the end what came of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from rich import box
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ftjax import data, logs, tree
+from ftjax.cli.build import Loaded
+from ftjax.data import inspect
+from ftjax.logs.terminal import megabytes
+from ftjax.logs.writers import read_jsonl
+
+
+def machine(mesh: Mesh) -> str:
+    """Return one line about the devices and how they are used."""
+    device = mesh.devices.flat[0]
+    sizes = " × ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    kind = f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
+    others = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"JAX {jax.__version__} on {kind}: {mesh.size} of {jax.device_count()} devices{f' ({sizes})' if sizes else ''}{others}"
+
+
+def model(loaded: Loaded) -> str:
+    """Return one line about the model."""
+    dtypes = sorted({leaf.dtype.name for leaf in jax.tree.leaves(loaded.params)})
+    size = f"{tree.size(loaded.params):,} parameters in {' and '.join(dtypes)}, {megabytes(tree.num_bytes(loaded.params))}"
+    return f"{loaded.name}: {loaded.model.config.model_type}, {size}"
+
+
+def sources(reports: Mapping[str, data.Report], loader: data.Loader) -> Group:
+    """Return the table of sources: rows, sequences, tokens and how many of them are trained."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, justify in (("source", "left"), ("rows", "right"), ("sequences", "right"), ("tokens", "right"), ("trained", "right"), ("left out", "right")):
+        table.add_column(name, justify=justify)
+    for name, report in reports.items():
+        left_out = sum(report.skipped.values())
+        cells = (report.rows, report.sequences, report.tokens, report.supervised, left_out)
+        table.add_row(name, *(f"{cell:,}" for cell in cells))
+    return Group(table, f"{loader.steps_per_epoch:,} steps an epoch; {loader.efficiency:.0%} of the positions of a batch hold a token")
+
+
+def preview(sequences: data.Sequences, tokenizer: Any, *, count: int, console: Console) -> Group:
+    """Return a few sequences, the trained tokens in colour (between ⟦ and ⟧ where there is no colour)."""
+    shown = [_coloured(inspect.sequence_runs(tokenizer, sequences, index), marked=not console.is_terminal) for index in range(min(count, len(sequences.lengths)))]
+    legend = "the tokens in [bold green]green[/] are trained" if console.is_terminal else "the tokens between ⟦ and ⟧ are trained"
+    return Group(*(Panel(text, box=box.ROUNDED, border_style="dim") for text in shown), Text.from_markup(f"[dim]{legend}[/]"))
+
+
+def _coloured(runs: list[tuple[str, bool]], *, marked: bool, limit: int = 1200) -> Text:
+    text = Text()
+    for piece, trained in runs:
+        piece = f"⟦{piece}⟧" if trained and marked else piece
+        text.append(piece, style="bold green" if trained else "dim")
+    return text if len(text) <= limit else Text("… ") + text[-limit:]
+
+
+def ending(terminal: logs.Terminal, workdir: epath.Path, config, before: Mapping, after: Mapping, *, reason: str, exported, seconds: float) -> None:
+    """Print what came of the run: the match before and after, two completions, the picture and the command to try."""
+    terminal.heading("Result")
+    gain = f"{config.eval.generate.metric.replace('_', ' ')} {before['score']:.1%} → {after['score']:.1%}" if before and after else ""
+    picture = workdir / "loss.png"
+    rows = read_jsonl(workdir / "metrics.jsonl")
+    if any("train/loss" in row for row in rows):
+        logs.loss_curve(rows, picture, title=f"{config.model.preset if config.model.random else config.model.name}, {' + '.join(config.methods)}", subtitle=gain)
+    if before and after:
+        count = config.eval.generate.examples
+        terminal.say(f"[bold]{gain}[/] on {count} held-out prompts that were never trained on")
+        for prompt, wanted, old, new in zip(after["prompts"], after["wanted"], before["completions"], after["completions"], strict=True):
+            terminal.panel(f"{prompt}\n\nbefore  {_short(old)}\nafter   {_short(new)}\nright   {_short(wanted)}", "held out")
+    minutes = f"{int(seconds) // 60}:{int(seconds) % 60:02d} minutes, at most {logs.peak_memory() / 1e9:.2f} GB of memory"
+    terminal.say(f"{reason} after {minutes}")
+    terminal.say(f"loss curve   {picture}")
+    if exported is not None:
+        model_flag = "" if config.model.name == "smollm2-135m-instruct" else f" --model={config.model.name}"
+        terminal.say(f"adapter      {exported}  (PEFT format)")
+        prompt = (after["prompts"][0] if after else "Hello!").replace('"', "'").replace("\n", " ")
+        terminal.say(f'try it       ftjax generate{model_flag} --adapter={exported} --prompt="{prompt}"', soft_wrap=True)
+    else:
+        terminal.say(f"to use it    ftjax export --workdir={workdir} --output={workdir}/model   (a Hugging Face folder)", soft_wrap=True)
+
+
+def _short(text: str, limit: int = 300) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[:limit] + " …"

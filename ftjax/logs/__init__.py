@@ -1,0 +1,21 @@
+"""What a run says: to the terminal, to files, and as a picture."""
+
+from ftjax.logs.plot import loss_curve
+from ftjax.logs.terminal import Terminal, plan_table
+from ftjax.logs.throughput import Meter, flops_per_batch, peak_flops, peak_memory
+from ftjax.logs.writers import Jsonl, TensorBoard, Wandb, Writer, Writers
+
+__all__ = [
+    "Jsonl",
+    "Meter",
+    "TensorBoard",
+    "Terminal",
+    "Wandb",
+    "Writer",
+    "Writers",
+    "flops_per_batch",
+    "loss_curve",
+    "peak_flops",
+    "peak_memory",
+    "plan_table",
+]

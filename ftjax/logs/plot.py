@@ -1,0 +1,71 @@
+"""The loss curve as a picture: what happened in a run, at a glance."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+_INK, _FAINT, _TRAIN, _EVAL = "#22262e", "#c9ced8", "#3b6fd4", "#e2703a"
+
+
+def loss_curve(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, title: str, subtitle: str = "") -> None:
+    """Draw training and evaluation loss over the steps.
+
+    Args:
+      rows: as `writers.read_jsonl` returns them: `step` with `train/loss` or `eval/loss`.
+      path: the PNG to write.
+      title: what was trained.
+      subtitle: a line under it, such as the exact match before and after.
+
+    Raises:
+      ValueError: no row has a loss.
+    """
+    train, held_out = _series(rows, "train/loss"), _series(rows, "eval/loss")
+    if not len(train) and not len(held_out):
+        raise ValueError("plot: no row has a train/loss or eval/loss; was nothing logged?")
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    figure = Figure(figsize=(7.2, 4.2), dpi=160, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    _plot_series(axes, train, held_out)
+    axes.set_xlabel("step", color=_INK)
+    axes.set_ylabel("loss (nats per token)", color=_INK)
+    axes.grid(axis="y", color=_FAINT, linewidth=0.6, alpha=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_FAINT)
+    axes.tick_params(colors=_INK, length=0)
+    axes.set_ylim(bottom=0)
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold", color=_INK)
+    if subtitle:
+        axes.set_title(subtitle, loc="left", fontsize=9, color=_INK, pad=10)
+    figure.savefig(os.fspath(path))
+
+
+def _plot_series(axes, train: np.ndarray, held_out: np.ndarray) -> None:
+    if len(train):
+        axes.plot(train[:, 0], train[:, 1], color=_TRAIN, alpha=0.25, linewidth=1)
+        axes.plot(train[:, 0], smooth(train[:, 1]), color=_TRAIN, linewidth=2)
+        _label(axes, train[-1, 0], smooth(train[:, 1])[-1], "training", _TRAIN, offset=9)
+    if len(held_out):
+        axes.plot(held_out[:, 0], held_out[:, 1], color=_EVAL, linewidth=1.6, marker="o", markersize=4)
+        _label(axes, held_out[-1, 0], held_out[-1, 1], "held out", _EVAL, offset=-11)
+
+
+def _label(axes, x: float, y: float, text: str, color: str, *, offset: int) -> None:
+    """Name a line at its end, in its colour: no legend to look up."""
+    axes.annotate(f"{text} {y:.3f}", (x, y), (-4, offset), textcoords="offset points", ha="right", color=color, fontsize=9, fontweight="bold")
+
+
+def smooth(values: np.ndarray, *, window: int = 9) -> np.ndarray:
+    """Return a moving average over at most `window` values, shorter at the ends, so that it neither lags nor shrinks."""
+    half = min(window, max(1, len(values) // 5)) // 2
+    return np.array([np.mean(values[max(0, i - min(half, i, len(values) - 1 - i)) : i + min(half, i, len(values) - 1 - i) + 1]) for i in range(len(values))])
+
+
+def _series(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    return np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None], float).reshape(-1, 2)

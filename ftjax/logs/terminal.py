@@ -1,0 +1,111 @@
+"""The run on the terminal: a table of what is trained, a progress bar, and plain lines where nobody watches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ftjax import tree
+from ftjax.types import Params, Plan
+
+
+def plan_table(plan: Sequence[Plan], params: Params, trainable: Params) -> Table:
+    """Return the table rule -> leaves -> parameters -> bytes: what each method does to which leaves, and what it trains."""
+    flat = tree.flatten(params)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    for name, justify in (("method", "left"), ("rule", "left"), ("options", "left"), ("leaves", "right"), ("trained", "right"), ("size", "right")):
+        table.add_column(name, justify=justify, overflow="fold")
+    covered: set[str] = set()
+    for row in plan:
+        trained = tree.flatten(trainable.get(row.method, {}))
+        mine = [leaf for path, leaf in trained.items() if any(path == one or path.startswith(f"{one}/") for one in row.paths)]
+        covered |= set(row.paths)
+        options = ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.options.items() if value)
+        table.add_row(row.method, row.rule, options, str(len(row.paths)), f"{tree.size(mine):,}", megabytes(tree.num_bytes(mine)))
+    rest = [leaf for path, leaf in flat.items() if path not in covered]
+    table.add_row("[dim]frozen[/]", "[dim]whatever no rule names[/]", "", str(len(rest)), "[dim]0[/]", megabytes(0))
+    total, base = tree.size(trainable), tree.size(params)
+    table.add_section()
+    table.add_row("[b]all[/]", f"of {base:,} parameters ({megabytes(tree.num_bytes(params))})", f"{100 * total / base:.2f} %", str(len(flat)), f"[b]{total:,}[/]", megabytes(tree.num_bytes(trainable)))
+    return table
+
+
+def megabytes(count: float) -> str:
+    """Return a number of bytes as people write it: `9.8 MB`, `1.08 GB`."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+class Terminal:
+    """Progress and messages. Where the output is no terminal the bar becomes one plain line at each report.
+
+    Args:
+      quiet: say nothing (every process but the first).
+      console: where to; the standard output if None.
+    """
+
+    def __init__(self, *, quiet: bool = False, console: Console | None = None):
+        self.console = console or Console(quiet=quiet, highlight=False, soft_wrap=False)
+        if not self.console.is_terminal:
+            self.console.width = max(self.console.width, 120)
+        self._progress: Progress | None = None
+        self._task = None
+        self._total, self._began, self._first_step = 0, 0.0, 0
+
+    def say(self, *what, **options) -> None:
+        """Print above the bar."""
+        self.console.print(*what, **options)
+
+    def heading(self, text: str) -> None:
+        """Print a heading between the parts of a run."""
+        self.console.print()
+        self.console.print(Text(text, style="bold"))
+
+    def panel(self, text: str, title: str) -> None:
+        """Print a text in a frame."""
+        self.console.print(Panel(Text(text), title=title, title_align="left", box=box.ROUNDED, border_style="dim"))
+
+    def start(self, total: int, *, done: int = 0) -> None:
+        """Begin the bar of `total` steps, `done` of which an earlier process made."""
+        self._total, self._began, self._first_step = total, time.monotonic(), done
+        if not self.console.is_terminal or self.console.quiet:
+            return
+        self._progress = Progress(
+            BarColumn(bar_width=28, complete_style="blue", finished_style="green"),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[report]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=False,
+        )
+        self._task = self._progress.add_task("", total=total, completed=done, report="compiling …")
+        self._progress.start()
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        if self._progress:
+            self._progress.update(self._task, completed=step)
+
+    def report(self, step: int, values: Mapping[str, float]) -> None:
+        """Show loss, tokens a second and memory."""
+        shown = f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  {values['memory_gb']:.2f} GB"
+        if self._progress:
+            self._progress.update(self._task, completed=step, report=shown)
+        elif not self.console.quiet:
+            self.say(f"step {step:>{len(str(self._total))}}/{self._total}  {shown}  {self._left(step)} left")
+
+    def stop(self) -> None:
+        """End the bar."""
+        if self._progress:
+            self._progress.stop()
+            self._progress = None
+
+    def _left(self, step: int) -> str:
+        seconds = (time.monotonic() - self._began) / max(1, step - self._first_step) * (self._total - step)
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,134 @@
+"""How fast a run is: tokens a second, memory, and the fraction of the machine's peak that the model's own arithmetic takes (MFU).
+
+Floating-point operations of one training step (a multiply-add is two):
+
+    trunk      tokens · (4 · frozen + 6 · trained weights in matrices)      a frozen matrix needs y = x W and dx, but no dW
+    head       supervised tokens · v · d · (4 if it is frozen, else 6)      logits are computed where the loss counts them
+    attention  12 · h · c · Σ over layers and queries of the keys that each sees: two products forward, four backward
+
+The embedding is a look-up and counts nothing; nor does what rematerialisation computes twice: it is the model's work, not the machine's.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ftjax import tree
+from ftjax.types import Batch, Params
+
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+}
+"""Dense bfloat16 operations a second by the start of `device_kind`, from the makers' data sheets; the longest match counts."""
+
+
+def flops_per_batch(frozen: Params, trainable: Params, config, batch: Batch) -> float:
+    """Return the operations of one training step on `batch` (numpy arrays), by the formula above.
+
+    Args:
+      frozen: the frozen tree: arrays, weights or shapes.
+      trainable: `{method: tree}`; a leaf whose path and shape are also the base's is trained in full, any other is an addition.
+      config: the architecture: its heads, their width and the window of each layer.
+      batch: its masks say how many tokens count and how many keys each query sees.
+    """
+    base = {path: leaf for path, leaf in tree.flatten(frozen).items() if path.endswith("/kernel")}
+    added, full = 0, set()
+    for method in trainable.values():
+        for path, leaf in tree.flatten(method).items():
+            if path in base and base[path].shape == leaf.shape:
+                full.add(path)
+            elif leaf.ndim >= 2:
+                added += leaf.size
+    head = "lm_head/kernel" if "lm_head/kernel" in base else "embed_tokens/kernel"
+    trunk = {path: int(np.prod(leaf.shape)) for path, leaf in base.items() if path not in ("lm_head/kernel", "embed_tokens/kernel")}
+    per_token = sum(count * (6 if path in full else 4) for path, count in trunk.items()) + 6 * added
+    real = np.asarray(batch.segment_ids) > 0
+    keys = np.where(real, np.asarray(batch.positions) + 1, 0)
+    seen = sum(float(np.minimum(keys, window).sum() if window else keys.sum()) for window in config.windows)
+    attention = 12.0 * config.num_attention_heads * config.head_dim * seen
+    head_flops = float((np.asarray(batch.loss_mask) > 0).sum()) * int(np.prod(base[head].shape)) * (6 if head in full else 4)
+    return float(real.sum()) * per_token + attention + head_flops
+
+
+def peak_flops(dtype: str = "float32") -> float:
+    """Return the operations a second that all local devices could do: the data sheet's, or on a CPU what a large matmul reaches."""
+    device = jax.local_devices()[0]
+    known = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
+    if known:
+        return PEAK_FLOPS[max(known, key=len)] * jax.local_device_count()
+    return measure_matmul(dtype)
+
+
+def measure_matmul(dtype: str, *, size: int = 1536, repeats: int = 4) -> float:
+    """Return the operations a second of the fastest of a few `size`³ matmuls: a peak that a machine can show."""
+    x = jnp.ones((size, size), dtype)
+    multiply = jax.jit(lambda a, b: a @ b)
+    multiply(x, x).block_until_ready()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        multiply(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def peak_memory() -> int:
+    """Return the most bytes held so far: by the fullest local device, or by this process where devices do not say (CPU)."""
+    found = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    if max(found, default=0):
+        return max(found)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Meter:
+    """Tokens a second and MFU between two readings.
+
+    Args:
+      peak: operations a second, from `peak_flops`.
+    """
+
+    def __init__(self, peak: float):
+        self._peak = peak
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval now; call it after work that is not training."""
+        self._start, self._tokens, self._flops = time.perf_counter(), 0, 0.0
+
+    def add(self, tokens: int, flops: float) -> None:
+        """Count the tokens and operations of a step."""
+        self._tokens += tokens
+        self._flops += flops
+
+    def read(self) -> dict[str, float]:
+        """Return `tokens_per_second`, `mfu` and `memory_gb`, and begin a new interval."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        found = {
+            "tokens_per_second": self._tokens / seconds,
+            "mfu": self._flops / seconds / self._peak,
+            "memory_gb": peak_memory() / 1e9,
+        }
+        self.restart()
+        return found
