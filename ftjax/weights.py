@@ -17,6 +17,10 @@ import jax
 import jax.numpy as jnp
 
 
+LOW_RANK = "low_rank"
+"""The `checkpoint_name` of thin intermediate products, which cost as much to compute as dense ones and little to store."""
+
+
 class Weight(abc.ABC):
     """What stands for a dense array `[..., i, o]`. Subclasses are final frozen pytree dataclasses (`ftjax.types.pytree`)."""
 

@@ -18,8 +18,8 @@ def build(config: Config, *, remat: str = "none", dtype: str | None = None, scan
 
     Args:
       config: see `config_from_hf`.
-      remat: what the backward pass finds stored of each layer: `"none"` recomputes nothing, `"full"` stores the layer's input only,
-        `"dots"` also the outputs of its matrix products.
+      remat: what the backward pass computes again of each layer: `"none"`, `"full"` for all of it (its input alone is stored), or
+        `"elementwise"` for all but its matrix products, the best trade where memory is not scarce: a third of the memory of `"none"`.
       dtype: that of the activations; None means that of the embedding.
       scan: scan over the stacked layers, so that compile time does not grow with depth, or unroll them.
       attention: a key of `ftjax.kernels.attention.IMPLEMENTATIONS`, or `"auto"`.

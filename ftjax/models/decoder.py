@@ -25,9 +25,11 @@ from ftjax.types import Model, Params
 REMAT: Mapping[str, Callable[[Callable], Callable]] = {
     "none": lambda body: body,
     "full": functools.partial(jax.checkpoint, prevent_cse=False),
-    "dots": functools.partial(jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "elementwise": functools.partial(
+        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(layers.PRODUCT, weights.LOW_RANK)
+    ),
 }
-"""What the backward pass finds stored of a layer: everything, its input only, or also the outputs of its matrix products."""
+"""What the backward pass computes again of a layer: nothing; all of it, from its input; or all but its matrix products, which are stored."""
 
 EVERYTHING = 1 << 30
 """The window of a layer that sees everything, where other layers of the same scan do not."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from ftjax import weights
 from ftjax.kernels import attention as attention_op
@@ -24,6 +25,10 @@ ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
+
+
+PRODUCT = "product"
+"""The `checkpoint_name` of what took a matrix product or an attention to compute; the rest of a layer is elementwise and cheap."""
 
 
 class Scene(NamedTuple):
@@ -65,7 +70,7 @@ class Linear(nnx.Module):
 
 def linears(x: jax.Array, modules: Sequence[Linear]) -> tuple[jax.Array, ...]:
     """Return `[m(x) for m in modules]`; weights that share their input may share work."""
-    ys = weights.dots(x, [m.kernel.get_value() for m in modules])
+    ys = [checkpoint_name(y, PRODUCT) for y in weights.dots(x, [m.kernel.get_value() for m in modules])]
     return tuple(_add_bias(y, m.bias.get_value()) if "bias" in vars(m) else y for y, m in zip(ys, modules, strict=True))
 
 
@@ -160,7 +165,7 @@ class Attention(nnx.Module):
             scale=self.attention_scale,
             implementation=scene.implementation,
         )
-        return self.o_proj(y.reshape(b, t, -1)), cached
+        return self.o_proj(checkpoint_name(y, PRODUCT).reshape(b, t, -1)), cached
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], config: Config) -> jax.Array:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ftjax import tree, weights
 from ftjax.types import Params, Plan, Transform, pytree, static
@@ -48,7 +49,8 @@ class LoraWeight(Weight):
         return (base.astype(jnp.float32) + delta).astype(base.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:
-        return _add(weights.dot(x, self.base), weights.dot(weights.dot(self._dropped(x), self.a) * self.scale, self.b))
+        low = checkpoint_name(weights.dot(self._dropped(x), self.a), weights.LOW_RANK)
+        return _add(weights.dot(x, self.base), weights.dot(low * self.scale, self.b))
 
     def dot_transposed(self, x: jax.Array) -> jax.Array:
         low = weights.dot_transposed(x.astype(jnp.float32), self.b) * self.scale
@@ -63,7 +65,7 @@ class LoraWeight(Weight):
         if len(fused) < 2:
             return tuple(weights.dot(x, w) for w in ws)
         out = list(weights.dots(x, [w.base if n in fused else w for n, w in enumerate(ws)]))
-        low = weights.dot(x.astype(jnp.float32), jnp.concatenate([ws[n].a for n in fused], axis=-1))
+        low = checkpoint_name(weights.dot(x.astype(jnp.float32), jnp.concatenate([ws[n].a for n in fused], axis=-1)), weights.LOW_RANK)
         start = 0
         for n in fused:
             rank = ws[n].a.shape[-1]

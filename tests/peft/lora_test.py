@@ -7,7 +7,7 @@ from ftjax import tree, weights
 from ftjax.peft import lora
 from ftjax.peft.lora import INITS, LoraWeight
 
-L, I, O, R = 2, 6, 5, 3
+LAYERS, IN, OUT, R = 2, 6, 5, 3
 Q, K = "layers/self_attn/q_proj/kernel", "layers/self_attn/k_proj/kernel"
 
 
@@ -16,10 +16,10 @@ def params(key):
     keys = jax.random.split(key, 3)
     leaf = lambda key, *shape: {"kernel": jax.random.normal(key, shape)}  # noqa: E731
     return {
-        "embed_tokens": leaf(keys[0], 11, I),
+        "embed_tokens": leaf(keys[0], 11, IN),
         "layers": {
-            "self_attn": {"q_proj": leaf(keys[1], L, I, O), "k_proj": leaf(keys[2], L, I, O)},
-            "input_layernorm": {"scale": jnp.ones((L, I))},
+            "self_attn": {"q_proj": leaf(keys[1], LAYERS, IN, OUT), "k_proj": leaf(keys[2], LAYERS, IN, OUT)},
+            "input_layernorm": {"scale": jnp.ones((LAYERS, IN))},
         },
     }
 
@@ -32,10 +32,10 @@ def random_weight(key, shape, rank=R, scale=0.7, dtype=jnp.float32):
 
 
 def test_every_product_equals_the_formula_in_float64(key):
-    w = random_weight(key, (I, O))
+    w = random_weight(key, (IN, OUT))
     base, a, b = (np.asarray(x, np.float64) for x in (w.base, w.a, w.b))
     dense = base + 0.7 * a @ b
-    x, y, ids = jax.random.normal(key, (2, 4, I)), jax.random.normal(key, (2, 4, O)), jnp.array([[0, 3], [5, 1]])
+    x, y, ids = jax.random.normal(key, (2, 4, IN)), jax.random.normal(key, (2, 4, OUT)), jnp.array([[0, 3], [5, 1]])
     np.testing.assert_allclose(weights.materialize(w), dense, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(weights.dot(x, w), np.asarray(x, np.float64) @ dense, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(weights.dot_transposed(y, w), np.asarray(y, np.float64) @ dense.T, rtol=1e-4, atol=1e-5)
@@ -46,10 +46,10 @@ def test_every_product_equals_the_formula_in_float64(key):
 def test_fused_products_equal_separate_ones(key, members):
     keys = jax.random.split(key, len(members))
     ws = [
-        random_weight(k, (I, O + n), rank=n + 1) if m == "L" else jax.random.normal(k, (I, O))
+        random_weight(k, (IN, OUT + n), rank=n + 1) if m == "L" else jax.random.normal(k, (IN, OUT))
         for n, (m, k) in enumerate(zip(members, keys, strict=True))
     ]
-    x = jax.random.normal(key, (2, 4, I))
+    x = jax.random.normal(key, (2, 4, IN))
     for got, w in zip(weights.dots(x, ws), ws, strict=True):
         np.testing.assert_allclose(got, x @ weights.materialize(w), rtol=1e-4, atol=1e-5)
 
@@ -66,7 +66,7 @@ def test_factors_stay_float32_over_a_bfloat16_base(key, params):
 @pytest.mark.parametrize("options, scale", [({}, 1.0), ({"alpha": 6.0}, 2.0), ({"alpha": 6.0, "rslora": True}, 6 / 3**0.5)])
 def test_the_scale_is_alpha_over_rank_or_its_root(key, params, options, scale):
     method = lora(["q_proj"], rank=3, **options)
-    np.testing.assert_allclose(tree.flatten(method.attach(*method.init(key, params)))[Q].scale, np.full(L, scale), rtol=1e-6)
+    np.testing.assert_allclose(tree.flatten(method.attach(*method.init(key, params)))[Q].scale, np.full(LAYERS, scale), rtol=1e-6)
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -103,7 +103,7 @@ def test_dropout_acts_with_a_key_and_only_then(key, params):
     method = lora(["q_proj"], rank=R, dropout=0.5, init="uniform")
     frozen, trainable = method.init(key, params)
     trainable = jax.tree.map(lambda x: x + 0.1, trainable)
-    x = jnp.ones((3, 4, I))
+    x = jnp.ones((3, 4, IN))
 
     def first(params):
         return weights.dot(x, jax.tree.map(lambda leaf: leaf[0], tree.flatten(params)[Q]))
