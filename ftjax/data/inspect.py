@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ftjax.data.corpus import Report, Sequences
+from ftjax.data.formats import Example
+from ftjax.data.rows import RowError
+from ftjax.data.tokenize import Encoder
 
 
 def runs(tokenizer: Any, tokens: np.ndarray, loss_mask: np.ndarray) -> list[tuple[str, bool]]:
@@ -58,6 +62,18 @@ def problems(report: Report, sequences: Sequences, tokenizer: Any) -> list[str]:
     if strange:
         found.append(f"{strange:,} of {count:,} sequences train a special token inside an answer: does the data write it?")
     return found
+
+
+def prompt_mismatches(encoder: Encoder, examples: Sequence[Example]) -> int:
+    """Return how many of the last prompts tokenise otherwise alone than with their answer: there the model meets at inference what
+    it was not trained on. A template whose generation prompt ends with a special token or a newline avoids it.
+    """
+    count = 0
+    for example, sequence in zip(examples, encoder.encode(examples), strict=True):
+        if not isinstance(sequence, RowError) and not sequence.cut and example.messages:
+            prompt = encoder.prompt(example)
+            count += len(prompt) > len(sequence.tokens) or bool((sequence.tokens[: len(prompt)] != prompt).any())
+    return count
 
 
 def _special_inside(sequences: Sequences, tokenizer: Any) -> int:

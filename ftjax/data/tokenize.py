@@ -5,7 +5,8 @@ with the generation prompt; if the whole conversation starts so, the turn begins
 model would have to write it). Where the turn ends shows a second render, with a sentinel for its content. The end-of-turn token
 belongs to the turn: what is never trained is never sampled. Both must agree with the whole render, or the row is an error.
 
-A token on the border counts as trained if it holds at least one character of the turn: the model has to produce that character.
+A token on the border counts as trained if it holds at least one character of the turn: the model has to produce that character. (Where a
+tokenizer merges over the border, the prompt alone has other last tokens than here; `inspect.prompt_mismatches` counts such rows.)
 """
 
 from __future__ import annotations
@@ -110,7 +111,10 @@ class Encoder:
         if _SENTINEL in text:
             raise RowError("holds the private-use characters U+E0F7 ftjax U+E0F8, which mark turns")
         spans = [self._turn(text, messages, at, example.tools) for at in turns]
-        return _Drawn(text, spans, bool(spans) and spans[-1][1] == len(text) and not text.endswith(self.ends or "\0"))
+        end = spans[-1][1] if spans else 0
+        if end and not text[end:].strip() and not text[:end].endswith(self.ends or "\0"):  # the template has no end-of-turn token
+            return _Drawn(text[:end], spans, needs_eos=True)
+        return _Drawn(text, spans, needs_eos=False)
 
     def _turn(self, text: str, messages: list[Message], at: int, tools: Sequence[Any] | None) -> tuple[int, int]:
         """Return the characters of message `at` in `text`, its end-of-turn token included."""
@@ -215,7 +219,7 @@ def cut(sequence: Encoded, *, max_tokens: int, keep: int = 0) -> Encoded:
         return sequence
     starts = np.flatnonzero(np.diff(mask, prepend=np.uint8(0)) == 1)
     response = int(starts[-1]) if len(starts) else len(tokens)
-    first = min(len(tokens) - max_tokens + keep, max(response - 1, keep))
+    first = min(len(tokens) - max_tokens + keep, max(response - (not keep), keep))
     kept = np.concatenate([np.arange(keep), np.arange(first, len(tokens))])
     lost = len(kept) > max_tokens and bool(mask[kept[max_tokens:]].any())
     kept = kept[:max_tokens]

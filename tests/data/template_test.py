@@ -1,0 +1,109 @@
+import time
+
+import pytest
+
+from ftjax.data import CHATML, ChatTemplate, TemplateError
+from tests.data.families import FAMILIES, byte_tokenizer
+
+MESSAGES = [{"role": "user", "content": "Hi & <bye>"}, {"role": "assistant", "content": "Ho"}]
+
+BOMBS = {
+    "endless loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "wide loops": "{% for i in range(999) %}{% for j in range(999) %}" + "x" * 1000 + "{% endfor %}{% endfor %}",
+    "one string": "{{ 'x' * 10**9 }}",
+    "one list": "{{ ((range(9999) | list) * 99999) | length }}",
+    "doubling with ~": "{% set n = namespace(x='aa') %}{% for i in range(90) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    "doubling with +": "{% set n = namespace(x='aa') %}{% for i in range(90) %}{% set n.x = n.x + n.x %}{% endfor %}",
+    "doubling by capture": "{% set n = namespace(x='aa') %}{% for i in range(90) %}{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}{% endfor %}",
+    "doubling by replace": "{% set n = namespace(x='aa') %}{% for i in range(90) %}{% set n.x = n.x.replace('a', 'aa') %}{% endfor %}",
+    "doubling by filter": "{% set n = namespace(x='aa') %}{% for i in range(90) %}{% set n.x = n.x | replace('a', 'aa') %}{% endfor %}",
+    "doubling by join": "{% set n = namespace(x='aa') %}{% for i in range(90) %}{% set n.x = [n.x, n.x] | join(n.x) %}{% endfor %}",
+    "lists of lists": "{% set n = namespace(x=[]) %}{% for i in range(90) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson }}",
+    "dicts of dicts": "{% set n = namespace(x=1) %}{% for i in range(90) %}{% set n.x = dict(a=n.x, b=n.x) %}{% endfor %}{{ n.x | string }}",
+    "calls of calls": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    "endless recursion": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    "recursive loop": "{% for i in range(999) recursive %}{{ loop(range(999)) }}{% endfor %}",
+    "padding by format": "{{ '%999999999d' % 1 }}",
+    "padding by str.format": "{{ '{:999999999}'.format(1) }}",
+    "padding by filter": "{{ 'x' | center(999999999) }}",
+    "padding by method": "{{ 'x'.ljust(999999999) }}",
+    "padding by date": "{{ strftime_now('%999999999d') }}",
+    "indenting": "{{ MESSAGES | tojson(indent=999999999) }}{{ ('a\n' * 9999) | indent(9999999) * 9999 }}",
+    "power": "{{ 10 ** 10 ** 10 }}",
+}
+WALKS = {
+    "class": "{{ ''.__class__.__mro__ }}",
+    "format": "{{ '{0.__class__}'.format(1) }}",
+    "format_map": "{{ '{a.__class__}'.format_map({'a': 1}) }}",
+    "globals": "{{ raise_exception.__globals__ }}",
+    "environment": "{{ range.__self__ }}",
+    "attr": "{{ messages | attr('append') }}",
+    "mutation": "{{ messages.append(1) }}",
+    "dict": "{{ messages[0].update({'a': 1}) }}",
+    "include": "{% include '/etc/passwd' %}",
+    "import": "{% import 'os' as os %}",
+    "map": "{{ messages | map(attribute='__class__') | map(attribute='__mro__') | first | first }}",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_stops_in_time(name):
+    begin = time.monotonic()
+    with pytest.raises(TemplateError):
+        ChatTemplate(BOMBS[name], max_seconds=0.5).render(MESSAGES)
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_a_template_reaches_no_object_of_python(name):
+    try:
+        text = ChatTemplate(WALKS[name]).render(MESSAGES)
+    except TemplateError:
+        return
+    assert "class" not in text and "function" not in text and "method" not in text
+    assert MESSAGES[0] == {"role": "user", "content": "Hi & <bye>"} and len(MESSAGES) == 2
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"llama3"}))
+def test_the_families_render_as_in_transformers(name):
+    tokenizer = byte_tokenizer(name)
+    template = ChatTemplate(tokenizer.chat_template, variables={"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token})
+    for prompt in (False, True):
+        messages = MESSAGES[:1] if prompt else MESSAGES
+        ours = template.render(messages, add_generation_prompt=prompt)
+        assert ours == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+
+FEATURES = (
+    "{% for m in messages %}\n    {% if loop.first %}{% continue %}{% endif %}\n{{ loop.index0 }}{{ m['content'] | trim }}\n{% break %}{% endfor %}\n"
+    "{{ messages | tojson }}{{ messages | tojson(indent=2) }}{{ messages[1:] | map(attribute='role') | join(', ') }}"
+    "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ messages[0].items() | list }}{{ missing }}{{ none }}{{ 1.5 + 2 }}"
+    "{% set a, b = 1, [2, 3] %}{{ b[0] + a * 3 }}{{ 'a' ~ 1 ~ b }}{{ {'k': 'v'} }}{{ 'x,y'.split(',')[-1].strip() }}{{ ('a' in 'abc') and not false }}"
+    "{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f('z') }}{{ 'a\nb' | indent(2) }}{{ 'ab' * 2 }}{% generation %}g{% endgeneration %}{{ [1, 2] + [3] }}"
+    "{% set n = namespace(x=0) %}{% for i in range(3) %}{% set n.x = n.x + i %}{% endfor %}{{ n.x }}{{ messages is iterable }}{{ 'aXb'.replace('X', 'Y') }}"
+)
+
+
+def test_what_templates_use_works_as_in_transformers():
+    ours = ChatTemplate(FEATURES).render(MESSAGES)
+    assert ours == byte_tokenizer("roles").apply_chat_template(MESSAGES, chat_template=FEATURES, tokenize=False)
+
+
+def test_the_day_never_changes_unless_it_is_asked_to():
+    assert ChatTemplate("{{ strftime_now('%d %b %Y') }}").render([]) == "26 Jul 2024"
+
+
+def test_a_refusal_and_a_mistake_say_so():
+    with pytest.raises(TemplateError, match="refused this conversation: no system role"):
+        ChatTemplate("{{ raise_exception('no system role') }}").render(MESSAGES)
+    with pytest.raises(TemplateError, match="chat template: .*end of statement"):
+        ChatTemplate("{% if %}")
+    with pytest.raises(TemplateError, match="chat template: list object has no element 9"):
+        ChatTemplate("{{ messages[9].role.x }}").render(MESSAGES)
+    with pytest.raises(TemplateError, match="more than the limit"):
+        ChatTemplate(CHATML * 2000)
+
+
+def test_tools_reach_the_template():
+    text = ChatTemplate("{% if tools %}{{ tools | tojson }}{% else %}none{% endif %}")
+    assert text.render(MESSAGES, tools=[{"name": "é"}]) == '[{"name": "é"}]' and text.render(MESSAGES) == "none"
