@@ -50,25 +50,15 @@ class Encoder:
             raise ValueError("the prompt is empty")
         return np.asarray(ids, np.int32)
 
-    def encode_all(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[np.ndarray]:
-        """Return the token ids of each prompt; none is cut.
-
-        Raises:
-          ValueError: a prompt cannot be used, or is too long to leave room for `max_tokens` in the model's context; the message numbers it.
-        """
-        encoded = []
-        for at, prompt in enumerate(prompts, 1):
-            try:
-                ids = self.encode(prompt)
-            except ValueError as error:
-                raise ValueError(f"prompt {at} of {len(prompts)}: {error}") from error
-            if len(ids) + max_tokens > self.context:
-                raise ValueError(
-                    f"prompt {at} of {len(prompts)}: {len(ids):,} tokens and max_tokens {max_tokens:,} exceed the model's context of "
-                    f"{self.context:,}; shorten the prompt or lower max_tokens."
-                )
-            encoded.append(ids)
-        return encoded
+    def fit(self, prompt: Prompt, *, max_tokens: int) -> np.ndarray:
+        """Return `encode(prompt)`, uncut; a prompt too long to leave room for `max_tokens` in the model's context is a ValueError."""
+        ids = self.encode(prompt)
+        if len(ids) + max_tokens > self.context:
+            raise ValueError(
+                f"{len(ids):,} tokens and max_tokens {max_tokens:,} exceed the model's context of {self.context:,}; "
+                "shorten the prompt or lower max_tokens"
+            )
+        return ids
 
     def _end_of_turn(self) -> tuple[int, ...]:
         """Return the special token that ends an assistant's message: the last one that training on it would train."""

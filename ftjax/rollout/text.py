@@ -50,7 +50,7 @@ def generate_text(
       top_k: how many tokens to choose among; 0 for all.
       top_p: the probability mass to choose among.
       min_p: the least probability relative to the most likely token's.
-      key: of the draws; needed where the temperature is not 0.
+      key: one key, or one for each prompt `[n]`; needed where the temperature is not 0.
       batch_size: the most rows generated at a time. On two CPU cores 32 is near the best.
       stop: texts that end a completion, and are not part of it.
       template: how messages become text: see `data.make_encoder`.
@@ -62,7 +62,7 @@ def generate_text(
     if batch_size < 1:
         raise ValueError(f"generate_text: batch_size is at least 1, not {batch_size}.")
     encoder = Encoder(model, tokenizer, template=template)
-    encoded = encoder.encode_all(prompts, max_tokens=max_tokens)
+    encoded = _encode_all(encoder, prompts, max_tokens)
     texts = [""] * len(encoded)
     for chosen, rows in _batches(encoded, batch_size):
         tokens, segment_ids = pad([encoded[at] for at in chosen], rows=rows)
@@ -101,8 +101,7 @@ def stream_text(
       stop: texts that end the completion.
       block: tokens written between two pieces.
     """
-    (ids,) = encoder.encode_all([prompt], max_tokens=max_tokens)
-    tokens, segment_ids = pad([ids])
+    tokens, segment_ids = pad([encoder.fit(prompt, max_tokens=max_tokens)])
     keys = None if key is None else _row_keys(key, [0], 1)
     state = start(model, params, tokens, segment_ids, max_tokens=max_tokens, eos_ids=encoder.eos_ids, sampling=sampling, key=keys)
     shown = 0
@@ -129,8 +128,20 @@ def _batches(encoded: Sequence[np.ndarray], batch_size: int) -> Iterator[tuple[l
         yield order[first : first + rows], rows
 
 
+def _encode_all(encoder: Encoder, prompts: Sequence[Prompt], max_tokens: int) -> list[np.ndarray]:
+    encoded = []
+    for at, prompt in enumerate(prompts, 1):
+        try:
+            encoded.append(encoder.fit(prompt, max_tokens=max_tokens))
+        except ValueError as error:
+            raise ValueError(f"prompt {at} of {len(prompts)}: {error}.") from error
+    return encoded
+
+
 def _row_keys(key: jax.Array, chosen: Sequence[int], rows: int) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray([*chosen, *[0] * (rows - len(chosen))]))
+    """Return a key for each row: those of the chosen prompts, and any for the rows without one."""
+    at = jnp.asarray([*chosen, *[chosen[0]] * (rows - len(chosen))])
+    return key[at] if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, at)
 
 
 def _finish(model: Model, params: Params, state: Decoding, encoder: Encoder, sampling: Sampling, stop: tuple[str, ...]) -> list[str]:

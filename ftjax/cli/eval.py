@@ -1,0 +1,213 @@
+"""Measure a model on data: loss, perplexity, token accuracy, and how many answers it gets exactly right.
+
+  ftjax eval --config=configs/quickstart.py --adapter=runs/quickstart           the held-out data of a config
+  ftjax eval --data=tasks:sort --adapter=runs/quickstart                        any data that `ftjax train` reads
+  ftjax eval --model=… --data=gsm8k/test.jsonl --metric=numeric_match --max_tokens=200 --output=result.json
+
+Loss and accuracy are means over all supervised tokens, whatever the batches. Answers are completed greedily and compared with the row's
+`answer`, or with its last assistant message; the interval around their share is Wilson's, at 95 %.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags as absl_flags
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ftjax import data, losses, peft, scoring
+from ftjax.cli import build, measure, pretrained, runtime
+from ftjax.cli import config as configs
+from ftjax.train import make_eval_step
+from ftjax.tree import nearest
+from ftjax.types import Batch, Model, Params
+
+METRICS = ("auto", *measure.MATCHES)
+_Z = 1.959964
+"""The 97.5th percentile of the normal distribution: two-sided 95 %."""
+
+
+class Setting(NamedTuple):
+    """What is measured on what."""
+
+    name: str
+    model: Model
+    params: Params
+    encoder: data.Encoder
+    batches: Iterable[Batch]
+    examples: Sequence[data.Example]
+    source: str
+    max_tokens: int
+    batch_size: int
+    metric: str
+
+
+def define_flags(flags: absl_flags.FlagValues, argv: Sequence[str]) -> None:
+    """Define the flags of `ftjax eval`."""
+    configs.define(flags, argv)
+    pretrained.define_flags(flags)
+    absl_flags.DEFINE_string("data", None, "a file, a folder, a hub id or tasks:NAME", flags)
+    absl_flags.DEFINE_string("format", "auto", "of the rows: see `ftjax inspect`", flags)
+    absl_flags.DEFINE_string("split", "test", "of the data; may end in a slice, as in test[:200]", flags)
+    absl_flags.DEFINE_string("template", "auto", "how messages become text: auto, chatml, none, or the Jinja text", flags)
+    absl_flags.DEFINE_integer("row_tokens", 1024, "tokens of a row of the loss's batches; longer examples are cut", flag_values=flags)
+    absl_flags.DEFINE_integer("batches", 0, "batches that the loss is measured on; 0: all", flag_values=flags, lower_bound=0)
+    absl_flags.DEFINE_integer("examples", None, "answers to complete (default: the config's, else 200); 0: none", flag_values=flags)
+    absl_flags.DEFINE_integer("max_tokens", None, "the most tokens of an answer (default: the config's, else 64)", flag_values=flags)
+    absl_flags.DEFINE_integer("batch_size", 32, "answers completed at a time", flag_values=flags, lower_bound=1)
+    absl_flags.DEFINE_enum("metric", "auto", METRICS, "how answers are compared; auto: the config's, or told from the rows", flags)
+    absl_flags.DEFINE_string("output", None, "a .json file for the result", flags)
+    runtime.define_flags(flags)
+
+
+def main(flags: absl_flags.FlagValues) -> None:
+    """Measure, print a table, write the JSON."""
+    if (flags.config is None) == (flags.data is None):
+        raise ValueError("eval: give either --data=PATH or --config=FILE (whose data.eval_sources are measured).")
+    runtime.start(flags)
+    setting = from_flags(flags) if flags.config is None else from_config(flags)
+    found = evaluate(setting)
+    Console(highlight=False).print(table(found))
+    if flags.output:
+        write_json(Path(flags.output), found)
+
+
+def from_flags(flags: absl_flags.FlagValues) -> Setting:
+    """Return the setting of a command line without a config."""
+    source = {"path": flags.data, "format": flags.format, "split": flags.split}
+    examples = list(data.read(source))  # before the model: a bad row should not have to wait for it
+    adapted = pretrained.load(flags)
+    encoder = data.make_encoder(adapted.tokenizer, max_tokens=flags.row_tokens, template=flags.template)
+    loader, _ = data.load({"data": source}, encoder, batch_size=8, shuffle=False)
+    count = 200 if flags.examples is None else flags.examples
+    return Setting(
+        name=_name(adapted.name, adapted.adapter),
+        model=adapted.model,
+        params=adapted.params,
+        encoder=encoder,
+        batches=itertools.islice(loader.epoch(), flags.batches or None),
+        examples=[example for example in examples if data.answer(example)][:count],
+        source=f"{flags.data} [{flags.split}]",
+        max_tokens=flags.max_tokens or 64,
+        batch_size=flags.batch_size,
+        metric=flags.metric,
+    )
+
+
+def from_config(flags: absl_flags.FlagValues) -> Setting:
+    """Return the setting of a config: its model, its held-out data, its `eval.generate`."""
+    config = flags.config
+    if flags.model:
+        config.model.update({"name": flags.model, "random": False})
+    mesh = build.mesh(config)
+    loaded = build.model(config, mesh)
+    folder = pretrained.adapter_folder(flags.adapter) if flags.adapter else None
+    encoder = build.encoder(config, loaded.tokenizer)
+    loader, _ = build.loader(config, encoder, held_out=True)
+    asked = config.eval.generate
+    return Setting(
+        name=_name(loaded.name, str(folder or "")),
+        model=loaded.model,
+        params=pretrained.attach(loaded.model, loaded.params, folder),
+        encoder=encoder,
+        batches=(build.on_mesh(batch, mesh) for batch in itertools.islice(loader.epoch(), flags.batches or None)),
+        examples=build.held_out_examples(config, asked.examples if flags.examples is None else flags.examples),
+        source=", ".join(source.path for source in config.data.eval_sources.values()),
+        max_tokens=flags.max_tokens or asked.max_tokens,
+        batch_size=flags.batch_size,
+        metric=asked.metric if flags.metric == "auto" else flags.metric,
+    )
+
+
+def evaluate(setting: Setting) -> dict[str, Any]:
+    """Return everything that is measured, as plain data."""
+    found: dict[str, Any] = {"model": setting.name, "data": setting.source}
+    if setting.metric not in METRICS:
+        raise ValueError(f"eval: there is no metric {setting.metric!r}; nearest: {nearest(setting.metric, METRICS)}.")
+    score = partial(scoring.score, setting.model, outputs=("logps", "greedy"))
+    step = make_eval_step(score, peft.chain(), losses.sft)
+    tokens = 0.0
+
+    def counted() -> Iterator[Batch]:
+        nonlocal tokens
+        for batch in setting.batches:
+            tokens += float(batch.loss_mask.sum())
+            yield batch
+
+    values = measure.evaluate(partial(step, {}, setting.params), counted())
+    found |= {"loss": values["nll"], "perplexity": values["perplexity"], "token_accuracy": values["accuracy"], "tokens": int(tokens)}
+    if setting.examples:
+        found |= _answers(setting)
+    return found
+
+
+def _answers(setting: Setting) -> dict[str, Any]:
+    metric = setting.metric
+    if metric == "auto":
+        metric = "numeric_match" if all("####" in data.answer(example) for example in setting.examples) else "exact_match"
+    answers = measure.answer(
+        setting.model,
+        setting.params,
+        setting.encoder,
+        setting.examples,
+        max_tokens=setting.max_tokens,
+        batch_size=setting.batch_size,
+        metric=metric,
+    )
+    judged = [score for score in answers.scores if score is not None]
+    low, high = wilson(int(sum(judged)), len(judged))
+    return {metric: {"share": answers.score, "low": low, "high": high, "right": int(sum(judged)), "n": len(judged)}}
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson, 1927, J. Am. Stat. Assoc. 22): it stays inside [0, 1], also for 0 or n of n.
+
+    (p + z²/2n ± z √(p (1 - p)/n + z²/4n²)) / (1 + z²/n)
+
+    >>> [round(bound, 4) for bound in wilson(8, 10)]
+    [0.4902, 0.9433]
+    """
+    if not n:
+        return 0.0, 1.0
+    p, w = right / n, _Z**2 / n
+    half = _Z * math.sqrt(p * (1 - p) / n + w / (4 * n))
+    return max(0.0, (p + w / 2 - half) / (1 + w)), min(1.0, (p + w / 2 + half) / (1 + w))
+
+
+def table(found: dict[str, Any]) -> Table:
+    """Return the result for the terminal."""
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(f"{found['model']} on {found['data']}"), title_justify="left")
+    for name, justify in (("measure", "left"), ("value", "right"), ("95 % interval", "right"), ("n", "right")):
+        shown.add_column(name, justify=justify)
+    tokens = f"{found['tokens']:,} tokens"
+    shown.add_row("loss", f"{found['loss']:.4f}", "", tokens)
+    shown.add_row("perplexity", f"{found['perplexity']:.3f}", "", tokens)
+    shown.add_row("token accuracy", f"{found['token_accuracy']:.1%}", "", tokens)
+    for name in measure.MATCHES:
+        if name in found:
+            one = found[name]
+            interval = f"{one['low']:.1%} to {one['high']:.1%}"
+            shown.add_row(name.replace("_", " "), f"{one['share']:.1%}", interval, f"{one['right']} of {one['n']} answers")
+    return shown
+
+
+def write_json(path: Path, found: dict[str, Any]) -> None:
+    """Write the result; the file appears when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(f"{path.name}.partial")
+    partial_path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial_path, path)
+
+
+def _name(model: str, adapter: str) -> str:
+    return f"{model} + {adapter}" if adapter else model

@@ -1,0 +1,218 @@
+"""Complete one prompt, a file of prompts, or chat.
+
+  ftjax generate --prompt="Why is the sky blue?"                                streams to the terminal
+  ftjax generate --prompts=questions.txt --output=answers.jsonl                 one object a line: prompt and completion
+  ftjax generate --adapter=runs/quickstart                                      a chat; /reset forgets, /exit or Ctrl-D ends
+
+A file of prompts is .txt (one a line), or .jsonl, .json, .csv or .parquet with a column `prompt` (a text or a list of messages),
+`messages`, `question`, or the columns of another format that `ftjax train` reads; an answer at the end is left out. A text is sent as a
+user's message where the model has a chat template, and continued as it is with --raw. Lines go to FILE.partial as they are finished, and
+that becomes FILE when all are there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags as absl_flags
+from etils import epath
+
+from ftjax import data, rollout
+from ftjax.cli import pretrained, runtime
+from ftjax.cli.pretrained import Adapted
+from ftjax.data.sources import open_file
+
+WINDOW_BATCHES = 8
+"""Batches between two writes of the output: within them prompts are sorted by length."""
+
+
+class Asked(NamedTuple):
+    """A prompt as the file has it, what the model is given, and where it stands."""
+
+    shown: Any
+    prompt: rollout.Prompt
+    where: str
+
+
+def define_flags(flags: absl_flags.FlagValues, argv: Sequence[str]) -> None:
+    """Define the flags of `ftjax generate`."""
+    del argv
+    pretrained.define_flags(flags)
+    absl_flags.DEFINE_string("prompt", None, "one prompt", flags)
+    absl_flags.DEFINE_string("prompts", None, "a file of prompts", flags)
+    absl_flags.DEFINE_string("output", None, "a .jsonl file for the completions (default: the terminal)", flags)
+    absl_flags.DEFINE_string("system", None, "a system message before every prompt that is a text", flags)
+    absl_flags.DEFINE_bool("raw", False, "continue texts as they are, without the chat template", flags)
+    absl_flags.DEFINE_integer("max_tokens", 256, "the most tokens of a completion", flag_values=flags, lower_bound=1)
+    absl_flags.DEFINE_float("temperature", 0.0, "0: always the most likely token", flag_values=flags)
+    absl_flags.DEFINE_integer("top_k", 0, "how many tokens to choose among; 0: all", flag_values=flags)
+    absl_flags.DEFINE_float("top_p", 1.0, "the probability mass to choose among", flag_values=flags)
+    absl_flags.DEFINE_float("min_p", 0.0, "the least probability, relative to the most likely token's", flag_values=flags)
+    absl_flags.DEFINE_integer("seed", 0, "of the draws", flag_values=flags)
+    absl_flags.DEFINE_multi_string("stop", [], "a text that ends a completion; may be given several times", flag_values=flags)
+    absl_flags.DEFINE_integer("batch_size", 32, "prompts of a file generated at a time", flag_values=flags, lower_bound=1)
+    runtime.define_flags(flags)
+
+
+def main(flags: absl_flags.FlagValues) -> None:
+    """Generate."""
+    if flags.prompt is not None and flags.prompts is not None:
+        raise ValueError("generate: --prompt and --prompts were both given; one of them is enough.")
+    chatting = flags.prompt is None and flags.prompts is None
+    if chatting and not sys.stdin.isatty():
+        raise ValueError("generate: nothing to complete; give --prompt=TEXT or --prompts=FILE, or start it in a terminal to chat.")
+    _sampling(flags)  # a wrong setting should not have to wait for the model
+    asked = _asked(flags)
+    runtime.start(flags)
+    adapted = pretrained.load(flags)
+    encoder = rollout.Encoder(adapted.model, adapted.tokenizer)
+    if chatting:
+        chat(adapted, encoder, flags)
+    elif flags.prompts is None and not flags.output:
+        say(adapted, encoder, _wrapped(flags.prompt, encoder, flags), flags)
+    else:
+        complete(adapted, encoder, asked, flags)
+
+
+def read_prompts(path: str) -> list[Asked]:
+    """Return the prompts of a file.
+
+    Raises:
+      ValueError: there is no such file, it is empty, or a row holds no prompt; the message names file and line.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--prompts: there is no file {path!r}.")
+    if path.endswith((".txt", ".txt.gz")):
+        text = open_file(epath.Path(path))
+        lines = text.read(0)["text"].split("\n") if text.size else []
+        asked = [Asked(line, line, f"{path}:{at}") for at, line in enumerate(lines, 1) if line.strip()]
+    else:
+        source = open_file(epath.Path(path))
+        asked = [_from_row(source.read(at), source.where(at)) for at in range(source.size)]
+    if not asked:
+        raise ValueError(f"--prompts: {path} holds no prompt.")
+    return asked
+
+
+def complete(adapted: Adapted, encoder: rollout.Encoder, asked: Sequence[Asked], flags: absl_flags.FlagValues) -> None:
+    """Complete many prompts and write a line for each, in their order."""
+    encoded = [_encoded(encoder, one, flags) for one in asked]
+    keys = jax.random.split(jax.random.key(flags.seed), len(encoded))
+    size, began, done = WINDOW_BATCHES * flags.batch_size, time.monotonic(), 0
+    with _lines(flags.output) as write:
+        for first in range(0, len(encoded), size):
+            window = slice(first, first + size)
+            texts = rollout.generate_text(
+                adapted.model, adapted.params, adapted.tokenizer, encoded[window], max_tokens=flags.max_tokens,
+                temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, min_p=flags.min_p, key=keys[window],
+                batch_size=flags.batch_size, stop=flags.stop,
+            )  # fmt: skip
+            for one, text in zip(asked[window], texts, strict=True):
+                write({"prompt": one.shown, "completion": text})
+            done += len(texts)
+            print(f"{done:,} of {len(asked):,} prompts, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+
+
+def say(adapted: Adapted, encoder: rollout.Encoder, prompt: rollout.Prompt, flags: absl_flags.FlagValues, *, turn: int = 0) -> str:
+    """Stream the completion of one prompt to the terminal and return it."""
+    pieces = []
+    key = jax.random.fold_in(jax.random.key(flags.seed), turn)
+    for piece in rollout.stream_text(
+        adapted.model, adapted.params, encoder, prompt, max_tokens=flags.max_tokens, sampling=_sampling(flags), key=key, stop=flags.stop
+    ):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print()
+    return "".join(pieces)
+
+
+def chat(adapted: Adapted, encoder: rollout.Encoder, flags: absl_flags.FlagValues) -> None:
+    """Talk until `/exit` or the end of the input; Ctrl-C ends a reply, not the chat."""
+    start = [{"role": "system", "content": flags.system}] if flags.system else []
+    messages, turn = list(start), 0
+    print(f"{adapted.name}{f' with {adapted.adapter}' if adapted.adapter else ''}: /reset forgets, /exit or Ctrl-D ends")
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if text == "/exit":
+            return
+        if text == "/reset":
+            messages = list(start)
+            print("(forgotten)")
+        elif text:
+            turn += 1
+            prompt = [*messages, {"role": "user", "content": text}] if encoder.chats and not flags.raw else text
+            try:
+                reply = say(adapted, encoder, prompt, flags, turn=turn)
+            except KeyboardInterrupt:
+                print("\n(stopped; this turn is forgotten)")
+            except ValueError as error:
+                print(f"({error}; /reset begins anew)")
+            else:
+                messages = [*prompt, {"role": "assistant", "content": reply}] if encoder.chats and not flags.raw else messages
+
+
+def _sampling(flags: absl_flags.FlagValues) -> rollout.Sampling:
+    return rollout.settings(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, min_p=flags.min_p)
+
+
+def _asked(flags: absl_flags.FlagValues) -> list[Asked]:
+    if flags.prompts is not None:
+        return read_prompts(flags.prompts)
+    return [] if flags.prompt is None else [Asked(flags.prompt, flags.prompt, "--prompt")]
+
+
+def _from_row(row: dict[str, Any], where: str) -> Asked:
+    """Return the prompt of a row: its column `prompt` or `question`, or the messages before the answer of a training example."""
+    shown = row.get("prompt", row.get("question"))
+    if isinstance(shown, str):
+        return Asked(shown, shown, where)
+    if shown is not None:
+        row = {"messages": shown}
+    (example, *_) = data.parse(row, where=where)
+    if example.text is not None:
+        return Asked(example.text, example.text, where)
+    messages = list(example.messages[:-1] if example.messages[-1]["role"] == "assistant" else example.messages)
+    if shown is None and len(messages) == 1 and "messages" not in row:
+        return Asked(messages[0]["content"], messages[0]["content"], where)
+    return Asked(messages, messages, where)
+
+
+def _wrapped(prompt: rollout.Prompt, encoder: rollout.Encoder, flags: absl_flags.FlagValues) -> rollout.Prompt:
+    """Return a text as a user's message, if the model has a template for it and the flags want it."""
+    if not isinstance(prompt, str) or flags.raw or not encoder.chats:
+        return prompt
+    system = [{"role": "system", "content": flags.system}] if flags.system else []
+    return [*system, {"role": "user", "content": prompt}]
+
+
+def _encoded(encoder: rollout.Encoder, one: Asked, flags: absl_flags.FlagValues):
+    try:
+        return encoder.fit(_wrapped(one.prompt, encoder, flags), max_tokens=flags.max_tokens)
+    except ValueError as error:
+        raise ValueError(f"{one.where}: {error}.") from error
+
+
+@contextlib.contextmanager
+def _lines(output: str | None) -> Iterator[Any]:
+    """Yield `write(row)`, one JSON object a line: to the terminal, or to a file that has its name only once it is complete."""
+    if output is None:
+        yield lambda row: print(json.dumps(row, ensure_ascii=False), flush=True)
+        return
+    partial = Path(f"{output}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("w", encoding="utf-8") as file:
+        yield lambda row: print(json.dumps(row, ensure_ascii=False), file=file, flush=True)
+    os.replace(partial, output)
+    print(f"written: {output}", file=sys.stderr)
