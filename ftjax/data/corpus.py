@@ -58,8 +58,7 @@ class Report:
             self.first_errors.append(message)
 
     def __add__(self, other: Report) -> Report:
-        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
-        return Report(*(a + b for a, b in zip(mine, theirs, strict=True)))
+        return Report(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in dataclasses.fields(self)})
 
 
 def examples(

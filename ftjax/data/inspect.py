@@ -65,8 +65,9 @@ def problems(report: Report, sequences: Sequences, tokenizer: Any) -> list[str]:
 
 
 def prompt_mismatches(encoder: Encoder, examples: Sequence[Example]) -> int:
-    """Return how many of the last prompts tokenise otherwise alone than with their answer: there the model meets at inference what
-    it was not trained on. A template whose generation prompt ends with a special token or a newline avoids it.
+    """Return how many of the last prompts have other tokens alone than with their answer.
+
+    There the model meets at inference what it was not trained on; a generation prompt that ends with a special token avoids it.
     """
     count = 0
     for example, sequence in zip(examples, encoder.encode(examples), strict=True):

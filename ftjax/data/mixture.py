@@ -56,7 +56,7 @@ class Mixture:
     """An endless stream of rows from several sources.
 
     Without weights it is all rows of all sources, shuffled anew each epoch, each exactly once an epoch. With weights source `s` gets
-    its share of the draws, spread as evenly as can be (any window of `n` draws holds `n` times its share, up to one draw a source), and
+    its share of the draws, spread as evenly as can be (any window of `n` draws holds `n` times its share, give or take two), and
     each source goes through its own rows in its own shuffled epochs: a small source with a large weight is repeated sooner.
     """
 

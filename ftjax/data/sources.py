@@ -16,7 +16,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -315,7 +315,7 @@ def _folder(place: epath.Path, split: str) -> Source:
 
         saved = datasets.load_from_disk(os.fspath(place))
         return _arrow(saved[_known(split, saved)] if isinstance(saved, dict) else saved, str(place))
-    files = [path for path in sorted(place.rglob("*"), key=str) if _suffix(path.name) and not path.is_dir()]
+    files = list(_walk(place))
     words = {word: [path for path in files if word in re.split(r"[^a-z0-9]+", path.name.lower())] for word in _SPLITS.get(split, (split,))}
     chosen = [path for found in words.values() for path in found]
     if not chosen and split != "train":
@@ -328,6 +328,18 @@ def _folder(place: epath.Path, split: str) -> Source:
     return join([open_file(path) for path in chosen], str(place))
 
 
+def _walk(place: epath.Path) -> Iterator[epath.Path]:
+    """Yield the files of a folder that hold rows, in the order of their names; what speaks of the data is not data."""
+    for path in sorted(place.iterdir(), key=lambda path: path.name):
+        if path.name.startswith(".") or path.name.split(".")[0].upper() in _PAPERS:
+            continue
+        if path.is_dir():
+            yield from _walk(path)
+        elif _suffix(path.name):
+            yield path
+
+
+_PAPERS = ("README", "LICENSE", "NOTICE", "CHANGELOG", "CITATION")
 _SPLITS = {"train": ("train", "training"), "test": ("test", "testing"), "validation": ("validation", "valid", "dev", "eval")}
 
 
