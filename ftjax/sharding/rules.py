@@ -1,0 +1,168 @@
+"""Rules from paths to partition specs, and a report of what they did.
+
+A rule is `(regex, PartitionSpec)`; the whole path must match and the first match wins, as everywhere in ftjax. Arrays inside a `Weight`
+have paths of their own (`…/kernel/a`). An axis of an array that its mesh axes do not divide is replicated instead, and the report says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ftjax import tree
+from ftjax.types import TrainState
+
+Rules = Sequence[tuple[str, P]]
+
+_COLUMN = r"(.*/)?layers/(.*/)?(q|k|v|gate|up)_proj"
+_ROW = r"(.*/)?layers/(.*/)?(o|down)_proj"
+RULES: Rules = (
+    (rf"{_COLUMN}/kernel(/base)*", P(None, "fsdp", "tensor")),
+    (rf"{_COLUMN}/kernel/a", P(None, "fsdp", None)),
+    (rf"{_COLUMN}/kernel/b", P(None, None, "tensor")),
+    (rf"{_COLUMN}/bias", P(None, "tensor")),
+    (rf"{_ROW}/kernel(/base)*", P(None, "tensor", "fsdp")),
+    (rf"{_ROW}/kernel/a", P(None, "tensor", None)),
+    (rf"{_ROW}/kernel/b", P(None, None, "fsdp")),
+    (rf"{_ROW}/bias", P()),
+    (r"(.*/)?embed_tokens/kernel(/base)*", P("tensor", "fsdp")),
+    (r"(.*/)?embed_tokens/kernel/a", P("tensor", None)),
+    (r"(.*/)?embed_tokens/kernel/b", P(None, "fsdp")),
+    (r"(.*/)?lm_head/kernel(/base)*", P("fsdp", "tensor")),
+    (r"(.*/)?lm_head/kernel/a", P("fsdp", None)),
+    (r"(.*/)?lm_head/kernel/b", P(None, "tensor")),
+    (r"(.*/)?[a-z_]*norm/scale", P()),
+)
+"""For a stacked decoder `[L, i, o]`: q, k, v, gate and up are split by column, o and down by row (Shoeybi et al., 2019, arXiv 1909.08053,
+section 3), adapters as the matrix they ride on. The prefix lets one rule speak for a leaf, its trained copy and its moments."""
+
+REST: Rules = ((r".*", P()),)
+"""Replicates what no rule before it matched: `(*mine, *REST)`."""
+
+
+class Placed(NamedTuple):
+    """Where one array goes, and why."""
+
+    path: str
+    rule: str
+    rule_spec: P
+    spec: P
+    """What is left of the rule's spec where the mesh does not divide the array."""
+    dropped: tuple[str, ...]
+    """What is gone, in words."""
+    leaf: Any
+    """The array, or its shape and dtype."""
+
+
+def placed(shapes: Any, mesh: Mesh, rules: Rules = RULES, *, strict: bool = False) -> list[Placed]:
+    """Return where each array of a tree goes, in the order of `jax.tree.leaves`; scalars need no rule.
+
+    Raises:
+      ValueError: an array has no rule; a rule has more entries than its array has axes, or names an axis that the mesh has not; with
+        `strict`, a dimension does not divide. The message lists all of them.
+    """
+    found, homeless, problems = [], [], []
+    for path, leaf in paths(shapes):
+        rule = next((rule for rule in rules if tree.predicate(rule[0])(path)), None) if leaf.ndim else ("scalar", P())
+        if rule is None:
+            homeless.append(path)
+        elif len(rule[1]) > leaf.ndim:
+            problems.append(f"{path!r} {list(leaf.shape)} has fewer axes than its rule {rule[0]!r}: {rule[1]}")
+        elif unknown := [name for entry in rule[1] for name in names(entry) if name not in mesh.shape]:
+            problems.append(f"rule {rule[0]!r} names the axis {unknown[0]!r}; nearest: {tree.nearest(unknown[0], mesh.axis_names)}")
+        else:
+            spec, dropped = fit(rule[1], leaf.shape, mesh)
+            found.append(Placed(path, rule[0], rule[1], spec, dropped, leaf))
+            problems += [f"{path!r} {list(leaf.shape)}: {what}" for what in dropped if strict]
+    covered = [row.path for row in found]
+    problems += [f"{path!r} has no rule; nearest path with one: {tree.nearest(path, covered, 1)}" for path in homeless]
+    if problems:
+        listing = "\n  ".join(problems)
+        hint = "A rule is (regex, PartitionSpec); sharding.REST after your own replicates what they leave." if homeless else ""
+        raise ValueError(f"sharding: the rules do not fit ({len(problems)} problems):\n  {listing}\n{hint}".rstrip())
+    return found
+
+
+def fit(spec: P, shape: Sequence[int], mesh: Mesh) -> tuple[P, tuple[str, ...]]:
+    """Return the spec without the entries whose mesh axes do not divide their dimension, and those entries in words."""
+    entries, dropped = [], []
+    for axis, (entry, size) in enumerate(zip(spec, shape, strict=False)):
+        parts = math.prod(mesh.shape[name] for name in names(entry))
+        if size % parts:
+            dropped.append(f"axis {axis} of {size} is not divisible by {'*'.join(names(entry))}={parts}")
+        entries.append(None if size % parts else entry)
+    return P(*entries), tuple(dropped)
+
+
+def shardings(shapes: Any, mesh: Mesh, rules: Rules = RULES, *, strict: bool = False) -> Any:
+    """Return the tree of `NamedSharding`s for a tree of arrays or shapes; see `placed` for what it raises."""
+    specs = [row.spec for row in placed(shapes, mesh, rules, strict=strict)]
+    return jax.tree.unflatten(jax.tree.structure(shapes), [NamedSharding(mesh, spec) for spec in specs])
+
+
+def state_shardings(state: TrainState, mesh: Mesh, rules: Rules = RULES, *, strict: bool = False) -> TrainState:
+    """Return the shardings of a training state (or its shapes), for `make_train_step` and for a restore on another mesh.
+
+    An array of the optimiser lies as the trained leaf whose path its own ends with, if both have one shape (moments do); whatever else
+    the optimiser keeps (counts, factored moments) is small and replicated.
+    """
+    trainable = shardings(state.trainable, mesh, rules, strict=strict)
+    everywhere = NamedSharding(mesh, P())
+    known = {path: (leaf.shape, where) for (path, leaf), where in zip(paths(state.trainable), jax.tree.leaves(trainable), strict=True)}
+
+    def mirror(path: str, leaf: Any) -> NamedSharding:
+        parts = path.split("/")
+        twin = next((known[end] for n in range(len(parts)) if (end := "/".join(parts[n:])) in known), None)
+        return twin[1] if twin is not None and twin[0] == leaf.shape else everywhere
+
+    leaves = [mirror(path, leaf) for path, leaf in paths(state.opt_state)]
+    return TrainState(everywhere, everywhere, trainable, jax.tree.unflatten(jax.tree.structure(state.opt_state), leaves))
+
+
+class Row(NamedTuple):
+    """What one rule did to a tree: a line of the printed table."""
+
+    rule: str
+    spec: P
+    leaves: int
+    parameters: int
+    device_bytes: int
+    """On each device."""
+    dropped: tuple[str, ...]
+    """`path: axis …` for each part of the rule that did not divide its array and is replicated instead."""
+
+
+def report(shapes: Any, mesh: Mesh, rules: Rules = RULES) -> list[Row]:
+    """Return a row for each rule that matched something, in the order of the rules."""
+    groups: dict[tuple[str, P], list[Placed]] = {}
+    for row in placed(shapes, mesh, rules):
+        groups.setdefault((row.rule, row.rule_spec), []).append(row)
+    order = [rule for rule, _ in rules]
+    rows = [
+        Row(
+            rule,
+            spec,
+            len(group),
+            sum(math.prod(row.leaf.shape) for row in group),
+            sum(math.prod(NamedSharding(mesh, row.spec).shard_shape(row.leaf.shape)) * row.leaf.dtype.itemsize for row in group),
+            tuple(f"{row.path}: {what}" for row in group for what in row.dropped),
+        )
+        for (rule, spec), group in groups.items()
+    ]
+    return sorted(rows, key=lambda row: order.index(row.rule) if row.rule in order else len(order))
+
+
+def paths(arrays: Any) -> list[tuple[str, Any]]:
+    """Return `(path, array)` for every array of a pytree, in the order of `jax.tree.leaves`."""
+    leaves = jax.tree_util.tree_flatten_with_path(arrays)[0]
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+
+
+def names(entry: Any) -> tuple[str, ...]:
+    """Return the mesh axes of one entry of a spec."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
