@@ -7,10 +7,11 @@ from typing import Any
 
 from ftjax import tree
 from ftjax.data.corpus import Report, Sequences, concatenate, encode, examples
+from ftjax.data.files import Source
 from ftjax.data.formats import Example, parse
 from ftjax.data.loader import Loader, make_loader
 from ftjax.data.rows import RowError
-from ftjax.data.sources import Source, open_source
+from ftjax.data.sources import open_source
 from ftjax.data.template import CHATML, ChatTemplate, TemplateError
 from ftjax.data.tokenize import Encoder, answer, make_encoder
 

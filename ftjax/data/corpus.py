@@ -12,9 +12,9 @@ import numpy as np
 
 from ftjax import tree
 from ftjax.data import formats
+from ftjax.data.files import Source
 from ftjax.data.formats import Example
 from ftjax.data.rows import RowError
-from ftjax.data.sources import Source
 from ftjax.data.tokenize import Encoder
 
 BAD_ROWS = ("raise", "skip")
@@ -47,6 +47,8 @@ class Report:
     supervised: int = 0
     cut_prompts: int = 0
     cut_responses: int = 0
+    control: int = 0
+    """Examples whose own text holds special tokens: `<|im_end|>` in a user's message ends that turn."""
     skipped: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     """Reason -> rows or examples left out for it."""
     first_errors: list[str] = dataclasses.field(default_factory=list)
@@ -118,6 +120,7 @@ def encode(
                 reason = "no token of it would be trained: it is empty, or no assistant message has weight 1"
                 _bad(RowError(reason, where=example.where), unsupervised, report)
                 continue
+            report.control += encoder.holds_control(example)
             report.cut_prompts += encoded.cut == "prompt"
             report.cut_responses += encoded.cut == "response"
             kept.append(encoded)

@@ -58,6 +58,8 @@ def problems(report: Report, sequences: Sequences, tokenizer: Any) -> list[str]:
     twins = count - len({sequences.tokens[a:b].tobytes() for a, b in zip(sequences.starts, sequences.starts[1:], strict=False)})
     if twins:
         found.append(f"{twins:,} of {count:,} sequences are exact copies of others")
+    if report.control:
+        found.append(f"{report.control:,} of {count:,} examples write special tokens themselves, which are read as such")
     strange = _special_inside(sequences, tokenizer)
     if strange:
         found.append(f"{strange:,} of {count:,} sequences train a special token inside an answer: does the data write it?")

@@ -57,6 +57,8 @@ class Encoder:
     """The special tokens that may end a turn, as text."""
     end_of_turn: re.Pattern[str]
     """One of `ends`, perhaps after white space."""
+    control: tuple[str, ...]
+    """All special tokens, as text."""
     bos: tuple[int, ...]
     """The BOS token if this tokenizer starts every text with one, else nothing."""
 
@@ -75,6 +77,11 @@ class Encoder:
         )
         ids = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
         return np.asarray(self._with_bos(ids), np.int32)
+
+    def holds_control(self, example: Example) -> bool:
+        """Return whether the text of an example holds special tokens itself."""
+        pieces = [example.text or "", *(message["content"] for message in example.messages)]
+        return any(token in piece for piece in pieces for token in self.control)
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         return ids if not self.bos or ids[:1] == list(self.bos) else [*self.bos, *ids]
@@ -111,10 +118,15 @@ class Encoder:
         if _SENTINEL in text:
             raise RowError("holds the private-use characters U+E0F7 ftjax U+E0F8, which mark turns")
         spans = [self._turn(text, messages, at, example.tools) for at in turns]
-        end = spans[-1][1] if spans else 0
-        if end and not text[end:].strip() and not text[:end].endswith(self.ends or "\0"):  # the template has no end-of-turn token
-            return _Drawn(text[:end], spans, needs_eos=True)
-        return _Drawn(text, spans, needs_eos=False)
+        if not turns or turns[-1] < len(messages) - 1 or text[: spans[-1][1]].endswith(self.ends or "\0"):
+            return _Drawn(text, spans, needs_eos=False)
+        end = spans[-1][1]  # of the last message, and the template has no end-of-turn token: EOS takes its place
+        if text[end:].strip():
+            raise RowError(
+                f"the chat template ends a turn with {text[end:].strip()[:20]!r}, which is no special token of this tokenizer, "
+                "so the model could not learn to stop; choose another template, or add the token to the tokenizer"
+            )
+        return _Drawn(text[:end], spans, needs_eos=True)
 
     def _turn(self, text: str, messages: list[Message], at: int, tools: Sequence[Any] | None) -> tuple[int, int]:
         """Return the characters of message `at` in `text`, its end-of-turn token included."""
@@ -172,7 +184,8 @@ def make_encoder(tokenizer: Any, *, max_tokens: int, template: str = "auto", tra
     Args:
       tokenizer: a `transformers.PreTrainedTokenizerFast`, or what looks like one.
       max_tokens: longer sequences are cut: prompts from the left, then responses on the right.
-      template: "auto" (the tokenizer's own; if it has none, prompt and completion are joined as they are), "chatml" (the built-in one),
+      template: "auto" (the tokenizer's own; if it has none, prompt and completion are joined as they are), "chatml" (the built-in one,
+        with EOS as the end of a turn if `<|im_end|>` is no token of this tokenizer),
         "none" (join prompt and completion, whatever the tokenizer has), or the Jinja text itself.
       train_on: "assistant" (every assistant message whose weight is not 0), "last" (the last one only) or "all" (prompts too).
       **variables: what the template reads beside the messages, such as `enable_thinking=False`.
@@ -185,17 +198,18 @@ def make_encoder(tokenizer: Any, *, max_tokens: int, template: str = "auto", tra
         raise ValueError(f"data: train_on is {train_on!r}; nearest: {tree.nearest(train_on, TRAIN_ON)}")
     if max_tokens < 2:
         raise ValueError(f"data: max_tokens is {max_tokens}, and a sequence needs a token to predict from and one to predict")
-    source = {"auto": getattr(tokenizer, "chat_template", None), "chatml": CHATML, "none": None}.get(template, template)
+    special = {name: getattr(tokenizer, name, None) or "" for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | {special["eos_token"]}
+    chatml = CHATML if "<|im_end|>" in added else CHATML.replace("<|im_end|>", special["eos_token"])
+    source = {"auto": getattr(tokenizer, "chat_template", None), "chatml": chatml, "none": None}.get(template, template)
     if isinstance(source, dict):  # several named templates
         source = source.get("default")
-    special = {name: getattr(tokenizer, name, None) or "" for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     chat = ChatTemplate(source, variables={**special, **variables}) if source else None
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | {special["eos_token"]}
     ends = tuple(sorted(added - {"", special["bos_token"]}, key=len, reverse=True))
     end_of_turn = re.compile(rf"\s*({'|'.join(map(re.escape, ends))})" if ends else "(?!)")
     starts = tokenizer("a")["input_ids"][:1]
     bos = tuple(starts) if starts and starts[0] == tokenizer.bos_token_id else ()
-    return Encoder(tokenizer, chat, max_tokens, train_on, ends, end_of_turn, bos)
+    return Encoder(tokenizer, chat, max_tokens, train_on, ends, end_of_turn, tuple(added - {""}), bos)
 
 
 def answer(example: Example) -> str:

@@ -116,6 +116,7 @@ def test_problems_are_named(tmp_path, encoder):
         "1 of 5 responses were cut",
         "1 of 5 sequences train a single",
         "1 of 5 sequences are exact",
+        "1 of 5 examples write special tokens",
         "1 of 5 sequences train a special",
     ):
         assert text in found

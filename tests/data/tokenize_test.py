@@ -160,6 +160,19 @@ def test_a_token_over_the_border_is_trained(prompt, completion):
     assert text.endswith(completion + "<|im_end|>") and (prompt + completion + "<|im_end|>").endswith(text)
 
 
+def test_the_built_in_template_ends_turns_with_a_token_that_the_tokenizer_has():
+    for name, end in (("qwen2.5", "<|im_end|>"), ("gemma", "<eos>")):
+        tokenizer = byte_tokenizer(name)
+        found = encode(tokenizer, [USER, ONE, MORE, TWO], template="chatml")
+        assert trained(tokenizer, found) == [f"One.{end}", f"Two.{end}"]
+
+
+def test_a_template_whose_end_of_turn_is_no_token_is_an_error():
+    template = "{% for m in messages %}{{ m.role }}{{ m.content }}</turn>{% endfor %}"
+    with pytest.raises(RowError, match="ends a turn with '</turn>', which is no special token"):
+        encode(byte_tokenizer("qwen2.5"), [USER, ONE], template=template)
+
+
 def test_plain_pairs_and_texts_end_with_one_eos():
     tokenizer = byte_tokenizer("roles")
     encoder = make_encoder(tokenizer, max_tokens=100, template="none")
