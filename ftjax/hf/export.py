@@ -16,7 +16,7 @@ import numpy as np
 from ftjax import models, tree, weights
 from ftjax.hf import names
 from ftjax.hf.folder import INDEX
-from ftjax.hf.write import Entry, new_folder, write_json, write_safetensors
+from ftjax.hf.write import Entry, new_folder, write_json, write_safetensors, write_tokenizer
 from ftjax.types import Model, Params
 
 SHARD_BYTES = 4_000_000_000
@@ -59,7 +59,7 @@ def export_model(
         write_json(temporary / "generation_config.json", _generation_config(config, tokenizer))
         (temporary / "README.md").write_text(_card(config, base_name, tree.size(leaves)), encoding="utf-8")
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            write_tokenizer(temporary, tokenizer)
         _write_weights(temporary, leaves, dtypes, shard_bytes)
     return Path(folder)
 

@@ -119,9 +119,7 @@ def config_dict(meta: Mapping[str, Any], packed: Mapping[str, Packed]) -> dict[s
         config["rope_scaling"] = scaling
     if architecture.startswith("gemma"):
         return config | _gemma(architecture, get, config)
-    if architecture == "qwen2":  # whose q, k, v always have a bias, and whose heads divide the width
-        del config["head_dim"]
-    else:
+    if architecture != "qwen2":  # whose q, k, v always have a bias
         config["attention_bias"] = "blk.0.attn_q.bias" in packed
     return config | {"hidden_act": "silu"}
 
@@ -156,7 +154,7 @@ def _rope_scaling(get: Any, packed: Mapping[str, Packed], config: Mapping[str, A
 
 def _llama3_scaling(divisors: np.ndarray, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return Llama 3's scaling, whose parameters the file does not state: its divisors of the frequencies must be what they give."""
-    low, high, original, factor = 1.0, 4.0, 8192, _decimal(float(divisors.max()))
+    low, high, original, factor = 1.0, 4.0, 8192, round(float(divisors.max()), 3)
     frequencies = config["rope_theta"] ** (-np.arange(0, config["head_dim"], 2) / config["head_dim"])
     smooth = np.clip((original * frequencies / (2 * np.pi) - low) / (high - low), 0.0, 1.0)
     if not np.allclose(divisors, 1 / ((1 - smooth) / factor + smooth), rtol=1e-4):

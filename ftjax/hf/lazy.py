@@ -51,15 +51,12 @@ def stack(layers: Sequence[LazyTensor]) -> LazyTensor:
     shape, dtype = layers[0].shape, layers[0].dtype
 
     def fetch(index: Index) -> np.ndarray:
-        rest = index[1:]
-        out = None
-        chosen = layers[index[0]]
-        for i, layer in enumerate(chosen):
-            block = layer.read(rest)
-            if out is None:
-                out = aligned_empty((len(chosen), *block.shape), dtype)
-            out[i] = block
-        return np.empty((0, *shape), dtype) if out is None else out
+        chosen, rest = layers[index[0]], index[1:]
+        block_shape = (len(range(*cut.indices(size))) for cut, size in zip(rest, shape, strict=True))
+        out = aligned_empty((len(chosen), *block_shape), dtype)
+        for place, layer in zip(out, chosen, strict=True):
+            place[...] = layer.read(rest)
+        return out
 
     return LazyTensor((len(layers), *shape), dtype, fetch)
 

@@ -23,7 +23,7 @@ from ftjax.hf import names
 from ftjax.hf.folder import file_tensors, read_json
 from ftjax.hf.lazy import LazyTensor
 from ftjax.hf.peft_config import DEFAULTS, check, ends_at_dot, shortest_names, targeted, value_of
-from ftjax.hf.write import Entry, new_folder, write_json, write_safetensors
+from ftjax.hf.write import Entry, new_folder, write_json, write_safetensors, write_tokenizer
 from ftjax.types import Model, Params, Plan, Transform
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -70,7 +70,7 @@ def save_adapter(
         write_json(temporary / CONFIG, config)
         write_safetensors(temporary / WEIGHTS, [Entry(n, x.dtype, x.shape) for n, x in tensors.items()], tensors.values())
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            write_tokenizer(temporary, tokenizer)
     return Path(folder)
 
 

@@ -9,7 +9,7 @@ import tokenizers
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise everybody to install PyTorch
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from ftjax.hf import gguf_file, gguf_tokenizer  # noqa: E402
 
@@ -23,7 +23,7 @@ def load(path: Path | str) -> PreTrainedTokenizerFast:
     """Return the tokenizer of a model on disk, with its chat template if it has one.
 
     Args:
-      path: a folder with `tokenizer.json` (or another form that `transformers` reads without remote code), or a `.gguf` file.
+      path: a folder with `tokenizer.json` (or a SentencePiece `tokenizer.model`, which `transformers` converts), or a `.gguf` file.
 
     Raises:
       FileNotFoundError: the folder holds no tokenizer.
@@ -32,8 +32,12 @@ def load(path: Path | str) -> PreTrainedTokenizerFast:
     path = Path(path)
     if path.suffix == ".gguf":
         return from_gguf(gguf_file.open_file(path))
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if (path / "tokenizer.json").is_file():  # which says all: no class of transformers may read it in a way of its own
+        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+    if not (path / "tokenizer.model").is_file():
         raise FileNotFoundError(f"tokenizer: {path} holds no tokenizer.json; copy it from where the model came from")
+    from transformers import AutoTokenizer  # slow to import
+
     return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
 
 

@@ -53,6 +53,15 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def write_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Write a tokenizer and its chat template in a form that transformers 4 reads as well."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name for it
+        write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
 def write_safetensors(path: Path, entries: Iterable[Entry], arrays: Iterable[np.ndarray]) -> None:
     """Write a safetensors file, taking the arrays one at a time in the order of the entries; only one is in memory."""
     entries = list(entries)

@@ -27,6 +27,7 @@ FAMILY = llama.FAMILY._replace(
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
+        "head_dim": None,
         "hidden_act": "silu",
         "max_position_embeddings": 32768,
         "initializer_range": 0.02,
