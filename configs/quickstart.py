@@ -7,10 +7,15 @@ Hardware: 2 CPU cores. UNTESTED
 from configs import base
 
 
-def get_config(arg=""):
+def experiment():
+    """The task and its sizes, which sft_smollm2_full shares."""
     config = base.sft()
     config.steps = 100
     config.data.sources.task = base.source("tasks:sort")
     config.data.eval_sources.task = base.source("tasks:sort", split="test")
-    config.eval.generate.examples = 64
-    return base.finish(config, arg, tiny="tiny-llama")
+    config.eval.generate.update({"examples": 64, "max_tokens": 24})
+    return config
+
+
+def get_config(arg=""):
+    return base.finish(experiment(), arg, tiny="tiny-llama")

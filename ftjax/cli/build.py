@@ -131,32 +131,23 @@ def encoder(config, tokenizer: Any) -> data.Encoder:
     )
 
 
-def loader(config, encoder: data.Encoder) -> tuple[data.Loader, dict[str, data.Report]]:
-    """Return this process's share of the training batches, and what became of the rows of each source."""
+def loader(config, encoder: data.Encoder, *, held_out: bool = False) -> tuple[data.Loader, dict[str, data.Report]]:
+    """Return this process's share of the batches, and what became of the rows of each source; held-out data keeps its order."""
+    field = "eval_sources" if held_out else "sources"
+    sources = config.data[field]
+    if not sources:
+        raise ValueError(f"data.{field}: no source is named; add one as base.source(PATH).")
     if config.data.batch_size % config.data.accumulation:
         raise ValueError(
             f"data.accumulation: {config.data.batch_size} rows (data.batch_size) cannot be split into {config.data.accumulation} parts."
         )
-    return _load(config, encoder, config.data.sources, "data.sources", shuffle=config.data.shuffle)
-
-
-def eval_loader(config, encoder: data.Encoder) -> data.Loader | None:
-    """Return this process's share of the held-out batches, in the order of their files; None without eval_sources."""
-    if not config.data.eval_sources:
-        return None
-    return _load(config, encoder, config.data.eval_sources, "data.eval_sources", shuffle=False)[0]
-
-
-def _load(config, encoder: data.Encoder, sources, field: str, *, shuffle: bool) -> tuple[data.Loader, dict[str, data.Report]]:
-    if not sources:
-        raise ValueError(f"{field}: no source is named; add one as base.source(PATH).")
     found, reports = data.load(
         {name: plain(source) for name, source in sources.items()},
         encoder,
         batch_size=config.data.batch_size,
         packing=config.data.packing,
         seed=config.seed,
-        shuffle=shuffle,
+        shuffle=config.data.shuffle and not held_out,
         bad_rows=config.data.bad_rows,
     )
     return found.shard(jax.process_index(), jax.process_count()), reports

@@ -26,14 +26,25 @@ def define(flags: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     Raises:
       ValueError: there is no such file, or the command line names a field that the config has not; the message has the nearest.
     """
-    argv = _joined(argv)
+    argv, about = _joined(argv), "the run: FILE.py or FILE.py:smoke; --config.FIELD=VALUE changes a field"
     spec = next((argument.split("=", 1)[1] for argument in argv if argument.lstrip("-").startswith(f"{FLAG}=")), None)
-    if spec is not None:
-        # absl loads the file once more when it parses; what the file imports is in `sys.modules` by then.
-        _check_overrides(load(spec), argv)
-    config_flags.DEFINE_config_file(
-        FLAG, None, "the run: FILE.py or FILE.py:smoke; --config.FIELD=VALUE changes a field", flag_values=flags, sys_argv=argv
-    )
+    if spec is None:
+        absl_flags.DEFINE_string(FLAG, None, about, flag_values=flags)
+        return
+    config = load(spec)
+    _check_overrides(config, argv)
+    config_flags.DEFINE_config_dict(FLAG, config, about, flag_values=flags, sys_argv=argv)
+    flags[FLAG].parser = _FileParser()
+
+
+class _FileParser(absl_flags.ArgumentParser):
+    """Turns FILE into its config; ml_collections' own does so by a function that Python has deprecated."""
+
+    def parse(self, argument: str) -> ConfigDict:
+        return load(argument).lock()
+
+    def flag_type(self) -> str:
+        return "config file"
 
 
 def _joined(argv: Sequence[str]) -> list[str]:

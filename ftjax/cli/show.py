@@ -50,6 +50,13 @@ def sources(reports: Mapping[str, data.Report], loader: data.Loader) -> Group:
     return Group(table, f"{loader.steps_per_epoch:,} steps an epoch; {loader.efficiency:.0%} of the positions of a batch hold a token")
 
 
+def histogram(classes: list[tuple[int, int, int]], *, width: int = 50) -> str:
+    """Return bars, one a class of length."""
+    most = max(count for _, _, count in classes)
+    digits = len(str(classes[-1][1]))
+    return "\n".join(f"{low:>{digits}}–{high:<{digits}}  {'█' * round(count / most * width):{width}}  {count:,}" for low, high, count in classes)
+
+
 def preview(sequences: data.Sequences, tokenizer: Any, *, count: int, console: Console) -> Group:
     """Return a few sequences, the trained tokens in colour (between ⟦ and ⟧ where there is no colour)."""
     shown = [_coloured(inspect.sequence_runs(tokenizer, sequences, index), marked=not console.is_terminal) for index in range(min(count, len(sequences.lengths)))]

@@ -73,7 +73,7 @@ def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool 
     # ---- data ----
     encoder = build.encoder(config, loaded.tokenizer)
     loader, reports = build.loader(config, encoder)
-    eval_loader = build.eval_loader(config, encoder)
+    eval_loader = build.loader(config, encoder, held_out=True)[0] if config.data.eval_sources else None
     terminal.heading("What it learns from")
     terminal.say(show.sources(reports, loader))
     terminal.say(show.preview(loader.sequences, loaded.tokenizer, count=2, console=terminal.console))

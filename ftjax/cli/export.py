@@ -1,0 +1,82 @@
+"""Write a model as a Hugging Face folder that transformers, vLLM and others load.
+
+  ftjax export --output=DIR                              the default model
+  ftjax export --model=… --adapter=DIR --output=DIR      a model with a PEFT adapter folded in (`ftjax merge` is the same)
+  ftjax export --workdir=runs/mine --output=DIR          what a run trained, from its last checkpoint, by any method
+"""
+
+from __future__ import annotations
+
+import json
+from typing import NamedTuple
+
+import jax
+from absl import flags as absl_flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from ftjax import sharding
+from ftjax.checkpoint import Checkpoints
+from ftjax.cli import build, pretrained, runtime
+from ftjax.hf import export as hf_export
+from ftjax.hf import load as hf_load
+from ftjax.train import init_state
+from ftjax.types import Params
+
+
+def define_flags(flags: absl_flags.FlagValues, argv) -> None:
+    """Define the flags of `ftjax export` and `ftjax merge`."""
+    del argv
+    absl_flags.DEFINE_string("model", "", f"a folder, .gguf file, hub id or known name (default: the adapter's base, else {pretrained.DEFAULT})", flag_values=flags)
+    absl_flags.DEFINE_string("adapter", "", "a PEFT folder, or a workdir, to fold in", flag_values=flags)
+    absl_flags.DEFINE_string("workdir", "", "a run of `ftjax train` to export instead", flag_values=flags)
+    absl_flags.DEFINE_string("output", None, "the folder to write; new or empty", flag_values=flags)
+    absl_flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "of the files (auto: the model's)", flag_values=flags)
+    runtime.define_flags(flags)
+
+
+def main(flags: absl_flags.FlagValues) -> None:
+    """Export."""
+    if not flags.output:
+        raise ValueError("export: --output=FOLDER is needed.")
+    if flags.workdir and (flags.model or flags.adapter):
+        raise ValueError("export: --workdir says model and method by itself; leave --model and --adapter out.")
+    runtime.start(flags)
+    found = trained(epath.Path(flags.workdir)) if flags.workdir else pretrained_model(flags.model, flags.adapter)
+    dtype = None if flags.dtype == "auto" else flags.dtype
+    folder = hf_export.export_model(flags.output, found.loaded.model, found.params, found.loaded.tokenizer, dtype=dtype, base_name=found.loaded.name)
+    print(f"wrote {folder}")
+
+
+class Found(NamedTuple):
+    """A model and the parameters to write, adapters attached."""
+
+    loaded: build.Loaded
+    params: Params
+
+
+def pretrained_model(name: str, adapter: str) -> Found:
+    """Return a model by name, in the dtype of its file, with a PEFT adapter attached if one is named."""
+    folder = pretrained.adapter_folder(adapter) if adapter else None
+    name = name or (pretrained.base_name(folder) if folder else pretrained.DEFAULT)
+    model, params, tokenizer, _ = hf_load.load(name)
+    return Found(build.Loaded(model, params, tokenizer, name), pretrained.attach(model, params, folder))
+
+
+def trained(workdir: epath.Path) -> Found:
+    """Return the model that a run trained, from its last checkpoint."""
+    path = workdir / "config.json"
+    if not path.exists():
+        raise ValueError(f"export: {workdir} holds no run: {path.name} is missing.")
+    config = ConfigDict(json.loads(path.read_text()))
+    mesh = build.mesh(config)
+    loaded = build.model(config, mesh)
+    method = build.method(config)
+    frozen, trainable = sharding.init_on_mesh(method.init, jax.random.key(0), loaded.params, mesh=mesh)
+    optimizer = build.optimizer(config)
+    like = sharding.init_on_mesh(lambda key, tree: init_state(key, tree, optimizer), jax.random.key(0), trainable, mesh=mesh)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    state, record = checkpoints.restore(like, fall_back=config.checkpoint.fall_back)
+    checkpoints.close()
+    print(f"step {record.step} of {workdir}")
+    return Found(loaded, method.attach(frozen, state.trainable))

@@ -1,0 +1,166 @@
+"""What a run says is well formed, counted right, and readable without a terminal."""
+
+import io
+import json
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from ftjax import logs, peft
+from ftjax.logs import plot, throughput, writers
+from ftjax.types import Batch
+
+
+def test_each_line_of_jsonl_is_an_object_and_not_a_number_is_null(tmp_path):
+    log = writers.Jsonl(tmp_path / "metrics.jsonl")
+    log.write(1, {"train/loss": np.float32(1.5), "train/grad_norm": float("nan")})
+    log.text(1, "eval/sample", "two\nlines “and” quotes")
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["step"] == 1 and rows[0]["train/loss"] == 1.5 and rows[0]["train/grad_norm"] is None
+    assert rows[1]["eval/sample"] == "two\nlines “and” quotes"
+
+
+def test_a_resumed_log_holds_each_step_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = writers.Jsonl(path)
+    for step in (1, 2, 3):
+        log.write(step, {"train/loss": float(step)})
+    log.close()
+    path.write_text(path.read_text() + '{"step": 4, "train/lo')  # a kill in the middle of a line
+    log = writers.Jsonl(path, resume_step=2)
+    log.write(3, {"train/loss": 30.0})
+    log.close()
+    assert [(row["step"], row["train/loss"]) for row in writers.read_jsonl(path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_tensorboard_writes_an_event_file(tmp_path):
+    board = writers.TensorBoard(tmp_path)
+    board.write(1, {"train/loss": 1.0})
+    board.text(1, "eval/sample", "hello")
+    board.close()
+    (file,) = tmp_path.iterdir()
+    assert b"train/loss" in file.read_bytes() and b"hello" in file.read_bytes()
+
+
+def test_wandb_that_is_not_installed_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"pip install 'ftjax\[wandb\]'"):
+        writers.Wandb(project="p", folder=tmp_path, config={}, name="n")
+
+
+# A model of one layer, one head of width 2, d = 4, f = 8, v = 16.
+SHAPES = {
+    "embed_tokens": {"kernel": jnp.zeros((16, 4))},
+    "layers": {"mlp": {"up_proj": {"kernel": jnp.zeros((1, 4, 8))}, "down_proj": {"kernel": jnp.zeros((1, 8, 4))}}},
+    "norm": {"scale": jnp.zeros(4)},
+}
+CONFIG = SimpleNamespace(num_attention_heads=1, head_dim=2, windows=(None,))
+BATCH = Batch(
+    tokens=np.zeros((1, 6), np.int32),
+    loss_mask=np.array([[0, 1, 1, 0, 1, 0]], np.float32),
+    positions=np.array([[0, 1, 2, 0, 1, 0]], np.int32),
+    segment_ids=np.array([[1, 1, 1, 2, 2, 0]], np.int32),
+)
+
+
+def test_flops_of_a_lora_step_are_those_counted_by_hand(key):
+    """5 tokens, 3 of them supervised, documents of 3 and 2 tokens.
+
+    trunk      5 · (4 · (32 + 32) + 6 · (4·2 + 2·8 + 8·2 + 2·4)) = 5 · (256 + 288) = 2720
+    head       3 · 16 · 4 · 4 = 768
+    attention  12 · 1 · 2 · (1 + 2 + 3 + 1 + 2) = 216
+    """
+    frozen, trainable = peft.lora("all-linear", rank=2).init(key, SHAPES)
+    assert throughput.flops_per_batch(frozen, trainable, CONFIG, BATCH) == 2720 + 768 + 216
+
+
+def test_flops_of_full_tuning_count_six_for_each_trained_weight(key):
+    """trunk 5 · 6 · 64 = 1920, tied head 3 · 64 · 6 = 1152, attention 216."""
+    frozen, trainable = peft.full(".*").init(key, SHAPES)
+    assert throughput.flops_per_batch(frozen, trainable, CONFIG, BATCH) == 1920 + 1152 + 216
+
+
+def test_a_window_bounds_the_keys_that_attention_counts(key):
+    """With a window of 2 the keys are 1 + 2 + 2 + 1 + 2 = 8, so attention is 12 · 2 · 8 = 192 instead of 216."""
+    frozen, trainable = peft.full("norm/scale").init(key, SHAPES)
+    windowed = SimpleNamespace(num_attention_heads=1, head_dim=2, windows=(2,))
+    difference = throughput.flops_per_batch(frozen, trainable, CONFIG, BATCH) - throughput.flops_per_batch(frozen, trainable, windowed, BATCH)
+    assert difference == 216 - 192
+
+
+def test_mfu_is_the_share_of_the_peak(monkeypatch):
+    now = iter([10.0, 12.0, 12.0])
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(now))
+    meter = logs.Meter(peak=1e9)
+    meter.add(tokens=300, flops=4e8)
+    meter.add(tokens=300, flops=4e8)
+    found = meter.read()
+    assert found["tokens_per_second"] == 300 and math.isclose(found["mfu"], 0.4) and found["memory_gb"] > 0.05
+
+
+def test_the_peak_of_a_known_device_is_its_data_sheets(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: [SimpleNamespace(device_kind="TPU v5 lite")] * 4)
+    monkeypatch.setattr(jax, "local_device_count", lambda: 4)
+    assert throughput.peak_flops("bfloat16") == 4 * 197e12
+
+
+def test_the_peak_of_a_cpu_is_measured():
+    assert 1e8 < throughput.measure_matmul("float32", size=128) < 1e14
+
+
+def test_the_plan_names_rule_leaves_parameters_and_bytes(key):
+    method = peft.chain(peft.lora("all-linear", rank=2, alpha=4), peft.full("norm/scale"))
+    frozen, trainable = method.init(key, SHAPES)
+    console = Console(file=io.StringIO(), width=140)
+    console.print(logs.plan_table(method.plan(SHAPES), SHAPES, trainable))
+    lines = console.file.getvalue().splitlines()
+    lora = next(line for line in lines if line.strip().startswith("lora"))
+    assert all(part in lora for part in ("all-linear", "rank 2", "alpha 4", " 2 ", "48"))
+    assert any("full" in line and "norm/scale" in line and " 4 " in line for line in lines)
+    assert any("all" in line and "52" in line and "of 132 parameters" in line for line in lines)
+
+
+def test_progress_without_a_terminal_is_plain_lines():
+    console = Console(file=io.StringIO(), width=40)
+    terminal = logs.Terminal(console=console)
+    terminal.start(200)
+    terminal.advance(1)
+    terminal.report(20, {"loss": 1.25, "tokens_per_second": 1234.5, "memory_gb": 2.5})
+    terminal.stop()
+    text = console.file.getvalue()
+    assert text.startswith("step  20/200  loss 1.2500  1,234 tokens/s  2.50 GB  ") and text.endswith("left\n")
+    assert "\x1b" not in text and text.count("\n") == 1
+
+
+def test_progress_on_a_terminal_is_a_bar_with_the_numbers_in_it():
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    terminal = logs.Terminal(console=console)
+    terminal.start(200, done=10)
+    terminal.report(20, {"loss": 1.25, "tokens_per_second": 1234.5, "memory_gb": 2.5})
+    terminal.stop()
+    text = console.file.getvalue()
+    assert "20/200" in text and "loss 1.2500" in text and "1,234 tokens/s" in text and "━" in text
+
+
+def test_the_loss_curve_is_a_png(tmp_path):
+    rows = [{"step": step, "train/loss": 3 / step, "eval/loss": 3.2 / step if step % 5 == 0 else None} for step in range(1, 21)]
+    plot.loss_curve(rows, tmp_path / "loss.png", title="tiny", subtitle="exact match 0 % → 90 %")
+    data = (tmp_path / "loss.png").read_bytes()
+    assert data.startswith(b"\x89PNG") and len(data) > 10_000
+
+
+def test_a_curve_of_nothing_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="was nothing logged"):
+        plot.loss_curve([{"step": 1}], tmp_path / "loss.png", title="")
+
+
+def test_smoothing_keeps_the_ends_and_the_level():
+    assert np.allclose(plot.smooth(np.full(30, 2.0)), 2.0)
+    line = np.arange(30.0)
+    assert np.allclose(plot.smooth(line), line)
