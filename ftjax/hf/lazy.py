@@ -23,9 +23,13 @@ class LazyTensor:
     fetch: Callable[[Index], np.ndarray]
     """`fetch(one slice per axis)`: the block, in `dtype`; steps are 1."""
 
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
     def read(self, index: Index = ()) -> np.ndarray:
         """Return the block at `index` (slices, for the leading axes; all of the array by default)."""
-        return self.fetch(tuple(index) + (slice(None),) * (len(self.shape) - len(index)))
+        return self.fetch(tuple(index) + (slice(None),) * (self.ndim - len(index)))
 
 
 def from_array(array: np.ndarray) -> LazyTensor:

@@ -27,13 +27,16 @@ def load(path: Path | str) -> PreTrainedTokenizerFast:
 
     Raises:
       FileNotFoundError: the folder holds no tokenizer.
-      ValueError: the GGUF file's tokenizer is not supported.
+      ValueError: a file is malformed, or the GGUF file's tokenizer is not supported.
     """
     path = Path(path)
     if path.suffix == ".gguf":
         return from_gguf(gguf_file.open_file(path))
     if (path / "tokenizer.json").is_file():  # which says all: no class of transformers may read it in a way of its own
-        return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        except Exception as error:  # of no narrower class: the parser is not written in Python
+            raise ValueError(f"tokenizer: the tokenizer files of {path} cannot be read: {error}") from error
     if not (path / "tokenizer.model").is_file():
         raise FileNotFoundError(f"tokenizer: {path} holds no tokenizer.json; copy it from where the model came from")
     from transformers import AutoTokenizer  # slow to import

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ftjax import models, tree
+from ftjax import models, sharding, tree
 from ftjax.hf import export, load, names, tokenizer
 from ftjax.hf.folder import Checkpoint
 from ftjax.hf.lazy import LazyTensor, from_array
@@ -74,7 +74,7 @@ def test_an_untied_head_is_missed():
 
 def test_on_a_mesh_only_shards_are_read_and_the_values_are_the_same(model):
     mesh = jax.make_mesh((2, 4), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    sharding = NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor"))
+    split = NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor"))
     largest = 0
 
     def watched(tensor):
@@ -89,13 +89,21 @@ def test_on_a_mesh_only_shards_are_read_and_the_values_are_the_same(model):
     def place(path, tensor):
         if not names.is_stacked(path) or len(tensor.shape) < 3:
             return load.on_default_device(path, tensor)
-        return jax.make_array_from_callback(tensor.shape, sharding, tensor.read)
+        return jax.make_array_from_callback(tensor.shape, split, tensor.read)
 
     checkpoint = checkpoint_of(model)
     watching = checkpoint._replace(tensors={n: watched(t) if n.startswith("model.layers") else t for n, t in checkpoint.tensors.items()})
     sharded, plain = load.load_params(watching, model, place=place), load.load_params(checkpoint, model)
     assert largest == 64 * 32 // 8
     jax.tree.map(np.testing.assert_array_equal, sharded, plain)
+
+
+def test_the_rules_of_a_mesh_place_a_checkpoint(model):
+    mesh = jax.make_mesh((1, 4, 2, 1), ("data", "fsdp", "tensor", "context"), axis_types=(AxisType.Auto,) * 4)
+    checkpoint = checkpoint_of(model)
+    params = load.load_params(checkpoint, model, place=sharding.placement(mesh))
+    jax.tree.map(np.testing.assert_array_equal, params, load.load_params(checkpoint, model))
+    assert len({str(shard.index) for shard in params["layers"]["mlp"]["up_proj"]["kernel"].addressable_shards}) == 8
 
 
 def test_the_host_never_holds_a_second_copy():

@@ -40,3 +40,10 @@ def test_a_chat_template_file_is_read(tmp_path):
 def test_a_folder_without_tokenizer_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no tokenizer\.json"):
         tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": {"type": "nothing"}}'])
+def test_a_malformed_file_is_named(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="tokenizer files of .* cannot be read"):
+        tokenizer.load(tmp_path)
