@@ -74,7 +74,7 @@ def save_adapter(
     return Path(folder)
 
 
-def _check_exportable(trainable, rows, lora_rows, full_paths, leaves) -> None:
+def _check_exportable(trainable: Params, rows: list[Plan], lora_rows: list[Plan], full_paths: list[str], leaves: Mapping[str, Any]) -> None:
     problems = [f"not yet: the method {name!r}" for name in trainable if name not in {row.method for row in rows}]
     problems += [f"not yet: the method {row.method!r}" for row in rows if row.options and row not in lora_rows]
     if len({row.method for row in lora_rows}) != 1:
@@ -96,24 +96,22 @@ def _check_exportable(trainable, rows, lora_rows, full_paths, leaves) -> None:
 def _config(lora_rows: list[Plan], full_paths: list[str], leaves: Mapping[str, Any]) -> dict[str, Any]:
     sizes = Counter({(row.options["rank"], float(row.options["alpha"])): len(row.paths) for row in lora_rows})
     (rank, alpha), _ = sizes.most_common(1)[0]
-    modules = [module for path in leaves for module in names.modules(path, leaves[path].shape)]
     ranks, alphas = {}, {}
     for row in lora_rows:
-        for name in _short(row.paths, leaves, modules):
+        for name in _short(row.paths, leaves):
             if row.options["rank"] != rank:
                 ranks[name] = row.options["rank"]
             if float(row.options["alpha"]) != alpha:
                 alphas[name] = _number(row.options["alpha"])
-    saved = {module for path in full_paths for module in names.modules(path, leaves[path].shape)}
     return DEFAULTS | {
         "r": rank,
         "lora_alpha": _number(alpha),
         "use_rslora": lora_rows[0].options["rslora"],
         "lora_dropout": float(lora_rows[0].options.get("dropout", 0.0)),
-        "target_modules": _short([path for row in lora_rows for path in row.paths], leaves, modules),
+        "target_modules": _short([path for row in lora_rows for path in row.paths], leaves),
         "rank_pattern": ranks,
         "alpha_pattern": alphas,
-        "modules_to_save": shortest_names(saved, set(modules), str.endswith) or None,
+        "modules_to_save": shortest_names(_owners(full_paths, leaves), _owners(leaves, leaves), str.endswith) or None,
     }
 
 
@@ -171,7 +169,7 @@ def load_adapter(folder: str | Path, model: Model) -> Adapter:
     for path, layers in factors.items():
         stacks[path], ranks[path], alphas[path] = _stack(path, layers, config, leaves)
     options = {
-        "targets": _short(list(factors), leaves, [module for path in leaves for module in names.modules(path, leaves[path].shape)]),
+        "targets": _short(factors, leaves),
         "rank": config["r"],
         "alpha": float(config["lora_alpha"]),
         "rslora": config["use_rslora"],
@@ -202,6 +200,8 @@ def _sort(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], leaves: 
             saved.setdefault(parameters[name], {})[name] = tensor
         else:
             problems.append(f"extra: {full_name} {list(tensor.shape)}")
+    if not factors:
+        problems.append("missing: there is no lora_A or lora_B of a module of this model")
     for path, layers in factors.items():
         for module, pair in layers.items():
             problems += _factor_problems(module, pair, value_of(config["rank_pattern"], module, config["r"]), path, leaves)
@@ -268,8 +268,12 @@ def _layer_number(name: str) -> int:
     return 0 if layer is None else layer
 
 
-def _short(paths: Iterable[str], leaves: Mapping[str, Any], modules: list[str]) -> list[str]:
-    return shortest_names({module for path in paths for module in names.modules(path, leaves[path].shape)}, set(modules), ends_at_dot)
+def _short(paths: Iterable[str], leaves: Mapping[str, Any]) -> list[str]:
+    return shortest_names(_owners(paths, leaves), _owners(leaves, leaves), ends_at_dot)
+
+
+def _owners(paths: Iterable[str], leaves: Mapping[str, Any]) -> set[str]:
+    return {module for path in paths for module in names.modules(path, leaves[path].shape)}
 
 
 def _number(value: float) -> int | float:

@@ -80,13 +80,31 @@ def check(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         problems.append(
             f"not yet: init_lora_weights={full['init_lora_weights']!r}, which changes the base weights: save it converted to LoRA"
         )
-    if not isinstance(full["r"], int) or full["r"] < 1:
-        problems.append(f"r={full['r']!r} is not a rank")
-    if not isinstance(full["target_modules"], str | list) or not full["target_modules"]:
-        problems.append(f"target_modules={full['target_modules']!r} names no module")
+    problems += _wrong_values(full)
     if problems:
         raise ValueError(f"{where}: " + "; ".join(problems))
-    return full
+    return full | {"rank_pattern": full["rank_pattern"] or {}, "alpha_pattern": full["alpha_pattern"] or {}}
+
+
+def _wrong_values(config: Mapping[str, Any]) -> list[str]:
+    problems = []
+    ranks, alphas = config["rank_pattern"] or {}, config["alpha_pattern"] or {}
+    if not isinstance(ranks, dict) or not isinstance(alphas, dict):
+        return ["rank_pattern and alpha_pattern are objects, from a module's name to a number"]
+    if not all(isinstance(rank, int) and rank >= 1 for rank in (config["r"], *ranks.values())):
+        problems.append(f"r={config['r']!r} or rank_pattern={ranks!r} holds what is not a rank")
+    if not all(isinstance(alpha, int | float) for alpha in (config["lora_alpha"], *alphas.values())):
+        problems.append(f"lora_alpha={config['lora_alpha']!r} or alpha_pattern={alphas!r} holds what is not a number")
+    if not isinstance(config["lora_dropout"], int | float) or not 0 <= config["lora_dropout"] < 1:
+        problems.append(f"lora_dropout={config['lora_dropout']!r} is not a probability")
+    if not isinstance(config["target_modules"], str | list) or not config["target_modules"]:
+        problems.append(f"target_modules={config['target_modules']!r} names no module")
+    for pattern in (*ranks, *alphas, config["target_modules"], config["exclude_modules"]):
+        try:
+            re.compile(pattern if isinstance(pattern, str) else "")
+        except re.error as error:
+            problems.append(f"{pattern!r} is not a regular expression: {error}")
+    return problems
 
 
 def targeted(config: Mapping[str, Any], modules: Iterable[str]) -> set[str]:
@@ -98,7 +116,7 @@ def targeted(config: Mapping[str, Any], modules: Iterable[str]) -> set[str]:
         if _matches(config["exclude_modules"] or (), module):
             continue
         if targets == "all-linear":
-            chosen = module != "lm_head"
+            chosen = module not in ("lm_head", "model.embed_tokens")
         else:
             chosen = _matches(targets, module)
         if layers and not isinstance(targets, str):

@@ -159,7 +159,11 @@ def test_all_that_does_not_fit_is_listed(base, copied):
         ({"bias": "all"}, "not yet: bias='all'"),
         ({"init_lora_weights": "pissa_niter_4"}, "not yet: init_lora_weights='pissa_niter_4'"),
         ({"target_parameters": ["x"], "lora_bias": True}, "not yet: lora_bias=True; not yet: target_parameters"),
-        ({"r": 0}, "r=0 is not a rank"),
+        ({"r": 0}, "r=0 .* not a rank"),
+        ({"rank_pattern": [1]}, "are objects"),
+        ({"alpha_pattern": {"q_proj": "big"}}, "is not a number"),
+        ({"lora_dropout": 2}, "lora_dropout=2 is not a probability"),
+        ({"target_modules": "(*"}, r"'\(\*' is not a regular expression"),
         ({"target_modules": None}, "target_modules=None names no module"),
         ({"r": 5}, r"lora_A.weight is \[4, 24\], expected \[5, 24\]"),
     ],
@@ -167,6 +171,15 @@ def test_all_that_does_not_fit_is_listed(base, copied):
 def test_what_we_cannot_compute_is_refused(base, copied, config, message):
     with pytest.raises(ValueError, match=message):
         hf_peft.load_adapter(copied(config), base[0])
+
+
+def test_an_adapter_of_other_modules_is_refused(base, copied):
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[name.replace("_proj", "_mystery")] = tensors.pop(name)
+
+    with pytest.raises(ValueError, match="there is no lora_A or lora_B of a module of this model"):
+        hf_peft.load_adapter(copied({"target_modules": ["q_mystery", "v_mystery"]}, rename), base[0])
 
 
 def test_unknown_fields_are_told_and_ignored(base, copied, caplog):
