@@ -145,10 +145,8 @@ def _shrink(config: ConfigDict, tiny: str) -> None:
             one.update({"path": "tasks:compare", "format": "auto", "split": split, "name": "", "columns": None})
     config.lora.update({"rank": 4, "alpha": 8.0})
     config.optimizer.warmup_steps = 1
-    config.eval.update({"every_steps": 2, "batches": 1, "samples": 1})
-    config.early_stopping.patience = 0
-    if config.eval.generate.examples:
-        config.eval.generate.update({"examples": 2, "max_tokens": 4, "batch_size": 2})
+    config.eval.update({"every_steps": 2, "batches": 1, "samples": min(2, config.eval.samples)})
+    config.eval.generate.update({"examples": min(2, config.eval.generate.examples), "max_tokens": 4, "batch_size": 2})
     config.checkpoint.every_steps = 2
     config.logging.every_steps = 1
     config.mesh.update({"data": 1, "fsdp": 1, "tensor": 1, "context": 1})

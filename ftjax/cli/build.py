@@ -102,7 +102,7 @@ def score(config, model: Model, mesh: Mesh) -> Score:
     """Return how tokens are scored: with what the objective and its metrics need, and no more."""
     shards = math.prod(mesh.shape[name] for name in sharding.ROWS)
     outputs = ("logps", "greedy", *(["mean_logps"] if config.loss.label_smoothing else []))
-    return partial(scoring.score, model, batch_shards=shards, outputs=outputs)
+    return partial(scoring.score, sharding.on_mesh(model, mesh), batch_shards=shards, outputs=outputs)
 
 
 def optimizer(config) -> optax.GradientTransformation:
@@ -131,7 +131,7 @@ def encoder(config, tokenizer: Any) -> data.Encoder:
     )
 
 
-def loader(config, encoder: data.Encoder, *, held_out: bool = False) -> tuple[data.Loader, dict[str, data.Report]]:
+def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False) -> tuple[data.Loader, dict[str, data.Report]]:
     """Return this process's share of the batches, and what became of the rows of each source; held-out data keeps its order."""
     field = "eval_sources" if held_out else "sources"
     sources = config.data[field]
@@ -150,7 +150,7 @@ def loader(config, encoder: data.Encoder, *, held_out: bool = False) -> tuple[da
         shuffle=config.data.shuffle and not held_out,
         bad_rows=config.data.bad_rows,
     )
-    return found.shard(jax.process_index(), jax.process_count()), reports
+    return found.shard(*sharding.batch_share(mesh)), reports
 
 
 def held_out_examples(config, count: int) -> list[data.Example]:
@@ -162,11 +162,8 @@ def held_out_examples(config, count: int) -> list[data.Example]:
 
 
 def on_mesh(batch: Any, mesh: Mesh) -> Any:
-    """Return a batch of this process's rows as global arrays."""
-    where = sharding.batch_sharding(mesh)
-    if jax.process_count() == 1:
-        return jax.device_put(batch, where)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(where, rows), batch)
+    """Return this process's rows of a batch as its part of the whole one, on the mesh."""
+    return sharding.shard_batch(batch, mesh)
 
 
 def plain(block) -> dict[str, Any]:

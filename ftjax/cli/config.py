@@ -29,6 +29,8 @@ def define(flags: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     argv, about = _joined(argv), "the run: FILE.py or FILE.py:smoke; --config.FIELD=VALUE changes a field"
     spec = next((argument.split("=", 1)[1] for argument in argv if argument.lstrip("-").startswith(f"{FLAG}=")), None)
     if spec is None:
+        if stray := next((argument for argument in argv if argument.lstrip("-").startswith(f"{FLAG}.")), None):
+            raise ValueError(f"config: {stray} changes a field of a config; give --config=FILE before it.")
         absl_flags.DEFINE_string(FLAG, None, about, flag_values=flags)
         return
     config = load(spec)

@@ -113,7 +113,7 @@ def from_config(flags: absl_flags.FlagValues) -> Setting:
     loaded = build.model(config, mesh)
     folder = pretrained.adapter_folder(flags.adapter) if flags.adapter else None
     encoder = build.encoder(config, loaded.tokenizer)
-    loader, _ = build.loader(config, encoder, held_out=True)
+    loader, _ = build.loader(config, encoder, mesh, held_out=True)
     asked = config.eval.generate
     return Setting(
         name=_name(loaded.name, str(folder or "")),

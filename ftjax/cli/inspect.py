@@ -32,7 +32,7 @@ def main(flags: absl_flags.FlagValues) -> None:
     runtime.start(flags)
     config, terminal = flags.config, logs.Terminal(console=Console(highlight=False))
     tokenizer = build.tokenizer(config)
-    loader, reports = build.loader(config, build.encoder(config, tokenizer), held_out=flags.held_out)
+    loader, reports = build.loader(config, build.encoder(config, tokenizer), build.mesh(config), held_out=flags.held_out)
     terminal.heading("Sources")
     terminal.say(show.sources(reports, loader))
     terminal.heading("Lengths in tokens")

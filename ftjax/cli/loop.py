@@ -49,6 +49,8 @@ class Loop:
     put: Callable[[Batch], Batch]
     """Onto the mesh."""
     flops: Callable[[Batch], float]
+    parts: int
+    """Of how many parts like this process's rows a batch consists; the others are taken to hold as many tokens."""
     learning_rate: Callable[[int], Any]
     evaluate: Evaluate | None
     checkpoints: Checkpoints
@@ -93,6 +95,7 @@ def run(loop: Loop, state: TrainState, *, start: int) -> tuple[TrainState, int, 
                 reason = "early stopping"
                 break
     except NonFinite:
+        loop.memory.skipped_in_a_row = 0  # who goes on from here has changed something
         _save(loop, state, done, {})
         loop.checkpoints.wait()
         raise
@@ -159,8 +162,7 @@ class Readings:
 
     def _read(self, step: int, metrics: Metrics, batch: Batch) -> None:
         means = jax.device_get(metrics)
-        processes = jax.process_count()
-        self._loop.meter.add(int((np.asarray(batch.segment_ids) > 0).sum()) * processes, self._loop.flops(batch) * processes)
+        self._loop.meter.add(self._loop.parts * int((np.asarray(batch.segment_ids) > 0).sum()), self._loop.parts * self._loop.flops(batch))
         self._check(step, means)
         self._sums = {name: self._sums[name] + mean for name, mean in means.items()} if self._sums else means
         if step % self._loop.config.logging.every_steps == 0 or step == self._loop.config.steps:

@@ -55,6 +55,12 @@ def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool 
     terminal = logs.Terminal(quiet=not first)
     key = jax.random.key(config.seed)
 
+    # ---- config ----
+    config_json = configs.as_json(config)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
+    if checkpoints.steps():  # asked before anything is loaded
+        configs.check_unchanged(checkpoints.record(checkpoints.steps()[-1]).config, config_json, allowed=allow_config_change)
+
     # ---- mesh ----
     mesh = build.mesh(config)
     terminal.say(show.machine(mesh))
@@ -72,8 +78,8 @@ def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool 
 
     # ---- data ----
     encoder = build.encoder(config, loaded.tokenizer)
-    loader, reports = build.loader(config, encoder)
-    eval_loader = build.loader(config, encoder, held_out=True)[0] if config.data.eval_sources else None
+    loader, reports = build.loader(config, encoder, mesh)
+    eval_loader = build.loader(config, encoder, mesh, held_out=True)[0] if config.data.eval_sources else None
     terminal.heading("What it learns from")
     terminal.say(show.sources(reports, loader))
     terminal.say(show.preview(loader.sequences, loaded.tokenizer, count=2, console=terminal.console))
@@ -90,12 +96,9 @@ def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool 
     loaded = loaded._replace(params=None)
 
     # ---- where the run stands ----
-    config_json = configs.as_json(config)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
     memory, start = Memory(), 0
     if checkpoints.steps():
         state, record = checkpoints.restore(state, fall_back=config.checkpoint.fall_back)
-        configs.check_unchanged(record.config, config_json, allowed=allow_config_change)
         memory, start = Memory(**record.memory), record.step
         terminal.say(f"going on from step {start}, saved in {checkpoints.folder}")
     writers = _writers(config, config_json, workdir, start) if first else logs.Writers()
@@ -138,6 +141,7 @@ def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool 
         batches=loader.iterate,
         put=partial(build.on_mesh, mesh=mesh),
         flops=flops,
+        parts=sharding.batch_share(mesh)[1],
         learning_rate=build.learning_rate(config),
         evaluate=evaluate if eval_loader and config.eval.every_steps else None,
         checkpoints=checkpoints,

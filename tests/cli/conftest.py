@@ -1,0 +1,41 @@
+"""What the tests of the command line share: short runs of a tiny model, compiled once."""
+
+import pathlib
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py") + ":smoke"
+SHORT = (
+    "--config.steps=6",
+    "--config.data.accumulation=2",
+    "--config.data.sources.task.split=train[:14]",  # four steps an epoch
+    "--config.lora.dropout=0.1",
+    "--config.optimizer.schedule=constant",
+    "--config.eval.every_steps=0",
+    "--config.eval.generate.examples=0",
+    "--config.logging.tensorboard=False",
+)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    """A compile cache for the session, and JAX's settings as they were after it."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes")
+    before = {name: getattr(jax.config, name) for name in names}
+    compilation_cache.reset_cache()
+    yield tmp_path_factory.mktemp("compiled")
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="session")
+def arguments(compiled):
+    """`arguments(workdir, *more)`: the command line of a short run."""
+
+    def make(workdir, *more: str) -> list[str]:
+        return ["train", f"--config={CONFIG}", f"--workdir={workdir}", f"--compile_cache={compiled}", *SHORT, *more]
+
+    return make

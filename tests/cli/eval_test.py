@@ -1,0 +1,102 @@
+"""`ftjax eval`: means over all tokens, exact match with its interval, a table and a JSON file."""
+
+import json
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ftjax import data, models
+from ftjax.cli import eval as evaluation
+from ftjax.cli.main import main
+from ftjax.hf import export
+from ftjax.hf.tokenizer import byte_tokenizer
+
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    model = models.build(models.preset("tiny-llama"))
+    params = jax.jit(model.init)(jax.random.key(1))
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    export.export_model(folder, model, params, byte_tokenizer())
+    return folder, model, params
+
+
+def run(base, *arguments):
+    common = ["--compile_cache=off", "--max_tokens=3", "--dtype=float32", "--row_tokens=64"]
+    return main(["eval", f"--model={base[0]}", *common, *arguments])
+
+
+def test_loss_and_accuracy_are_those_of_each_answer_by_itself(base, tmp_path, capsys):
+    _, model, params = base
+    rows = [{"prompt": "a", "completion": "bcd"}, {"prompt": "ef", "completion": "g"}]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run(base, f"--data={tmp_path}/d.jsonl", f"--output={tmp_path}/r.json") == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    encoder = data.make_encoder(byte_tokenizer(), max_tokens=64)
+    losses, hits = [], []
+    for encoded in encoder.encode([data.parse(row)[0] for row in rows]):
+        hidden, _ = model.apply(params, encoded.tokens[None])
+        logits = model.unembed(model.head(params), hidden)[0, :-1]
+        at = np.flatnonzero(encoded.loss_mask[1:])
+        logps = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+        losses += (-logps[at, encoded.tokens[1:][at]]).tolist()
+        hits += (np.asarray(jnp.argmax(logits, axis=-1))[at] == encoded.tokens[1:][at]).tolist()
+    assert found["tokens"] == len(losses)
+    assert found["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
+    assert found["token_accuracy"] == pytest.approx(np.mean(hits), abs=1e-6)
+    assert found["exact_match"]["n"] == 2
+    assert "2 answers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "completions", "metric", "right"),
+    [
+        ([("a", "yes"), ("b", "no")], ["yes", "maybe"], "exact_match", 1),
+        ([("a", "1 + 1 is #### 2"), ("b", "#### 3"), ("c", "#### 4")], ["so 2", "it is 3.", "5"], "numeric_match", 2),
+    ],
+)
+def test_right_answers_are_counted(rows, completions, metric, right, base, tmp_path, monkeypatch):
+    text = "\n".join(json.dumps({"question": question, "answer": answer}) for question, answer in rows)
+    (tmp_path / "d.jsonl").write_text(text)
+    monkeypatch.setattr(evaluation.measure.rollout, "generate_text", lambda *_, **__: completions)
+    assert run(base, f"--data={tmp_path}/d.jsonl", f"--output={tmp_path}/r.json") == 0
+    found = json.loads((tmp_path / "r.json").read_text())[metric]
+    assert (found["right"], found["n"]) == (right, len(rows))
+    assert found["low"] < found["share"] == pytest.approx(right / len(rows)) < found["high"]
+
+
+def test_a_config_names_model_and_data(tmp_path):
+    arguments = ["eval", f"--config={CONFIG}:smoke", "--examples=0", "--batches=1", "--compile_cache=off", f"--output={tmp_path}/r.json"]
+    assert main(arguments) == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert "random" in found["model"] and found["tokens"] > 0 and "exact_match" not in found
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (1, 2, 0.0945, 0.9055), (0, 0, 0.0, 1.0), (81, 263, 0.2553, 0.3662)],
+)
+def test_the_interval_is_wilsons(right, n, low, high):
+    # The last is Newcombe's example (1998, Statistics in Medicine 17, table I): 81 of 263.
+    assert evaluation.wilson(right, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 1, "give either --data=PATH or --config=FILE"),
+        (["--data=nowhere.jsonl"], 1, "no file or folder 'nowhere.jsonl'"),
+        (["--data=tasks:sort", "--metric=exact"], 2, "metric"),
+        (["--dat=x"], 2, "Did you mean: data"),
+    ],
+)
+def test_a_wrong_command_line_is_explained(arguments, code, message, capsys):
+    assert main(["eval", *arguments]) == code
+    assert message in capsys.readouterr().err

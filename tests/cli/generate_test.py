@@ -1,0 +1,145 @@
+"""`ftjax generate`: files of prompts in, JSON lines out; errors that name the file and the line."""
+
+import io
+import json
+import sys
+
+import jax
+import pytest
+
+from ftjax import models, peft
+from ftjax.cli import generate
+from ftjax.cli.main import main
+from ftjax.hf import export
+from ftjax.hf import peft as hf_peft
+from ftjax.hf.tokenizer import byte_tokenizer
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A Hugging Face folder of a tiny random model, and the model."""
+    model = models.build(models.preset("tiny-llama"))
+    params = jax.jit(model.init)(jax.random.key(1))
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    export.export_model(folder, model, params, byte_tokenizer())
+    return folder, model, params
+
+
+def run(base, *arguments):
+    return main(["generate", f"--model={base[0]}", "--compile_cache=off", "--max_tokens=4", "--dtype=float32", *arguments])
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_file_of_prompts_becomes_a_line_each(base, tmp_path):
+    (tmp_path / "prompts.txt").write_text("one\n\nand another\n")
+    assert run(base, f"--prompts={tmp_path}/prompts.txt", f"--output={tmp_path}/out.jsonl") == 0
+    found = rows(tmp_path / "out.jsonl")
+    assert [row["prompt"] for row in found] == ["one", "and another"]
+    assert all(set(row) == {"prompt", "completion"} and isinstance(row["completion"], str) for row in found)
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.txt", "out.jsonl"}
+
+
+def test_one_prompt_streams_what_a_file_gets(base, tmp_path, capsys):
+    assert run(base, "--prompt=one", f"--output={tmp_path}/out.jsonl") == 0
+    capsys.readouterr()
+    assert run(base, "--prompt=one") == 0
+    assert capsys.readouterr().out == rows(tmp_path / "out.jsonl")[0]["completion"] + "\n"
+
+
+def test_an_adapter_of_a_workdir_is_found_and_acts(base, tmp_path, capsys):
+    folder, model, params = base
+    method = peft.lora("all-linear", rank=4, alpha=256)
+    _, trainable = method.init(jax.random.key(2), params)
+    trainable = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(3), x.shape), trainable)
+    hf_peft.save_adapter(tmp_path / "run" / "adapter", model, trainable, method.plan(params), base_name=str(folder))
+    run(base, "--prompt=one")
+    plain = capsys.readouterr().out
+    run(base, "--prompt=one", f"--adapter={tmp_path}/run")
+    adapted = capsys.readouterr().out
+    # Without --model the adapter's own base is taken.
+    main(["generate", "--compile_cache=off", "--max_tokens=4", "--dtype=float32", "--prompt=one", f"--adapter={tmp_path}/run/adapter"])
+    assert capsys.readouterr().out == adapted != plain
+
+
+def test_a_chat_remembers_until_reset(base, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(generate.rollout, "stream_text", lambda model, params, encoder, prompt, **_: asked.append(prompt) or iter(["ok"]))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("first\nsecond\n/reset\n\nthird\n"))
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert run(base) == 0
+    assert [[message["content"] for message in prompt] for prompt in asked] == [["first"], ["first", "ok", "second"], ["third"]]
+    assert "(forgotten)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "shown"),
+    [
+        ("p.jsonl", '{"prompt": "a"}\n{"question": "b", "answer": "c"}', ["a", "b"]),
+        ("p.jsonl", '{"instruction": "add", "input": "1 1", "output": "2"}', ["add\n\n1 1"]),
+        ("p.jsonl", '{"text": "once"}', ["once"]),
+        ("p.csv", "prompt\na\n", ["a"]),
+        ("p.jsonl", '{"prompt": [{"role": "user", "content": "a"}]}', [[{"role": "user", "content": "a"}]]),
+        (
+            "p.jsonl",
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
+            [[{"role": "user", "content": "a"}]],
+        ),
+    ],
+)
+def test_prompts_are_read_from_every_format(name, text, shown, tmp_path):
+    (tmp_path / name).write_text(text)
+    assert [asked.shown for asked in generate.read_prompts(f"{tmp_path}/{name}")] == shown
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", "\n \n", "p.txt holds no prompt"),
+        ("p.txt", "", "p.txt holds no prompt"),
+        ("p.jsonl", "", "p.jsonl holds no prompt"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', "p.jsonl:2: not JSON"),
+        ("p.jsonl", '{"promt": "a"}', "p.jsonl:1: no known format has the columns 'promt'"),
+        ("p.jsonl", '{"prompt": 3}', "p.jsonl:1: column 'messages': must be a list"),
+        ("p.md", "a", "cannot tell what kind of file"),
+    ],
+)
+def test_what_cannot_be_read_is_named(name, text, message, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+    assert main(["generate", f"--prompts={tmp_path}/{name}"]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--promts=x"], 2, "Did you mean: prompt"),
+        (["--prompt=a", "--prompts=b"], 1, "both given"),
+        (["--prompts=nowhere.txt"], 1, "no file 'nowhere.txt'"),
+        (["--prompt=a", "--temperature=-1"], 1, "temperature is at least 0"),
+        (["--prompt=a", "--max_tokens=0"], 2, "max_tokens"),
+        (["--prompt=a", "--adapter=nowhere"], 1, "no folder 'nowhere'"),
+    ],
+)
+def test_a_wrong_command_line_is_explained(arguments, code, message, capsys):
+    assert main(["generate", *arguments]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_a_prompt_beyond_the_context_is_named_by_its_line(base, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("fine\n" + "x" * 5000)
+    assert run(base, f"--prompts={tmp_path}/p.txt", f"--output={tmp_path}/out.jsonl") == 1
+    assert "p.txt:2: 5,0" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(base, tmp_path, capsys):
+    other = models.build(models.preset("tiny-qwen3"))
+    params = jax.jit(other.init)(jax.random.key(0))
+    method = peft.lora("all-linear", rank=4)
+    _, trainable = method.init(jax.random.key(1), params)
+    hf_peft.save_adapter(tmp_path / "adapter", other, trainable, method.plan(params))
+    assert run(base, "--prompt=a", f"--adapter={tmp_path}/adapter") == 1
+    assert "does not fit this base model" in capsys.readouterr().err

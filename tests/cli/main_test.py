@@ -1,0 +1,106 @@
+"""The command line reads well, is quick, and knows what a user meant."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from ftjax.cli import config as configs
+from ftjax.cli import main
+
+ROOT = pathlib.Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    code = main.main(list(argv))
+    return code, *capsys.readouterr()
+
+
+def test_help_lists_every_command_and_imports_nothing_heavy():
+    script = "import sys; from ftjax.__main__ import main; code = main(['--help']); assert not {'jax', 'absl', 'numpy'} & set(sys.modules); sys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name, line in main.COMMANDS.items():
+        assert f"  {name}" in done.stdout and line in done.stdout and len(line) < 80
+    assert main.START in done.stdout
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_a_commands_help_shows_its_own_flags_and_no_others(name, capsys):
+    code, out, _ = run(capsys, name, "--help")
+    assert code == 0 and out.startswith(f"usage: ftjax {name} ") and "--compile_cache" in out
+    assert not any(noise in out for noise in ("--logtostderr", "--flagfile", "--jax_", "--pdb", "!!python"))
+
+
+def test_the_help_of_train_shows_the_fields_of_its_config(capsys):
+    code, out, _ = run(capsys, "train", f"--config={QUICKSTART}", "--config.seed=7", "--help")
+    assert code == 0 and "  optimizer.learning_rate " in out and "  seed                             7" in out and "--workdir" in out
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(capsys):
+    code, _, err = run(capsys, "trian")
+    assert code == 2 and "nearest: 'train'" in err
+
+
+WRONG = {
+    "--config.optimizer.learnin_rate=1": (1, "'optimizer.learning_rate'"),
+    "--config.lora.alhpa=1": (1, "'lora.alpha'"),
+    "--config.steps=many": (2, "--config.steps=many"),
+    "--config.optimizer.b1=high": (2, "could not convert"),
+    "--config.optimizer=3": (2, "not a dict"),
+    "--wrkdir=x": (2, "Did you mean: workdir"),
+    "stray": (2, "unexpected argument 'stray'"),
+}
+
+
+@pytest.mark.parametrize("argument", WRONG)
+def test_a_mistyped_argument_is_an_error_that_says_what_was_meant(argument, capsys):
+    code, wanted = WRONG[argument]
+    found, _, err = run(capsys, "train", f"--config={QUICKSTART}", argument)
+    assert found == code and wanted in err and "Traceback" not in err
+
+
+def test_a_field_without_a_config_asks_for_the_config(capsys):
+    code, _, err = run(capsys, "train", "--config.steps=3")
+    assert code == 1 and "--config=FILE" in err
+
+
+def test_a_missing_config_file_is_answered_with_the_nearest(capsys):
+    code, _, err = run(capsys, "train", f"--config={QUICKSTART.replace('quick', 'quik')}")
+    assert code == 1 and "quickstart.py" in err
+
+
+@pytest.mark.parametrize("argument", ["--workdir=x", f"--config={QUICKSTART}"])
+def test_train_says_what_is_missing(argument, capsys):
+    code, _, err = run(capsys, "train", argument)
+    assert code == 1 and "is needed, as in: ftjax train" in err
+
+
+def test_a_config_is_found_and_finds_its_base_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, name)
+    before = list(sys.path)
+    assert configs.load(f"{QUICKSTART}:smoke").steps == 4
+    assert sys.path == before
+
+
+def test_overrides_have_the_types_of_their_fields(capsys):
+    arguments = ["--config", f"{QUICKSTART}:smoke", "--config.methods=full", "--config.methods=lora", "--config.lora.targets=['q_proj']"]
+    arguments += ["--config.optimizer.groups=(('lora/.*/b',16.0),)", "--noconfig.data.shuffle", "--help"]
+    code, out, _ = run(capsys, "train", *arguments)
+    lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in out.splitlines() if line.startswith("  ") and len(line.split()) > 1}
+    assert code == 0
+    assert lines["methods"] == "('full', 'lora')" and lines["optimizer.groups"] == "(('lora/.*/b', 16.0),)"
+    assert lines["lora.targets"] == "['q_proj']" and lines["data.shuffle"] == "False"
+
+
+def test_differences_ignore_what_a_resumed_run_may_change():
+    old = {"steps": 10, "seed": 0, "logging": {"every_steps": 1}, "lora": {"rank": 4}}
+    assert configs.differences(old, {**old, "steps": 20, "logging": {"every_steps": 5}}) == []
+    assert configs.differences(old, {**old, "lora": {"rank": 8}}) == ["lora.rank: 4 -> 8"]
+    with pytest.raises(ValueError, match=r"lora.rank: 4 -> 8(.|\n)*--allow_config_change"):
+        configs.check_unchanged(old, {**old, "lora": {"rank": 8}})
+    configs.check_unchanged(old, {**old, "lora": {"rank": 8}}, allowed=True)
