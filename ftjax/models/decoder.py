@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ftjax import tree, weights
+from ftjax.kernels import attention as attention_op
 from ftjax.kernels.attention import mask
 from ftjax.models import cache as cache_lib
 from ftjax.models import layers, rope
@@ -29,7 +30,7 @@ REMAT: Mapping[str, Callable[[Callable], Callable]] = {
         jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(layers.PRODUCT, weights.LOW_RANK)
     ),
 }
-"""What the backward pass computes again of a layer: nothing; all of it, from its input; or all but its matrix products, which are stored."""
+"""What the backward pass computes again of a layer: nothing; all of it from its input; or all but its matrix products, which are stored."""
 
 EVERYTHING = 1 << 30
 """The window of a layer that sees everything, where other layers of the same scan do not."""
@@ -72,6 +73,7 @@ def make_model(
         raise ValueError(f"models: there is no remat {remat!r}; nearest: {tree.nearest(remat, REMAT)}.")
     if found := problems(config):
         raise ValueError(f"models: {config.model_type}: " + "; ".join(found) + ".")
+    attention_op.chosen(attention, q=jnp.empty((0, 0, config.num_attention_heads, 0)), k=jnp.empty((0, 0, config.num_key_value_heads, 0)))
     ends, layer = (
         nnx.split(nnx.eval_shape(lambda make=make: make(nnx.Rngs(0))))[0]
         for make in (lambda rngs: Ends(config, family, rngs=rngs), lambda rngs: family.layer(config, rngs=rngs))
