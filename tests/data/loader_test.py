@@ -90,6 +90,14 @@ def test_epochs_follow_each_other():
         assert not all(equal(a, b) for a, b in zip(first, second, strict=False))
 
 
+def test_each_epoch_draws_anew():
+    one, other = make().order(0), make().order(1)
+    assert sorted(one) == sorted(other) == list(range(100)) and one.tolist() != other.tolist()
+    weighted = make(sizes=(60, 40), weights=(0.5, 0.5))
+    first = np.concatenate([weighted.order(epoch)[weighted.order(epoch) < 60] for epoch in range(6)])
+    assert all(sorted(first[at : at + 60]) == list(range(60)) for at in range(0, 300, 60))
+
+
 def test_seeds_change_the_order_and_shuffle_can_be_off():
     assert not equal(make(seed=1).batch(0), make(seed=2).batch(0))
     tokens = [batch.tokens[batch.segment_ids > 0] for batch in make("wrapped", shuffle=False).epoch()]

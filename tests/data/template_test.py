@@ -8,7 +8,9 @@ from tests.data.families import FAMILIES, byte_tokenizer
 MESSAGES = [{"role": "user", "content": "Hi & <bye>"}, {"role": "assistant", "content": "Ho"}]
 
 DOUBLE = "{%% set n = namespace(x='aa') %%}{%% for i in range(90) %%}%s{%% endfor %%}"
-NEST = "{%% set n = namespace(x=[]) %%}{%% for i in range(90) %%}{%% set n.x = %s %%}{%% endfor %%}{{ n.x | %s }}"
+NEST = (
+    "{%% set n = namespace(x=[], y=[]) %%}{%% for i in range(90) %%}{%% set n.x = %s %%}{%% set n.y = %s %%}{%% endfor %%}{{ n.x == n.y }}"
+)
 BOMBS = {
     "endless loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "wide loops": "{% for i in range(999) %}{% for j in range(999) %}" + "x" * 1000 + "{% endfor %}{% endfor %}",
@@ -20,50 +22,68 @@ BOMBS = {
     "doubling by replace": DOUBLE % "{% set n.x = n.x.replace('a', 'aa') %}",
     "doubling by filter": DOUBLE % "{% set n.x = n.x | replace('a', 'aa') %}",
     "doubling by join": DOUBLE % "{% set n.x = [n.x, n.x] | join(n.x) %}",
-    "lists of lists": NEST % ("[n.x, n.x]", "tojson"),
-    "dicts of dicts": NEST % ("dict(a=n.x, b=n.x)", "string"),
+    "doubling by a method": DOUBLE % "{% set n.x = n.x.join([n.x, n.x]) %}",
+    "lists of lists": NEST % ("[n.x, n.x]", "[n.y, n.y]"),
+    "tuples of tuples": NEST % ("(n.x, n.x)", "(n.y, n.y)"),
+    "dicts of dicts": NEST % ("{'a': n.x, 'b': n.x}", "{'a': n.y, 'b': n.y}"),
+    "dicts by dict": NEST % ("dict(a=n.x, b=n.x)", "dict(a=n.y, b=n.y)"),
     "calls of calls": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-    "endless recursion": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
-    "recursive loop": "{% for i in range(999) recursive %}{{ loop(range(999)) }}{% endfor %}",
-    "padding by format": "{{ '%999999999d' % 1 }}",
-    "padding by str.format": "{{ '{:999999999}'.format(1) }}",
-    "padding by filter": "{{ 'x' | center(999999999) }}",
-    "padding by method": "{{ 'x'.ljust(999999999) }}",
-    "padding by date": "{{ strftime_now('%999999999d') }}",
-    "indenting": "{{ MESSAGES | tojson(indent=999999999) }}{{ ('a\n' * 9999) | indent(9999999) * 9999 }}",
-    "power": "{{ 10 ** 10 ** 10 }}",
+    "indenting": "{{ ('a\n' * 9999) | indent(9999999) }}{{ messages | tojson(indent=999999) | indent(' ' * 99999) }}",
 }
-WALKS = {
+FORBIDDEN = {
     "class": "{{ ''.__class__.__mro__ }}",
     "format": "{{ '{0.__class__}'.format(1) }}",
     "format_map": "{{ '{a.__class__}'.format_map({'a': 1}) }}",
-    "globals": "{{ raise_exception.__globals__ }}",
-    "environment": "{{ range.__self__ }}",
+    "padding by format": "{{ '%9d' % 1 }}",
+    "padding by str.format": "{{ '{:9}'.format(1) }}",
+    "padding by filter": "{{ 'x' | center(9) }}",
+    "padding by method": "{{ 'x'.ljust(9) }}",
+    "padding by zfill": "{{ 'x'.zfill(9) }}",
+    "padding by tabs": "{{ 'x'.expandtabs(9) }}",
+    "padding by date": "{{ strftime_now('%9d') }}",
     "attr": "{{ messages | attr('append') }}",
-    "mutation": "{{ messages.append(1) }}",
-    "dict": "{{ messages[0].update({'a': 1}) }}",
+    "mutation of a list": "{{ messages.append(1) }}",
+    "mutation of a dict": "{{ messages[0].update({'a': 1}) }}",
     "include": "{% include '/etc/passwd' %}",
     "import": "{% import 'os' as os %}",
-    "map": "{{ messages | map(attribute='__class__') | map(attribute='__mro__') | first | first }}",
+    "power": "{{ 10 ** 10 ** 10 }}",
+    "recursion": "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    "recursive loop": "{% for i in range(999) recursive %}{{ loop(range(999)) }}{% endfor %}",
 }
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_stops_in_time(name):
+def test_a_bomb_runs_out_of_budget(name):
+    with pytest.raises(TemplateError, match="more than 131,072 characters and loop turns"):
+        ChatTemplate(BOMBS[name], max_work=2**17, max_seconds=60).render(MESSAGES)
+
+
+def test_a_slow_template_meets_its_deadline():
     begin = time.monotonic()
-    with pytest.raises(TemplateError):
-        ChatTemplate(BOMBS[name], max_seconds=0.5).render(MESSAGES)
+    with pytest.raises(TemplateError, match="took more than 0.2 seconds"):
+        ChatTemplate(BOMBS["endless loops"], max_work=2**40, max_seconds=0.2).render(MESSAGES)
     assert time.monotonic() - begin < 5
 
 
-@pytest.mark.parametrize("name", WALKS)
-def test_a_template_reaches_no_object_of_python(name):
-    try:
-        text = ChatTemplate(WALKS[name]).render(MESSAGES)
-    except TemplateError:
-        return
-    assert "class" not in text and "function" not in text and "method" not in text
-    assert MESSAGES[0] == {"role": "user", "content": "Hi & <bye>"} and len(MESSAGES) == 2
+@pytest.mark.parametrize("name", FORBIDDEN)
+def test_what_could_make_much_of_little_or_reach_python_is_refused(name):
+    with pytest.raises(TemplateError):
+        ChatTemplate(FORBIDDEN[name]).render(MESSAGES)
+
+
+WALKS = (
+    "''.__class__",
+    "raise_exception.__globals__",
+    "range.__self__",
+    "messages | map(attribute='__class__') | first",
+    "cycler",
+    "self._",
+)
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_there_is_nothing_to_walk_to(walk):
+    assert ChatTemplate("{{ " + walk + " }}").render(MESSAGES) == ""
 
 
 @pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"llama3"}))

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ftjax.data import Example, RowError, answer, inspect, make_encoder, parse
-from ftjax.data.tokenize import Encoded, cut
+from ftjax.data.tokenize import Encoded, _token_mask, cut
 from tests.data.families import FAMILIES, byte_tokenizer, word_tokenizer
 
 USER, ONE, MORE, TWO = (
@@ -171,6 +171,21 @@ def test_a_template_whose_end_of_turn_is_no_token_is_an_error():
     template = "{% for m in messages %}{{ m.role }}{{ m.content }}</turn>{% endfor %}"
     with pytest.raises(RowError, match="ends a turn with '</turn>', which is no special token"):
         encode(byte_tokenizer("qwen2.5"), [USER, ONE], template=template)
+
+
+@pytest.mark.parametrize(
+    "offsets, mask",
+    [
+        ([(0, 2), (2, 4), (4, 6), (6, 8)], [0, 1, 1, 0]),
+        ([(0, 3), (3, 5), (5, 8)], [1, 1, 1]),  # tokens over both borders hold characters of the span
+        ([(0, 2), (3, 4), (4, 4), (5, 6), (7, 8)], [0, 1, 1, 1, 0]),  # offsets that leave out a leading space, or all of a token
+        ([(0, 2), (2, 5), (5, 6), (5, 6), (6, 8)], [0, 1, 1, 1, 0]),  # two bytes of the last character
+        ([(0, 2), (2, 3), (2, 3), (3, 8)], [0, 1, 1, 1]),  # two bytes of the first
+        ([], []),
+    ],
+)
+def test_the_tokens_of_the_characters_from_2_to_6(offsets, mask):
+    assert _token_mask(offsets, [(2, 6)]).tolist() == mask
 
 
 def test_plain_pairs_and_texts_end_with_one_eos():
