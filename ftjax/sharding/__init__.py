@@ -1,8 +1,8 @@
 """Where every array lives: a mesh, rules from paths to partition specs, placement, and leaves that gather themselves when they multiply."""
 
 from ftjax.sharding.gather import on_mesh
+from ftjax.sharding.layout import abstract, init_on_mesh, place, placement
 from ftjax.sharding.mesh import AXES, ROWS, batch_sharding, batch_share, make_mesh, shard_batch
-from ftjax.sharding.placement import abstract, init_on_mesh, place, placement
 from ftjax.sharding.rules import REST, RULES, Placed, Row, Rules, placed, report, shardings, state_shardings
 
 __all__ = [

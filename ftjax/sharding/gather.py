@@ -28,7 +28,7 @@ Entries = tuple[Any, ...]
 
 @pytree
 class Sharded(Weight):
-    """`materialize() == materialize(base)`, gathered over `fsdp` at every use and stored in shards between."""
+    """`materialize() == materialize(base)`, and lies as the base does; a product gathers the base over `fsdp` first."""
 
     base: Leaf
     mesh: Mesh = static()
@@ -51,26 +51,29 @@ class Sharded(Weight):
         return jax.tree.unflatten(structure, [_gather(self.mesh, entries, x) for entries, x in zip(self.stored, leaves, strict=True)])
 
     def materialize(self) -> jax.Array:
-        return weights.materialize(self.gathered())
+        return weights.materialize(self.base)
 
     def dot(self, x: jax.Array) -> jax.Array:
         return self.dots(x, (self,))[0]
 
     def dots(self, x: jax.Array, ws: Sequence[Any]) -> tuple[jax.Array, ...]:
-        return _forgetful(_dots)(x, tuple(ws))
+        return _forgetful(self.mesh, _dots)(x, tuple(ws))
 
     def dot_transposed(self, x: jax.Array) -> jax.Array:
-        return _forgetful(lambda x, w: _rows(w.mesh, weights.dot_transposed(x, w.gathered()), w.dense[-2]))(x, self)
+        return _forgetful(self.mesh, lambda x, w: _rows(w.mesh, weights.dot_transposed(x, w.gathered()), w.dense[-2]))(x, self)
 
     def embed(self, ids: jax.Array) -> jax.Array:
-        return _forgetful(lambda ids, w: _rows(w.mesh, weights.embed(ids, w.gathered())))(ids, self)
+        return _forgetful(self.mesh, lambda ids, w: _rows(w.mesh, weights.embed(ids, w.gathered())))(ids, self)
 
 
 def on_mesh(model: Model, mesh: Mesh, rules: Rules = RULES) -> Model:
     """Return the model for parameters that lie on `mesh` by `rules`: the same function, and a compiler that knows where things go.
 
-    The output head is gathered once, by `head`, and not for every chunk of logits.
+    The model must use its matrices through `ftjax.weights`, as all of `ftjax.models` do. The output head is gathered once, by `head`, and
+    not for every chunk of logits. On one device it is the model as it came.
     """
+    if mesh.size == 1:
+        return model
 
     def apply(params: Params, tokens: jax.Array, **options: Any) -> tuple[jax.Array, Any]:
         hidden, cache = model.apply(_wrap(params, mesh, rules), _rows(mesh, tokens), **options)
@@ -86,8 +89,8 @@ def _wrap(params: Params, mesh: Mesh, rules: Rules) -> Params:
     return tree.unflatten({path: _sharded(path, leaf, mesh, rules) for path, leaf in tree.flatten(params).items()})
 
 
-def _sharded(path: str, leaf: Leaf, mesh: Mesh, rules: Rules) -> Sharded:
-    """Wrap a leaf; arrays of an attached weight that have no rule (a scale, a key) are left to the compiler."""
+def _sharded(path: str, leaf: Leaf, mesh: Mesh, rules: Rules) -> Leaf:
+    """Wrap a leaf that is split; arrays of an attached weight that have no rule (a scale, a key) are left to the compiler."""
 
     def entries(path: str, shape: tuple[int, ...]) -> Entries | None:
         spec = tree.first_match(rules, path)
@@ -98,12 +101,16 @@ def _sharded(path: str, leaf: Leaf, mesh: Mesh, rules: Rules) -> Sharded:
     dense = entries(path, leaf.shape)
     if dense is None:
         raise ValueError(f"sharding: {path!r} {list(leaf.shape)} has no rule that fits; see sharding.RULES and sharding.REST.")
+    if all(mesh.shape[name] == 1 for entry in dense for name in names(entry)):
+        return leaf
     inner = tuple(entries(f"{path}/{name}" if name else path, x.shape) for name, x in paths(leaf))
     return Sharded(leaf, mesh, tuple(map(_without_fsdp, dense)), inner)
 
 
-def _once(leaf: Sharded) -> Sharded:
+def _once(leaf: Leaf) -> Leaf:
     """Return the leaf gathered already."""
+    if not isinstance(leaf, Sharded):
+        return leaf
     stored = tuple(entries and tuple(map(_without_fsdp, entries)) for entries in leaf.stored)
     return Sharded(leaf.gathered(), leaf.mesh, leaf.dense, stored)
 
@@ -113,9 +120,9 @@ def _dots(x: jax.Array, ws: tuple[Any, ...]) -> tuple[jax.Array, ...]:
     return tuple(_rows(w.mesh, y, w.dense[-1]) if isinstance(w, Sharded) else y for w, y in zip(ws, ys, strict=True))
 
 
-def _forgetful(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep the shards for the backward pass and gather them again, instead of keeping what was gathered."""
-    return jax.checkpoint(function, prevent_cse=False)
+def _forgetful(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Where `fsdp` splits anything, keep the shards for the backward pass and gather them again, instead of keeping what was gathered."""
+    return jax.checkpoint(function, prevent_cse=False) if mesh.shape["fsdp"] > 1 else function
 
 
 def _rows(mesh: Mesh, x: jax.Array, last: Any = None) -> jax.Array:

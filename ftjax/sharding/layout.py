@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import Var
 from jax.sharding import Mesh, NamedSharding
 
 from ftjax import tree
@@ -52,9 +53,33 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 def init_on_mesh(function: Callable[..., Any], *args: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """Return `function(*args)` computed on the mesh, so that no result is ever whole on one device.
 
-    For random weights (`model.init`), a method (`method.init`: leaves that it passes on untouched keep their buffers) and the training
-    state (`partial(init_state, optimizer=…)`, laid out by `state_shardings`).
+    For random weights (`model.init`), a method (`method.init`) and the training state (`partial(init_state, optimizer=…)`, laid out by
+    `state_shardings`). An argument that lies where it should and is returned as it came is not copied: the frozen tree shares the buffers
+    of the parameters, and the state those of the trainable tree, which the first step then donates.
     """
     shapes = jax.eval_shape(function, *args)
     where = state_shardings(shapes, mesh, rules) if isinstance(shapes, TrainState) else shardings(shapes, mesh, rules)
-    return jax.jit(function, out_shardings=where)(*args)
+    kept = _returned(function, args, jax.tree.leaves(where))
+    fresh = [n for n, array in enumerate(kept) if array is None]
+
+    def missing(*args: Any) -> list[jax.Array]:  # not all of it: jit copies an argument that it returns
+        leaves = jax.tree.leaves(function(*args))
+        return [leaves[n] for n in fresh]
+
+    made = jax.jit(missing, out_shardings=[jax.tree.leaves(where)[n] for n in fresh])(*args)
+    for n, array in zip(fresh, made, strict=True):
+        kept[n] = array
+    return jax.tree.unflatten(jax.tree.structure(shapes), kept)
+
+
+def _returned(function: Callable[..., Any], args: tuple[Any, ...], where: list[NamedSharding]) -> list[jax.Array | None]:
+    """Return for each output the argument that it is, if that one lies where the output is to lie."""
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    given = dict(zip(jaxpr.invars, jax.tree.leaves(args), strict=True))
+
+    def kept(variable: Any, there: NamedSharding) -> jax.Array | None:
+        array = given.get(variable) if isinstance(variable, Var) else None
+        here = getattr(array, "sharding", None)
+        return array if isinstance(here, NamedSharding) and here.is_equivalent_to(there, array.ndim) else None
+
+    return [kept(variable, there) for variable, there in zip(jaxpr.outvars, where, strict=True)]
