@@ -28,7 +28,7 @@ from rich.text import Text
 from ftjax import data, losses, peft, scoring
 from ftjax.cli import build, measure, pretrained, runtime
 from ftjax.cli import config as configs
-from ftjax.train import make_eval_step
+from ftjax.train import Score, make_eval_step
 from ftjax.tree import nearest
 from ftjax.types import Batch, Model, Params
 
@@ -43,6 +43,7 @@ class Setting(NamedTuple):
     name: str
     model: Model
     params: Params
+    score: Score
     encoder: data.Encoder
     batches: Iterable[Batch]
     examples: Sequence[data.Example]
@@ -94,6 +95,7 @@ def from_flags(flags: absl_flags.FlagValues) -> Setting:
         name=_name(adapted.name, adapted.adapter),
         model=adapted.model,
         params=adapted.params,
+        score=partial(scoring.score, adapted.model, outputs=("logps", "greedy")),
         encoder=encoder,
         batches=itertools.islice(loader.epoch(), flags.batches or None),
         examples=[example for example in examples if data.answer(example)][:count],
@@ -119,6 +121,7 @@ def from_config(flags: absl_flags.FlagValues) -> Setting:
         name=_name(loaded.name, str(folder or "")),
         model=loaded.model,
         params=pretrained.attach(loaded.model, loaded.params, folder),
+        score=build.score(config, loaded.model, mesh),
         encoder=encoder,
         batches=(build.on_mesh(batch, mesh) for batch in itertools.islice(loader.epoch(), flags.batches or None)),
         examples=build.held_out_examples(config, asked.examples if flags.examples is None else flags.examples),
@@ -134,8 +137,7 @@ def evaluate(setting: Setting) -> dict[str, Any]:
     found: dict[str, Any] = {"model": setting.name, "data": setting.source}
     if setting.metric not in METRICS:
         raise ValueError(f"eval: there is no metric {setting.metric!r}; nearest: {nearest(setting.metric, METRICS)}.")
-    score = partial(scoring.score, setting.model, outputs=("logps", "greedy"))
-    step = make_eval_step(score, peft.chain(), losses.sft)
+    step = make_eval_step(setting.score, peft.chain(), losses.sft)
     tokens = 0.0
 
     def counted() -> Iterator[Batch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +47,10 @@ def load(flags: absl_flags.FlagValues) -> Adapted:
       FileNotFoundError: the adapter's folder holds none.
     """
     folder = adapter_folder(flags.adapter) if flags.adapter else None
-    name = flags.model or (base_name(folder) if folder else DEFAULT)
+    base = base_name(folder) if folder else DEFAULT
+    name = flags.model or base
+    if folder and name != base:  # the same model may go by many names, so this is no error
+        print(f"note: the adapter {folder} names {base!r} as its base and is put on {name!r}", file=sys.stderr)
     found = hf_load.load(name, dtype=build.dtype(flags.dtype))
     return Adapted(found.model, attach(found.model, found.params, folder), found.tokenizer, name, str(folder or ""))
 

@@ -1,5 +1,6 @@
 """`ftjax generate`: files of prompts in, JSON lines out; errors that name the file and the line."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -16,17 +17,17 @@ from ftjax.hf.tokenizer import byte_tokenizer
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tmp_path_factory, compiled):
     """A Hugging Face folder of a tiny random model, and the model."""
     model = models.build(models.preset("tiny-llama"))
     params = jax.jit(model.init)(jax.random.key(1))
     folder = tmp_path_factory.mktemp("models") / "tiny"
     export.export_model(folder, model, params, byte_tokenizer())
-    return folder, model, params
+    return folder, model, params, compiled
 
 
 def run(base, *arguments):
-    return main(["generate", f"--model={base[0]}", "--compile_cache=off", "--max_tokens=4", "--dtype=float32", *arguments])
+    return main(["generate", f"--model={base[0]}", f"--compile_cache={base[3]}", "--max_tokens=4", "--dtype=float32", *arguments])
 
 
 def rows(path):
@@ -50,7 +51,7 @@ def test_one_prompt_streams_what_a_file_gets(base, tmp_path, capsys):
 
 
 def test_an_adapter_of_a_workdir_is_found_and_acts(base, tmp_path, capsys):
-    folder, model, params = base
+    folder, model, params, _ = base
     method = peft.lora("all-linear", rank=4, alpha=256)
     _, trainable = method.init(jax.random.key(2), params)
     trainable = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(3), x.shape), trainable)
@@ -60,7 +61,9 @@ def test_an_adapter_of_a_workdir_is_found_and_acts(base, tmp_path, capsys):
     run(base, "--prompt=one", f"--adapter={tmp_path}/run")
     adapted = capsys.readouterr().out
     # Without --model the adapter's own base is taken.
-    main(["generate", "--compile_cache=off", "--max_tokens=4", "--dtype=float32", "--prompt=one", f"--adapter={tmp_path}/run/adapter"])
+    main(
+        ["generate", f"--compile_cache={base[3]}", "--max_tokens=4", "--dtype=float32", "--prompt=one", f"--adapter={tmp_path}/run/adapter"]
+    )
     assert capsys.readouterr().out == adapted != plain
 
 
@@ -103,7 +106,7 @@ def test_prompts_are_read_from_every_format(name, text, shown, tmp_path):
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": ', "p.jsonl:2: not JSON"),
         ("p.jsonl", '{"promt": "a"}', "p.jsonl:1: no known format has the columns 'promt'"),
         ("p.jsonl", '{"prompt": 3}', "p.jsonl:1: column 'messages': must be a list"),
-        ("p.md", "a", "cannot tell what kind of file"),
+        ("p.doc", "a", "cannot tell what kind of file"),
     ],
 )
 def test_what_cannot_be_read_is_named(name, text, message, tmp_path, capsys):
@@ -136,10 +139,19 @@ def test_a_prompt_beyond_the_context_is_named_by_its_line(base, tmp_path, capsys
 
 
 def test_an_adapter_of_another_base_is_refused(base, tmp_path, capsys):
-    other = models.build(models.preset("tiny-qwen3"))
+    other = models.build(dataclasses.replace(base[1].config, intermediate_size=48))
     params = jax.jit(other.init)(jax.random.key(0))
     method = peft.lora("all-linear", rank=4)
     _, trainable = method.init(jax.random.key(1), params)
     hf_peft.save_adapter(tmp_path / "adapter", other, trainable, method.plan(params))
     assert run(base, "--prompt=a", f"--adapter={tmp_path}/adapter") == 1
     assert "does not fit this base model" in capsys.readouterr().err
+
+
+def test_an_adapter_that_names_another_base_is_noted(base, tmp_path, capsys):
+    folder, model, params, _ = base
+    method = peft.lora(["q_proj"], rank=1)
+    _, trainable = method.init(jax.random.key(1), params)
+    hf_peft.save_adapter(tmp_path / "adapter", model, trainable, method.plan(params), base_name="org/twin")
+    assert run(base, "--prompt=one", f"--adapter={tmp_path}/adapter") == 0
+    assert f"names 'org/twin' as its base and is put on '{folder}'" in capsys.readouterr().err

@@ -1,0 +1,118 @@
+"""Samplers: what they may choose, how often, with what log-probability, whatever stands beside them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ftjax.rollout import Sampling, sample, settings
+from ftjax.rollout.sampling import keep_min_p, keep_top_k, keep_top_p, warp
+
+PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32)  # in order: 1, 3, 4, 2, 0
+LOGITS = jnp.log(jnp.asarray(PROBABILITIES))
+# The 99.9th percentile of chi-square with 1, 2, 3 and 4 degrees of freedom.
+CHI_SQUARE = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47}
+
+
+def kept(logits):
+    return set(np.flatnonzero(np.isfinite(np.asarray(logits)[0])).tolist())
+
+
+@pytest.mark.parametrize(("k", "expected"), [(1, {1}), (2, {1, 3}), (4, {1, 2, 3, 4}), (5, {0, 1, 2, 3, 4}), (99, {0, 1, 2, 3, 4})])
+def test_top_k_keeps_the_k_largest(k, expected):
+    assert kept(keep_top_k(LOGITS[None], k)) == expected
+
+
+@pytest.mark.parametrize(("p", "expected"), [(0.1, {1}), (0.39, {1}), (0.41, {1, 3}), (0.7, {1, 3, 4}), (0.96, {0, 1, 2, 3, 4})])
+def test_top_p_keeps_the_fewest_that_have_the_mass(p, expected):
+    assert kept(keep_top_p(LOGITS[None], p)) == expected
+
+
+@pytest.mark.parametrize(("p", "expected"), [(0.99, {1}), (0.6, {1, 3}), (0.45, {1, 3, 4}), (0.1, {0, 1, 2, 3, 4})])
+def test_min_p_is_relative_to_the_likeliest(p, expected):
+    assert kept(keep_min_p(LOGITS[None], p)) == expected
+
+
+def test_ties_with_the_last_kept_stay():
+    assert kept(keep_top_k(jnp.asarray([[1.0, 2.0, 1.0, 0.0]]), 2)) == {0, 1, 2}
+
+
+def test_thresholds_equal_a_sort_for_any_logits(key):
+    logits = jax.random.normal(key, (16, 301)) * 20.0  # of both signs
+    ordered = jnp.sort(logits, axis=-1)[:, ::-1]
+    np.testing.assert_array_equal(jnp.isfinite(keep_top_k(logits, 17)), logits >= ordered[:, 16:17])
+    mass = jnp.cumsum(jax.nn.softmax(ordered, axis=-1), axis=-1)
+    last = jnp.take_along_axis(ordered, jnp.argmax(mass >= 0.9, axis=-1)[:, None], axis=-1)
+    np.testing.assert_array_equal(jnp.isfinite(keep_top_p(logits, 0.9)), logits >= last)
+
+
+def test_each_setting_sees_what_the_one_before_it_left():
+    # Of {0.4, 0.25} the first alone has 0.615 of the mass, so top-p 0.6 keeps it; of all five it has 0.4 and would not do.
+    assert kept(warp(LOGITS[None], Sampling(1.0, top_k=2, top_p=0.6))) == {1}
+    assert kept(warp(LOGITS[None], Sampling(1.0, top_p=0.6))) == {1, 3}
+    # At temperature 3 the distribution is flatter, and top-p needs more tokens.
+    assert kept(warp(LOGITS[None], Sampling(3.0, top_p=0.6))) == {1, 3, 4}
+
+
+def test_a_setting_may_differ_from_row_to_row():
+    found = warp(jnp.stack([LOGITS, LOGITS]), Sampling(jnp.array([1.0, 1.0]), top_k=jnp.array([1, 2])))
+    assert np.isfinite(np.asarray(found)).sum(axis=1).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 1.0}, {"temperature": 0.5}, {"temperature": 2.0, "top_k": 3}, {"temperature": 1.0, "top_p": 0.7, "min_p": 0.6}],
+    ids=str,
+)
+def test_frequencies_are_those_of_the_reported_distribution(options, key):
+    draws = 20_000
+    sampling = settings(**options)
+    found = jax.jit(sample)(jnp.broadcast_to(LOGITS, (draws, 5)), jax.random.split(key, draws), sampling)
+    counts = np.bincount(np.asarray(found.tokens), minlength=5)
+    expected = np.zeros(5)
+    expected[np.asarray(found.tokens)] = np.exp(np.asarray(found.behavior_logps))
+    assert expected.sum() == pytest.approx(1.0, abs=1e-5)  # renormalised over what can be drawn
+    support = expected > 0
+    assert set(np.flatnonzero(support)) == kept(warp(LOGITS[None], sampling))
+    chi_square = np.sum((counts[support] - draws * expected[support]) ** 2 / (draws * expected[support]))
+    assert chi_square < CHI_SQUARE[support.sum() - 1]
+
+
+def test_reported_logps_are_the_models_and_the_samplers(key):
+    found = sample(LOGITS[None], key[None], settings(temperature=0.5, top_k=2))
+    token = int(found.tokens[0])
+    squared = PROBABILITIES**2
+    assert float(found.logps[0]) == pytest.approx(np.log(PROBABILITIES[token]), abs=1e-6)
+    assert float(found.behavior_logps[0]) == pytest.approx(np.log(squared[token] / (squared[1] + squared[3])), abs=1e-6)
+
+
+def test_temperature_zero_is_greedy_and_certain(key):
+    found = sample(jnp.stack([LOGITS, -LOGITS]), jax.random.split(key), settings(temperature=0.0, top_k=3))
+    assert found.tokens.tolist() == [1, 0]
+    assert found.behavior_logps.tolist() == [0.0, 0.0]
+
+
+def test_neighbours_do_not_change_what_a_row_draws(key):
+    keys = jax.random.split(key, 6)
+    logits = jax.random.normal(key, (6, 50))
+    sampling = settings(temperature=1.0, top_p=0.9)
+    together = sample(logits, keys, sampling)
+    reversed_ = sample(logits[::-1], keys[::-1], sampling)
+    alone = [int(sample(logits[n : n + 1], keys[n : n + 1], sampling).tokens[0]) for n in range(6)]
+    assert together.tokens.tolist() == alone == reversed_.tokens.tolist()[::-1]
+    assert len(set(alone)) > 1
+
+
+def test_a_changed_number_compiles_nothing(key):
+    jitted = jax.jit(sample)
+    for temperature, top_p in ((0.5, 0.9), (0.7, 0.8)):
+        jitted(LOGITS[None], key[None], settings(temperature=temperature, top_p=top_p))
+    assert jitted._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 1.0}], ids=str
+)
+def test_a_setting_out_of_range_is_named(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} is"):
+        settings(**bad)
