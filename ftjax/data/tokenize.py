@@ -24,6 +24,7 @@ from ftjax.data.rows import RowError
 from ftjax.data.template import CHATML, ChatTemplate, TemplateError
 
 TRAIN_ON = ("assistant", "last", "all")
+TEMPLATES = ("auto", "chatml", "none")
 _SENTINEL = "\ue0f7ftjax\ue0f8"  # private-use characters: no template splits or strips them
 
 
@@ -191,13 +192,15 @@ def make_encoder(tokenizer: Any, *, max_tokens: int, template: str = "auto", tra
       **variables: what the template reads beside the messages, such as `enable_thinking=False`.
 
     Raises:
-      ValueError: an unknown `train_on`, or `max_tokens` below 2.
+      ValueError: an unknown `train_on` or `template`, or `max_tokens` below 2.
       TemplateError: the template cannot be compiled.
     """
     if train_on not in TRAIN_ON:
         raise ValueError(f"data: train_on is {train_on!r}; nearest: {tree.nearest(train_on, TRAIN_ON)}")
     if max_tokens < 2:
         raise ValueError(f"data: max_tokens is {max_tokens}, and a sequence needs a token to predict from and one to predict")
+    if template not in TEMPLATES and "{" not in template:
+        raise ValueError(f"data: template {template!r} is neither Jinja nor a name; nearest: {tree.nearest(template, TEMPLATES)}")
     special = {name: getattr(tokenizer, name, None) or "" for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special} | {special["eos_token"]}
     chatml = CHATML if "<|im_end|>" in added else CHATML.replace("<|im_end|>", special["eos_token"])

@@ -250,5 +250,7 @@ def test_cutting_keeps_the_limit_and_the_whole_last_response_if_it_fits(mask, ma
 def test_settings_are_checked():
     with pytest.raises(ValueError, match="train_on is 'assistent'; nearest: 'assistant'"):
         make_encoder(byte_tokenizer("roles"), max_tokens=8, train_on="assistent")
+    with pytest.raises(ValueError, match="template 'chatlm' is neither Jinja nor a name; nearest: 'chatml'"):
+        make_encoder(byte_tokenizer("roles"), max_tokens=8, template="chatlm")
     with pytest.raises(ValueError, match="max_tokens is 1"):
         make_encoder(byte_tokenizer("roles"), max_tokens=1)
