@@ -47,7 +47,7 @@ def load(flags: absl_flags.FlagValues) -> Adapted:
       FileNotFoundError: the adapter's folder holds none.
     """
     folder = adapter_folder(flags.adapter) if flags.adapter else None
-    base = base_name(folder) if folder else DEFAULT
+    base = base_name(folder, default=flags.model or DEFAULT) if folder else DEFAULT
     name = flags.model or base
     if folder and name != base:  # the same model may go by many names, so this is no error
         print(f"note: the adapter {folder} names {base!r} as its base and is put on {name!r}", file=sys.stderr)
@@ -65,9 +65,9 @@ def attach(model: Model, params: Params, folder: Path | None) -> Params:
     return adapter.method.attach(params, adapter.trainable)
 
 
-def base_name(folder: Path) -> str:
-    """Return the model that an adapter says it belongs to; the registry's copy if there is one, the default if it says nothing."""
-    name = read_json(folder / hf_peft.CONFIG).get("base_model_name_or_path") or DEFAULT
+def base_name(folder: Path, *, default: str = DEFAULT) -> str:
+    """Return the model that an adapter says it belongs to, the registry's copy if there is one; `default` if it says nothing."""
+    name = read_json(folder / hf_peft.CONFIG).get("base_model_name_or_path") or default
     known = name.rsplit("/", 1)[-1].lower()
     return known if known in hub.WHEELS and not Path(name).exists() else name
 
