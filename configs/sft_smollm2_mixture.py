@@ -11,7 +11,9 @@ from configs import base
 def get_config(arg=""):
     config = base.sft()
     columns = {"prompt": "inputs", "completion": "targets"}
-    config.data.sources.flan = base.source("Muennighoff/flan", format="prompt_completion", split="train[:100000]", weight=2.0, columns=columns)
+    config.data.sources.flan = base.source(
+        "Muennighoff/flan", format="prompt_completion", split="train[:100000]", weight=2.0, columns=columns
+    )
     config.data.sources.alpaca = base.source("yahma/alpaca-cleaned", split="train[:98%]", weight=1.0)
     config.data.sources.dolly = base.source("databricks/databricks-dolly-15k", split="train[:95%]", weight=1.0)
     config.data.eval_sources.alpaca = base.source("yahma/alpaca-cleaned", split="train[98%:]")

@@ -55,7 +55,7 @@ class Checkpoints:
     Args:
       folder: where they are; anything etils can write, such as `gs://bucket/run/checkpoints`.
       keep: how many of the last to keep.
-      best_metric: of `Record.metrics`; the checkpoint that is best by it is kept too. Names that end in `loss` or `perplexity` are better low.
+      best_metric: of `Record.metrics`; the checkpoint that is best by it is kept too. What ends in `loss` or `perplexity` is better low.
     """
 
     def __init__(self, folder: str | epath.Path, *, keep: int = 2, best_metric: str = "loss"):
@@ -219,7 +219,7 @@ def _best(values: Mapping[int, float], metric: str) -> int | None:
 def lock(workdir: str | epath.Path) -> Iterator[None]:
     """Hold a working directory for this process alone.
 
-    The lock is the kernel's (`flock`), so that of a process that died is gone with it. Object stores have none: there the caller sees to it.
+    The lock is the kernel's (`flock`), so that of a process that died is gone with it. Object stores have none: there nothing is held.
 
     Raises:
       ValueError: another process holds it; the message says which.
@@ -234,9 +234,8 @@ def lock(workdir: str | epath.Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(
-                f"workdir: {os.fspath(workdir)!r} is in use by {file.read().strip() or 'another process'}; wait for it, stop it, or choose another."
-            ) from None
+            holder = file.read().strip() or "another process"
+            raise ValueError(f"workdir: {os.fspath(workdir)!r} is in use by {holder}; wait for it, stop it, or choose another.") from None
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

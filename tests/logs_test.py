@@ -90,7 +90,9 @@ def test_a_window_bounds_the_keys_that_attention_counts(key):
     """With a window of 2 the keys are 1 + 2 + 2 + 1 + 2 = 8, so attention is 12 · 2 · 8 = 192 instead of 216."""
     frozen, trainable = peft.full("norm/scale").init(key, SHAPES)
     windowed = SimpleNamespace(num_attention_heads=1, head_dim=2, windows=(2,))
-    difference = throughput.flops_per_batch(frozen, trainable, CONFIG, BATCH) - throughput.flops_per_batch(frozen, trainable, windowed, BATCH)
+    difference = throughput.flops_per_batch(frozen, trainable, CONFIG, BATCH) - throughput.flops_per_batch(
+        frozen, trainable, windowed, BATCH
+    )
     assert difference == 216 - 192
 
 

@@ -17,7 +17,7 @@ from ftjax.tree import nearest
 
 FLAG = "config"
 MAY_CHANGE = ("steps", "logging", "eval", "checkpoint", "early_stopping", "max_skipped_steps", "mesh")
-"""What a resumed run may change: none of it alters a weight before the step at which the run stood (the length of a schedule does later)."""
+"""What a resumed run may change: none of it alters a step that is done. (`steps` does alter the schedule of those to come.)"""
 
 
 def define(flags: absl_flags.FlagValues, argv: Sequence[str]) -> None:

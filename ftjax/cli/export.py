@@ -1,8 +1,8 @@
 """Write a model as a Hugging Face folder that transformers, vLLM and others load.
 
-  ftjax export --output=DIR                              the default model
-  ftjax export --model=… --adapter=DIR --output=DIR      a model with a PEFT adapter folded in (`ftjax merge` is the same)
-  ftjax export --workdir=runs/mine --output=DIR          what a run trained, from its last checkpoint, by any method
+ftjax export --output=DIR                              the default model
+ftjax export --model=… --adapter=DIR --output=DIR      a model with a PEFT adapter folded in (`ftjax merge` is the same)
+ftjax export --workdir=runs/mine --output=DIR          what a run trained, from its last checkpoint, by any method
 """
 
 from __future__ import annotations
@@ -27,11 +27,18 @@ from ftjax.types import Params
 def define_flags(flags: absl_flags.FlagValues, argv) -> None:
     """Define the flags of `ftjax export` and `ftjax merge`."""
     del argv
-    absl_flags.DEFINE_string("model", "", f"a folder, .gguf file, hub id or known name (default: the adapter's base, else {pretrained.DEFAULT})", flag_values=flags)
+    absl_flags.DEFINE_string(
+        "model",
+        "",
+        f"a folder, .gguf file, hub id or known name (default: the adapter's base, else {pretrained.DEFAULT})",
+        flag_values=flags,
+    )
     absl_flags.DEFINE_string("adapter", "", "a PEFT folder, or a workdir, to fold in", flag_values=flags)
     absl_flags.DEFINE_string("workdir", "", "a run of `ftjax train` to export instead", flag_values=flags)
     absl_flags.DEFINE_string("output", None, "the folder to write; new or empty", flag_values=flags)
-    absl_flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "of the files (auto: the model's)", flag_values=flags)
+    absl_flags.DEFINE_enum(
+        "dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "of the files (auto: the model's)", flag_values=flags
+    )
     runtime.define_flags(flags)
 
 
@@ -44,7 +51,9 @@ def main(flags: absl_flags.FlagValues) -> None:
     runtime.start(flags)
     found = trained(epath.Path(flags.workdir)) if flags.workdir else pretrained_model(flags.model, flags.adapter)
     dtype = None if flags.dtype == "auto" else flags.dtype
-    folder = hf_export.export_model(flags.output, found.loaded.model, found.params, found.loaded.tokenizer, dtype=dtype, base_name=found.loaded.name)
+    folder = hf_export.export_model(
+        flags.output, found.loaded.model, found.params, found.loaded.tokenizer, dtype=dtype, base_name=found.loaded.name
+    )
     print(f"wrote {folder}")
 
 

@@ -120,7 +120,9 @@ def _evaluate(loop: Loop, state: TrainState, done: int) -> dict[str, float]:
     loop.memory.best = values[metric] if better else loop.memory.best
     loop.memory.bad_evals = 0 if better else loop.memory.bad_evals + 1
     loop.terminal.say(
-        f"[bold]evaluation[/] at step {done}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items()) + ("  (best)" if better else "")
+        f"[bold]evaluation[/] at step {done}: "
+        + "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        + ("  (best)" if better else "")
     )
     return values
 

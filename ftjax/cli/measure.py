@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from ftjax import data, rewards, rollout
 from ftjax.tree import nearest
-from ftjax.types import Batch, Metrics, Model, Params
+from ftjax.types import Batch, Metrics, Model, Params, TrainState
 
 MATCHES = {"exact_match": rewards.exact_match, "numeric_match": rewards.numeric_match}
 
@@ -83,6 +84,22 @@ def answer(
     prompts, wanted = [question(example) for example in examples], [data.answer(example) for example in examples]
     scores = MATCHES[metric](prompts, completions, answer=[_reference(example) for example in examples])
     return Answers(prompts, completions, wanted, scores)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quiz:
+    """Held-out prompts for a model in training: the same before, during and after."""
+
+    model: Model
+    attach: Callable[[TrainState], Params]
+    encoder: data.Encoder
+    examples: Sequence[data.Example]
+    options: Mapping[str, Any]
+    """`max_tokens`, `batch_size` and `metric` of `answer`."""
+
+    def __call__(self, state: TrainState, count: int) -> Answers:
+        """Return the answers to the first `count` prompts."""
+        return answer(self.model, self.attach(state), self.encoder, self.examples[:count], **self.options)
 
 
 def question(example: data.Example) -> str:

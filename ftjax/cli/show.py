@@ -41,7 +41,14 @@ def model(loaded: Loaded) -> str:
 def sources(reports: Mapping[str, data.Report], loader: data.Loader) -> Group:
     """Return the table of sources: rows, sequences, tokens and how many of them are trained."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name, justify in (("source", "left"), ("rows", "right"), ("sequences", "right"), ("tokens", "right"), ("trained", "right"), ("left out", "right")):
+    for name, justify in (
+        ("source", "left"),
+        ("rows", "right"),
+        ("sequences", "right"),
+        ("tokens", "right"),
+        ("trained", "right"),
+        ("left out", "right"),
+    ):
         table.add_column(name, justify=justify)
     for name, report in reports.items():
         left_out = sum(report.skipped.values())
@@ -54,12 +61,17 @@ def histogram(classes: list[tuple[int, int, int]], *, width: int = 50) -> str:
     """Return bars, one a class of length."""
     most = max(count for _, _, count in classes)
     digits = len(str(classes[-1][1]))
-    return "\n".join(f"{low:>{digits}}–{high:<{digits}}  {'█' * round(count / most * width):{width}}  {count:,}" for low, high, count in classes)
+    return "\n".join(
+        f"{low:>{digits}}–{high:<{digits}}  {'█' * round(count / most * width):{width}}  {count:,}" for low, high, count in classes
+    )
 
 
 def preview(sequences: data.Sequences, tokenizer: Any, *, count: int, console: Console) -> Group:
     """Return a few sequences, the trained tokens in colour (between ⟦ and ⟧ where there is no colour)."""
-    shown = [_coloured(inspect.sequence_runs(tokenizer, sequences, index), marked=not console.is_terminal) for index in range(min(count, len(sequences.lengths)))]
+    shown = [
+        _coloured(inspect.sequence_runs(tokenizer, sequences, index), marked=not console.is_terminal)
+        for index in range(min(count, len(sequences.lengths)))
+    ]
     legend = "the tokens in [bold green]green[/] are trained" if console.is_terminal else "the tokens between ⟦ and ⟧ are trained"
     return Group(*(Panel(text, box=box.ROUNDED, border_style="dim") for text in shown), Text.from_markup(f"[dim]{legend}[/]"))
 
@@ -72,14 +84,21 @@ def _coloured(runs: list[tuple[str, bool]], *, marked: bool, limit: int = 1200) 
     return text if len(text) <= limit else Text("… ") + text[-limit:]
 
 
-def ending(terminal: logs.Terminal, workdir: epath.Path, config, before: Mapping, after: Mapping, *, reason: str, exported, seconds: float) -> None:
+def ending(
+    terminal: logs.Terminal, workdir: epath.Path, config, before: Mapping, after: Mapping, *, reason: str, exported, seconds: float
+) -> None:
     """Print what came of the run: the match before and after, two completions, the picture and the command to try."""
     terminal.heading("Result")
     gain = f"{config.eval.generate.metric.replace('_', ' ')} {before['score']:.1%} → {after['score']:.1%}" if before and after else ""
     picture = workdir / "loss.png"
     rows = read_jsonl(workdir / "metrics.jsonl")
     if any("train/loss" in row for row in rows):
-        logs.loss_curve(rows, picture, title=f"{config.model.preset if config.model.random else config.model.name}, {' + '.join(config.methods)}", subtitle=gain)
+        logs.loss_curve(
+            rows,
+            picture,
+            title=f"{config.model.preset if config.model.random else config.model.name}, {' + '.join(config.methods)}",
+            subtitle=gain,
+        )
     if before and after:
         count = config.eval.generate.examples
         terminal.say(f"[bold]{gain}[/] on {count} held-out prompts that were never trained on")

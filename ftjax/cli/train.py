@@ -10,11 +10,13 @@ code 0; a second one aborts. The workdir (a folder, or gs://…) holds metrics.j
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import time
-from contextlib import nullcontext
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 from absl import flags as absl_flags
@@ -27,6 +29,7 @@ from ftjax.cli import config as configs
 from ftjax.cli.loop import Loop, Memory, run
 from ftjax.cli.stop import Stop
 from ftjax.train import init_state, make_eval_step, make_train_step
+from ftjax.types import TrainState
 
 
 def define_flags(flags: absl_flags.FlagValues, argv) -> None:
@@ -43,15 +46,14 @@ def main(flags: absl_flags.FlagValues) -> None:
         missing = "--workdir=FOLDER" if flags.config is not None else "--config=FILE"
         raise ValueError(f"train: {missing} is needed, as in: ftjax train --config=configs/quickstart.py --workdir=runs/quickstart")
     runtime.start(flags)
-    alone = checkpoint.lock(flags.workdir) if jax.process_index() == 0 else nullcontext()
+    alone = checkpoint.lock(flags.workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     with alone, Stop() as stop:
         train(flags.config, epath.Path(flags.workdir), stop, allow_config_change=flags.allow_config_change)
 
 
 def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool = False) -> None:
     """Run a config in a workdir, from its last checkpoint if there is one."""
-    began = time.monotonic()
-    first = jax.process_index() == 0
+    began, first = time.monotonic(), jax.process_index() == 0
     terminal = logs.Terminal(quiet=not first)
     key = jax.random.key(config.seed)
 
@@ -75,25 +77,25 @@ def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool 
     plans = method.plan(loaded.params)
     terminal.heading("What is trained")
     terminal.say(logs.plan_table(plans, loaded.params, trainable))
+    loaded = loaded._replace(params=None)  # what of it is frozen is in `frozen`
 
     # ---- data ----
     encoder = build.encoder(config, loaded.tokenizer)
     loader, reports = build.loader(config, encoder, mesh)
-    eval_loader = build.loader(config, encoder, mesh, held_out=True)[0] if config.data.eval_sources else None
+    held_out = build.loader(config, encoder, mesh, held_out=True)[0] if config.data.eval_sources else None
     terminal.heading("What it learns from")
     terminal.say(show.sources(reports, loader))
     terminal.say(show.preview(loader.sequences, loaded.tokenizer, count=2, console=terminal.console))
 
     # ---- step ----
     optimizer, loss_fn, score = build.optimizer(config), build.loss(config), build.score(config, loaded.model, mesh)
+    flops = partial(logs.flops_per_batch, frozen, jax.eval_shape(lambda tree: tree, trainable), loaded.model.config)
     make_state = partial(init_state, optimizer=optimizer)
     state = sharding.init_on_mesh(make_state, jax.random.fold_in(key, 1), trainable, mesh=mesh)
+    del trainable  # the state's, and donated with it
     shardings = sharding.state_shardings(state, mesh)
     step = make_train_step(score, method, loss_fn, optimizer, accumulation=config.data.accumulation, state_sharding=shardings)
     evaluate_step = make_eval_step(score, method, loss_fn)
-    flops = partial(logs.flops_per_batch, frozen, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable), loaded.model.config)
-    del trainable  # the state's now, and donated with it
-    loaded = loaded._replace(params=None)
 
     # ---- where the run stands ----
     memory, start = Memory(), 0
@@ -101,79 +103,81 @@ def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool 
         state, record = checkpoints.restore(state, fall_back=config.checkpoint.fall_back)
         memory, start = Memory(**record.memory), record.step
         terminal.say(f"going on from step {start}, saved in {checkpoints.folder}")
-    writers = _writers(config, config_json, workdir, start) if first else logs.Writers()
-
-    # ---- measured before ----
-    examples = build.held_out_examples(config, max(config.eval.generate.examples, config.eval.samples))
-
-    def answer(state, count: int) -> measure.Answers:
-        options = build.plain(config.eval.generate)
-        options.pop("examples")
-        return measure.answer(loaded.model, method.attach(frozen, state.trainable), encoder, examples[:count], **options)
-
-    def measured(state, when: str) -> dict:
-        if not config.eval.generate.examples:
-            return {}
-        with terminal.console.status(f"answering {config.eval.generate.examples} held-out prompts {when} training"):
-            found = answer(state, config.eval.generate.examples)
-        terminal.say(f"{config.eval.generate.metric.replace('_', ' ')} {when} training: [bold]{found.score:.1%}[/] of {len(found.scores)}")
-        return {"score": found.score, "completions": found.completions[:2], "prompts": found.prompts[:2], "wanted": found.wanted[:2]}
-
-    if not start:
-        terminal.heading("Training")
-        memory.before = measured(state, "before")
 
     # ---- loop ----
-    def evaluate(state, done: int) -> dict[str, float]:
-        batches = itertools.islice(eval_loader.epoch(), config.eval.batches or None)
-        values = measure.evaluate(partial(evaluate_step, state.trainable, frozen), (build.on_mesh(batch, mesh) for batch in batches))
-        if config.eval.samples:
-            found = answer(state, config.eval.samples)
-            for prompt, completion in zip(found.prompts, found.completions, strict=True):
-                writers.text(done, "eval/sample", f"{prompt}\n→ {completion}")
-        return values
+    terminal.heading("Training")
+    quiz = build.quiz(config, loaded, encoder, lambda state: method.attach(frozen, state.trainable))
+    with contextlib.ExitStack() as open_until_the_end:
+        open_until_the_end.callback(checkpoints.close)
+        writers = logs.Writers(_writers(config, config_json, workdir, start) if first else ())
+        open_until_the_end.callback(writers.close)
 
-    loop = Loop(
-        config=config,
-        config_json=config_json,
-        step=step,
-        frozen=frozen,
-        batches=loader.iterate,
-        put=partial(build.on_mesh, mesh=mesh),
-        flops=flops,
-        parts=sharding.batch_share(mesh)[1],
-        learning_rate=build.learning_rate(config),
-        evaluate=evaluate if eval_loader and config.eval.every_steps else None,
-        checkpoints=checkpoints,
-        writers=writers,
-        terminal=terminal,
-        meter=logs.Meter(logs.peak_flops(build.dtype(config.model.dtype)) * jax.process_count()),
-        stop=stop,
-        memory=memory,
-    )
-    state, done, reason = run(loop, state, start=start)
-    if stop.reason:
-        terminal.say(f"{reason}: saved at step {done} of {config.steps}; the same command goes on from there.")
-        writers.close()
-        checkpoints.close()
-        return
+        def evaluate(state: TrainState, done: int) -> dict[str, float]:
+            batches = itertools.islice(held_out.epoch(), config.eval.batches or None)
+            put = (build.on_mesh(batch, mesh) for batch in batches)
+            values = measure.evaluate(partial(evaluate_step, state.trainable, frozen), put)
+            _log_samples(writers, quiz, state, done, config.eval.samples)
+            return values
 
-    # ---- measured after ----
-    after = measured(state, "after")
-    if after:
-        writers.write(done, {"eval/score_before": memory.before.get("score", float("nan")), "eval/score_after": after["score"]})
-    writers.close()
-    checkpoints.close()
+        loop = Loop(
+            config=config,
+            config_json=config_json,
+            step=step,
+            frozen=frozen,
+            batches=loader.iterate,
+            put=partial(build.on_mesh, mesh=mesh),
+            flops=flops,
+            parts=sharding.batch_share(mesh)[1],
+            learning_rate=build.learning_rate(config),
+            evaluate=evaluate if held_out and config.eval.every_steps else None,
+            checkpoints=checkpoints,
+            writers=writers,
+            terminal=terminal,
+            meter=logs.Meter(logs.peak_flops(build.dtype(config.model.dtype)) * jax.process_count()),
+            stop=stop,
+            memory=memory,
+        )
+        if not start:
+            memory.before = _measured(terminal, quiz, state, "before", config)
+        state, done, reason = run(loop, state, start=start)
+        if stop.reason:
+            terminal.say(f"{reason}: saved at step {done} of {config.steps}; the same command goes on from there.")
+            return
+        after = _measured(terminal, quiz, state, "after", config)
+        if after:
+            writers.write(
+                done,
+                {f"eval/score_{when}": part.get("score", float("nan")) for when, part in (("before", memory.before), ("after", after))},
+            )
+
+    # ---- result ----
     exported = adapter.export(workdir / "adapter", loaded, state.trainable, plans, say=terminal.say)
     if first:
         show.ending(terminal, workdir, config, memory.before, after, reason=reason, exported=exported, seconds=time.monotonic() - began)
 
 
-def _writers(config, config_json, workdir: epath.Path, start: int) -> logs.Writers:
+def _measured(terminal: logs.Terminal, quiz: measure.Quiz, state: TrainState, when: str, config) -> dict[str, Any]:
+    """Return the score over the held-out prompts and two of the answers, as plain data; nothing where the config asks for none."""
+    count = config.eval.generate.examples
+    if not count:
+        return {}
+    with terminal.console.status(f"answering {count} held-out prompts {when} training"):
+        found = quiz(state, count)
+    terminal.say(f"{config.eval.generate.metric.replace('_', ' ')} {when} training: [bold]{found.score:.1%}[/] of {len(found.scores)}")
+    return {"score": found.score, "completions": found.completions[:2], "prompts": found.prompts[:2], "wanted": found.wanted[:2]}
+
+
+def _log_samples(writers: logs.Writers, quiz: measure.Quiz, state: TrainState, done: int, count: int) -> None:
+    found = quiz(state, count) if count else measure.Answers([], [], [], [])
+    for prompt, completion in zip(found.prompts, found.completions, strict=True):
+        writers.text(done, "eval/sample", f"{prompt}\n→ {completion}")
+
+
+def _writers(config, config_json: Mapping[str, Any], workdir: epath.Path, start: int) -> list[logs.Writer]:
     (workdir / "config.json").write_text(json.dumps(config_json, indent=1))
     writers: list[logs.Writer] = [logs.Jsonl(workdir / "metrics.jsonl", resume_step=start)]
     if config.logging.tensorboard:
         writers.append(logs.TensorBoard(workdir / "tensorboard", resume_step=start))
     if config.logging.wandb:
         writers.append(logs.Wandb(project=config.logging.wandb_project, folder=workdir, config=config_json, name=workdir.name))
-    return logs.Writers(writers)
+    return writers

@@ -58,13 +58,20 @@ def _plot_series(axes, train: np.ndarray, held_out: np.ndarray) -> None:
 
 def _label(axes, x: float, y: float, text: str, color: str, *, offset: int) -> None:
     """Name a line at its end, in its colour: no legend to look up."""
-    axes.annotate(f"{text} {y:.3f}", (x, y), (-4, offset), textcoords="offset points", ha="right", color=color, fontsize=9, fontweight="bold")
+    axes.annotate(
+        f"{text} {y:.3f}", (x, y), (-4, offset), textcoords="offset points", ha="right", color=color, fontsize=9, fontweight="bold"
+    )
 
 
 def smooth(values: np.ndarray, *, window: int = 9) -> np.ndarray:
     """Return a moving average over at most `window` values, shorter at the ends, so that it neither lags nor shrinks."""
     half = min(window, max(1, len(values) // 5)) // 2
-    return np.array([np.mean(values[max(0, i - min(half, i, len(values) - 1 - i)) : i + min(half, i, len(values) - 1 - i) + 1]) for i in range(len(values))])
+    return np.array(
+        [
+            np.mean(values[max(0, i - min(half, i, len(values) - 1 - i)) : i + min(half, i, len(values) - 1 - i) + 1])
+            for i in range(len(values))
+        ]
+    )
 
 
 def _series(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:

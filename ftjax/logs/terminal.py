@@ -20,20 +20,36 @@ def plan_table(plan: Sequence[Plan], params: Params, trainable: Params) -> Table
     """Return the table rule -> leaves -> parameters -> bytes: what each method does to which leaves, and what it trains."""
     flat = tree.flatten(params)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
-    for name, justify in (("method", "left"), ("rule", "left"), ("options", "left"), ("leaves", "right"), ("trained", "right"), ("size", "right")):
+    for name, justify in (
+        ("method", "left"),
+        ("rule", "left"),
+        ("options", "left"),
+        ("leaves", "right"),
+        ("trained", "right"),
+        ("size", "right"),
+    ):
         table.add_column(name, justify=justify, overflow="fold")
     covered: set[str] = set()
     for row in plan:
         trained = tree.flatten(trainable.get(row.method, {}))
         mine = [leaf for path, leaf in trained.items() if any(path == one or path.startswith(f"{one}/") for one in row.paths)]
         covered |= set(row.paths)
-        options = ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.options.items() if value)
+        options = ", ".join(
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.options.items() if value
+        )
         table.add_row(row.method, row.rule, options, str(len(row.paths)), f"{tree.size(mine):,}", megabytes(tree.num_bytes(mine)))
     rest = [leaf for path, leaf in flat.items() if path not in covered]
     table.add_row("[dim]frozen[/]", "[dim]whatever no rule names[/]", "", str(len(rest)), "[dim]0[/]", megabytes(0))
     total, base = tree.size(trainable), tree.size(params)
     table.add_section()
-    table.add_row("[b]all[/]", f"of {base:,} parameters ({megabytes(tree.num_bytes(params))})", f"{100 * total / base:.2f} %", str(len(flat)), f"[b]{total:,}[/]", megabytes(tree.num_bytes(trainable)))
+    table.add_row(
+        "[b]all[/]",
+        f"of {base:,} parameters ({megabytes(tree.num_bytes(params))})",
+        f"{100 * total / base:.2f} %",
+        str(len(flat)),
+        f"[b]{total:,}[/]",
+        megabytes(tree.num_bytes(trainable)),
+    )
     return table
 
 

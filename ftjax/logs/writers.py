@@ -121,7 +121,9 @@ class Wandb:
         try:
             import wandb
         except ModuleNotFoundError as error:
-            raise ImportError("logging.wandb: the package wandb is not installed; pip install 'ftjax[wandb]', or set it to False.") from error
+            raise ImportError(
+                "logging.wandb: the package wandb is not installed; pip install 'ftjax[wandb]', or set it to False."
+            ) from error
         self._run = wandb.init(project=project, dir=os.fspath(folder), config=dict(config), name=name, id=name, resume="allow")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -1,11 +1,14 @@
 """A run that was stopped, killed or refused goes on as if nothing had been, bit for bit."""
 
+import contextlib
+import dataclasses
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -113,7 +116,17 @@ def test_a_run_that_gets_no_better_ends_early(arguments, tmp_path, capsys):
 
 def start(arguments) -> subprocess.Popen:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    return subprocess.Popen([sys.executable, "-m", "ftjax", *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "ftjax", *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@contextlib.contextmanager
+def killed_at_last(process):
+    try:
+        yield
+    finally:
+        process.kill()
 
 
 def wait_for(found, process, seconds=120):
@@ -128,24 +141,18 @@ def test_real_signals_leave_a_run_that_can_go_on(arguments, tmp_path, capsys):
     endless = arguments(tmp_path, "--config.steps=1000000")
     checkpoints = Checkpoints(tmp_path / "checkpoints")
 
-    process = start(endless)
-    try:
+    with start(endless) as process, killed_at_last(process):
         wait_for(lambda: len(read_jsonl(tmp_path / "metrics.jsonl")) > 2, process)
         assert main.main(endless) == 1  # while the first one runs
         assert f"in use by process {process.pid}" in capsys.readouterr().err
         process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
+        out = process.stdout.read()
+        process.wait(timeout=60)
     stopped_at = checkpoints.steps()[-1]
     assert process.returncode == 0 and f"saved at step {stopped_at} of 1000000" in out
 
-    process = start(endless)
-    try:
+    with start(endless) as process, killed_at_last(process):
         wait_for(lambda: checkpoints.steps()[-1] > stopped_at, process)
-    finally:
-        process.kill()
-        process.wait()
     killed_at = checkpoints.steps()[-1]
     checkpoints.verify(killed_at)
     assert main.main(arguments(tmp_path, f"--config.steps={killed_at + 1}")) == 0
@@ -164,28 +171,24 @@ def test_a_second_ctrl_c_aborts_and_handlers_come_back():
 @pytest.mark.parametrize("late", [True, False])
 def test_metrics_are_read_late_or_at_once_and_each_step_once(late):
     written = []
-
-    class Log:
-        def __getattr__(self, name):
-            return lambda *args, **options: {"tokens_per_second": 1.0, "mfu": 0.1, "memory_gb": 1.0} if name == "read" else written.append((name, *args))
-
+    log = SimpleNamespace(
+        write=lambda step, values: written.append((step, values["train/loss"])),
+        add=lambda tokens, flops: None,
+        read=lambda: {"tokens_per_second": 1.0, "mfu": 0.1, "memory_gb": 1.0},
+        advance=lambda step: None,
+        report=lambda step, values: None,
+    )
     config = ConfigDict({"logging": {"every_steps": 2}, "steps": 4, "max_skipped_steps": 3})
-    log = Log()
-    fixed = loop.Loop(
-        config=config, config_json={}, step=None, frozen={}, batches=None, put=None, flops=lambda batch: 1.0, parts=1, learning_rate=lambda step: 0.5,
-        evaluate=None, checkpoints=None, writers=log, terminal=log, meter=log, stop=None, memory=loop.Memory(),
-    )  # fmt: skip
-    readings = loop.Readings(fixed, late=late)
-
-    class Tokens:
-        segment_ids = np.ones((1, 4))
+    unused = dict.fromkeys(field.name for field in dataclasses.fields(loop.Loop))
+    given = {"config": config, "flops": lambda batch: 1.0, "parts": 1, "learning_rate": lambda step: 0.5, "memory": loop.Memory()}
+    readings = loop.Readings(loop.Loop(**{**unused, **given, "writers": log, "terminal": log, "meter": log}), late=late)
+    batch = SimpleNamespace(segment_ids=np.ones((1, 4)))
 
     seen = []
     for step in (1, 2, 3, 4):
         one = Mean(np.float32(step), np.float32(1))
-        readings.add(step, {"loss": one, "grad_norm": one, "tokens": one, "skipped": Mean(np.float32(0), np.float32(1))}, Tokens())
-        seen.append(sum(line[0] == "write" for line in written))
+        readings.add(step, {"loss": one, "grad_norm": one, "tokens": one, "skipped": Mean(np.float32(0), np.float32(1))}, batch)
+        seen.append(len(written))
     readings.flush()
-    writes = [line[1:] for line in written if line[0] == "write"]
     assert seen == ([0, 0, 1, 1] if late else [0, 1, 1, 2])
-    assert [(step, values["train/loss"]) for step, values in writes] == [(2, 1.5), (4, 3.5)]
+    assert written == [(2, 1.5), (4, 3.5)]

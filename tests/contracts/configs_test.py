@@ -58,7 +58,12 @@ def test_a_config_is_built_at_its_full_size_without_an_array(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_smokes_through_the_command_line(name, tmp_path, capsys):
-    assert main.main(["train", f"--config={spec(name, 'smoke')}", f"--workdir={tmp_path / 'run'}", f"--compile_cache={tmp_path.parent / 'cache'}"]) == 0
+    assert (
+        main.main(
+            ["train", f"--config={spec(name, 'smoke')}", f"--workdir={tmp_path / 'run'}", f"--compile_cache={tmp_path.parent / 'cache'}"]
+        )
+        == 0
+    )
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert len(losses) == 4 and all(loss > 0 for loss in losses)
