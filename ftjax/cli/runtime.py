@@ -44,8 +44,8 @@ def set_compile_cache(folder: str) -> None:
     """
     import jax
 
+    jax.config.update("jax_enable_compilation_cache", folder != "off")
     if folder == "off":
-        jax.config.update("jax_enable_compilation_cache", False)
         return
     chosen = folder or os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(hub.default_cache() / "compiled")
     if "://" not in chosen:

@@ -1,0 +1,57 @@
+"""What a run trained leaves as a Hugging Face folder, whichever way it is asked for."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ftjax.cli import build, main
+from ftjax.cli import config as configs
+from ftjax.hf import export as hf_export
+
+CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py") + ":smoke"
+
+
+@pytest.fixture(scope="module")
+def folders(arguments, tmp_path_factory):
+    """A short run, the folder of its base model, and the exports of the run and of base + adapter."""
+    root = tmp_path_factory.mktemp("export")
+    assert main.main(arguments(root / "run", "--config.optimizer.learning_rate=0.1")) == 0
+    config = configs.load(CONFIG)
+    base = build.model(config, build.mesh(config))
+    hf_export.export_model(root / "base", base.model, base.params, base.tokenizer)
+    assert main.main(["export", f"--workdir={root / 'run'}", f"--output={root / 'of_run'}"]) == 0
+    assert main.main(["merge", f"--model={root / 'base'}", f"--adapter={root / 'run' / 'adapter'}", f"--output={root / 'merged'}"]) == 0
+    assert main.main(["export", f"--model={root / 'base'}", f"--output={root / 'copied'}"]) == 0
+    return root
+
+
+def test_a_run_exports_what_its_adapter_merges_to(folders):
+    of_run, merged = load_file(folders / "of_run" / "model.safetensors"), load_file(folders / "merged" / "model.safetensors")
+    assert of_run.keys() == merged.keys()
+    assert all(np.array_equal(of_run[name], merged[name]) for name in merged)
+
+
+def test_only_the_adapted_matrices_differ_from_the_base(folders):
+    base, merged = load_file(folders / "base" / "model.safetensors"), load_file(folders / "merged" / "model.safetensors")
+    changed = {name for name in base if not np.array_equal(base[name], merged[name])}
+    assert changed == {name for name in base if name.endswith("_proj.weight")}
+
+
+def test_a_model_without_an_adapter_is_exported_as_it_is(folders):
+    assert (folders / "copied" / "model.safetensors").read_bytes() == (folders / "base" / "model.safetensors").read_bytes()
+
+
+WRONG = {
+    ("export",): "--output=FOLDER is needed",
+    ("merge", "--output=x"): "name what to fold in",
+    ("export", "--output=x", "--workdir=y", "--model=z"): "by itself",
+    ("export", "--output=x", "--workdir=nowhere"): "holds no run",
+}
+
+
+@pytest.mark.parametrize("argv", WRONG)
+def test_a_command_line_that_cannot_be_meant_says_why(argv, capsys):
+    assert main.main(list(argv)) == 1
+    assert WRONG[argv] in capsys.readouterr().err
