@@ -243,6 +243,14 @@ def test_the_backward_pass_keeps_shards_and_not_what_was_gathered(key):
     assert not any("f32[3,8,16]" in line for line in compiled.splitlines())  # … and never all of them
 
 
+def test_the_head_is_gathered_before_the_chunks_and_not_for_each(key):
+    mesh = sharding.make_mesh(data=1, fsdp=8)
+    params = sharding.place(jax.tree.map(np.asarray, toy.init(key)), mesh)
+    assert not params["embed_tokens"]["kernel"].sharding.is_fully_replicated
+    head = jax.jit(lambda params: sharding.on_mesh(toy.MODEL, mesh).head(params).base)(params)
+    assert head.sharding.is_fully_replicated
+
+
 def test_on_one_device_a_model_is_left_alone():
     assert sharding.on_mesh(toy.MODEL, sharding.make_mesh(devices=jax.devices()[:1])) is toy.MODEL
 
