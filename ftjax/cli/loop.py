@@ -77,8 +77,9 @@ def run(loop: Loop, state: TrainState, *, start: int) -> tuple[TrainState, int, 
         loop.meter.restart()
         while done < config.steps:
             batch = next(batches)
-            with jax.transfer_guard("disallow"):
-                state, metrics = loop.step(state, loop.frozen, loop.put(batch))
+            placed = loop.put(batch)
+            with jax.transfer_guard("disallow"):  # nothing slips from the host into a step
+                state, metrics = loop.step(state, loop.frozen, placed)
             done += 1
             readings.add(done, metrics, batch)
             stopping = loop.stop.at(done)

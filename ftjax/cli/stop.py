@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 
@@ -20,7 +21,8 @@ class Stop:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Stop:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        # With several processes SIGTERM belongs to JAX's coordination service, which tells all of them.
+        for number in (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._ask)
         return self
 
@@ -33,12 +35,14 @@ class Stop:
         if self.reason is not None:
             raise KeyboardInterrupt
         self.reason = signal.Signals(number).name
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def at(self, step: int) -> bool:
         """Return whether to end after `step`; all processes of a run get the same answer."""
         if jax.process_count() == 1:
             return self.reason is not None
-        # JAX's coordination service spreads the word and names a step that every process has yet to reach.
+        # It names a step that every process has yet to reach.
         from jax.experimental import multihost_utils
 
         if multihost_utils.reached_preemption_sync_point(step):

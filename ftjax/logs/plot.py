@@ -40,20 +40,23 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, ti
     axes.spines["bottom"].set_color(_FAINT)
     axes.tick_params(colors=_INK, length=0)
     axes.set_ylim(bottom=0)
-    figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold", color=_INK)
-    if subtitle:
-        axes.set_title(subtitle, loc="left", fontsize=9, color=_INK, pad=10)
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=26)
+    axes.annotate(subtitle, (0, 1), (0, 10), xycoords="axes fraction", textcoords="offset points", fontsize=9, color=_INK)
     figure.savefig(os.fspath(path))
 
 
 def _plot_series(axes, train: np.ndarray, held_out: np.ndarray) -> None:
+    ends = {}
     if len(train):
         axes.plot(train[:, 0], train[:, 1], color=_TRAIN, alpha=0.25, linewidth=1)
         axes.plot(train[:, 0], smooth(train[:, 1]), color=_TRAIN, linewidth=2)
-        _label(axes, train[-1, 0], smooth(train[:, 1])[-1], "training", _TRAIN, offset=9)
+        ends["training"] = (train[-1, 0], smooth(train[:, 1])[-1], _TRAIN)
     if len(held_out):
         axes.plot(held_out[:, 0], held_out[:, 1], color=_EVAL, linewidth=1.6, marker="o", markersize=4)
-        _label(axes, held_out[-1, 0], held_out[-1, 1], "held out", _EVAL, offset=-11)
+        ends["held out"] = (held_out[-1, 0], held_out[-1, 1], _EVAL)
+    highest = max(ends, key=lambda name: ends[name][1])
+    for name, (x, y, color) in ends.items():
+        _label(axes, x, y, name, color, offset=9 if name == highest else -14)
 
 
 def _label(axes, x: float, y: float, text: str, color: str, *, offset: int) -> None:
