@@ -147,6 +147,7 @@ class Readings:
         self._late = jax.default_backend() != "cpu" if late is None else late
         self._waiting: tuple[int, Metrics, Batch] | None = None
         self._sums: dict[str, Mean] = {}
+        self._first = True
 
     def add(self, step: int, metrics: Metrics, batch: Batch) -> None:
         """Take the metrics of a step, still on the devices; read those of the step before."""
@@ -165,6 +166,10 @@ class Readings:
 
     def _read(self, step: int, metrics: Metrics, batch: Batch) -> None:
         means = jax.device_get(metrics)
+        if self._first:
+            self._first = False
+            self._loop.writers.write(step, {"run/seconds_to_first_step": logs.process_seconds()})
+            self._loop.terminal.say(f"the first step was done {logs.process_seconds():.1f} s after the process began")
         self._loop.meter.add(self._loop.parts * int((np.asarray(batch.segment_ids) > 0).sum()), self._loop.parts * self._loop.flops(batch))
         self._check(step, means)
         self._sums = {name: self._sums[name] + mean for name, mean in means.items()} if self._sums else means

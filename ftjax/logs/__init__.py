@@ -2,7 +2,7 @@
 
 from ftjax.logs.plot import loss_curve
 from ftjax.logs.terminal import Terminal, plan_table
-from ftjax.logs.throughput import Meter, flops_per_batch, peak_flops, peak_memory
+from ftjax.logs.throughput import Meter, flops_per_batch, peak_flops, peak_memory, process_seconds
 from ftjax.logs.writers import Jsonl, TensorBoard, Wandb, Writer, Writers
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "peak_flops",
     "peak_memory",
     "plan_table",
+    "process_seconds",
 ]

@@ -18,6 +18,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 
 from ftjax import tree
 from ftjax.types import Batch, Params
@@ -100,6 +101,11 @@ def peak_memory() -> int:
         return max(found)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def process_seconds() -> float:
+    """Return how long ago this process began: imports, compilation and all."""
+    return time.time() - psutil.Process().create_time()
 
 
 class Meter:
