@@ -31,7 +31,7 @@ def sft() -> ConfigDict:
     config.optimizer = optimizer()
 
     config.eval = ConfigDict()
-    config.eval.every_steps = 50  # 0: never
+    config.eval.every_steps = 50  # 0: never; -1: after each epoch
     config.eval.batches = 8  # of the held-out data, for loss, perplexity and accuracy; 0: all
     config.eval.generate = ConfigDict()
     config.eval.generate.examples = 0  # held-out prompts that are completed before and after training, and compared; 0: none

@@ -53,6 +53,8 @@ class Loop:
     """Of how many parts like this process's rows a batch consists; the others are taken to hold as many tokens."""
     learning_rate: Callable[[int], Any]
     evaluate: Evaluate | None
+    evaluate_every: int
+    """Steps between two evaluations."""
     checkpoints: Checkpoints
     writers: logs.Writers
     terminal: logs.Terminal
@@ -83,7 +85,7 @@ def run(loop: Loop, state: TrainState, *, start: int) -> tuple[TrainState, int, 
             done += 1
             readings.add(done, metrics, batch)
             stopping = loop.stop.at(done)
-            evaluating = loop.evaluate is not None and _due(done, config.eval.every_steps, config.steps)
+            evaluating = loop.evaluate is not None and _due(done, loop.evaluate_every, config.steps)
             if stopping or evaluating or _due(done, config.checkpoint.every_steps, config.steps):
                 readings.flush()
                 values = _evaluate(loop, state, done) if evaluating and not stopping else {}

@@ -130,6 +130,7 @@ def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool 
             parts=sharding.batch_share(mesh)[1],
             learning_rate=build.learning_rate(config),
             evaluate=evaluate if held_out and config.eval.every_steps else None,
+            evaluate_every=loader.steps_per_epoch if config.eval.every_steps < 0 else config.eval.every_steps,
             checkpoints=checkpoints,
             writers=writers,
             terminal=terminal,

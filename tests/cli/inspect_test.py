@@ -18,7 +18,7 @@ def test_inspect_marks_the_trained_tokens_and_counts(capsys):
 def test_inspect_names_the_problems_of_the_data(tmp_path, capsys):
     rows = [{"prompt": "a", "completion": "b"}] * 3 + [{"prompt": "a"}, {"prompt": "a", "completion": "long " * 100}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = [f"--config.data.sources.task.path={tmp_path / 'rows.jsonl'}", "--config.data.sources.task.split=train"]
+    more = [f"--config.data.sources.tasks.path={tmp_path / 'rows.jsonl'}", "--config.data.sources.tasks.split=train"]
     assert main.main(["inspect", f"--config={CONFIG}", *more, "--config.data.bad_rows=skip", "--compile_cache=off"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "rows.jsonl" in out and "exact copies" in out and "responses were cut" in out
@@ -26,6 +26,6 @@ def test_inspect_names_the_problems_of_the_data(tmp_path, capsys):
 
 def test_inspect_stops_at_a_bad_row_unless_told_to_skip(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
-    more = [f"--config.data.sources.task.path={tmp_path / 'rows.jsonl'}", "--config.data.sources.task.split=train"]
+    more = [f"--config.data.sources.tasks.path={tmp_path / 'rows.jsonl'}", "--config.data.sources.tasks.split=train"]
     assert main.main(["inspect", f"--config={CONFIG}", *more, "--compile_cache=off"]) == 1
     assert "rows.jsonl" in capsys.readouterr().err

@@ -108,10 +108,11 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run_by_name(argume
 
 
 def test_a_run_that_gets_no_better_ends_early(arguments, tmp_path, capsys):
-    more = ["--config.eval.every_steps=1", "--config.early_stopping.patience=2", "--config.optimizer.learning_rate=0.0"]
-    assert main.main(arguments(tmp_path, *more)) == 0
+    more = ["--config.eval.every_steps=-1", "--config.early_stopping.patience=1", "--config.optimizer.learning_rate=0.0"]
+    assert main.main(arguments(tmp_path, *more, "--config.steps=20")) == 0
     assert "early stopping after" in capsys.readouterr().out
-    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl") if "eval/loss" in row] == [1, 2, 3]
+    # Four steps are an epoch: -1 evaluates after each.
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl") if "eval/loss" in row] == [4, 8]
 
 
 def start(arguments) -> subprocess.Popen:
