@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 
+PRODUCT = "product"
+"""The `checkpoint_name` of what took a dense product or an attention to compute; the rest of a layer is elementwise and cheap."""
 LOW_RANK = "low_rank"
 """The `checkpoint_name` of thin intermediate products, which cost as much to compute as dense ones and little to store."""
 

@@ -27,7 +27,7 @@ REMAT: Mapping[str, Callable[[Callable], Callable]] = {
     "none": lambda body: body,
     "full": functools.partial(jax.checkpoint, prevent_cse=False),
     "elementwise": functools.partial(
-        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(layers.PRODUCT, weights.LOW_RANK)
+        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.save_only_these_names(weights.PRODUCT, weights.LOW_RANK)
     ),
 }
 """What the backward pass computes again of a layer: nothing; all of it from its input; or all but its matrix products, which are stored."""

@@ -27,10 +27,6 @@ ACTIVATIONS = {
 }
 
 
-PRODUCT = "product"
-"""The `checkpoint_name` of what took a matrix product or an attention to compute; the rest of a layer is elementwise and cheap."""
-
-
 class Scene(NamedTuple):
     """What a layer must know beside its input: where the tokens stand, what came before, and how this layer looks at them."""
 
@@ -70,7 +66,7 @@ class Linear(nnx.Module):
 
 def linears(x: jax.Array, modules: Sequence[Linear]) -> tuple[jax.Array, ...]:
     """Return `[m(x) for m in modules]`; weights that share their input may share work."""
-    ys = [checkpoint_name(y, PRODUCT) for y in weights.dots(x, [m.kernel.get_value() for m in modules])]
+    ys = [checkpoint_name(y, weights.PRODUCT) for y in weights.dots(x, [m.kernel.get_value() for m in modules])]
     return tuple(_add_bias(y, m.bias.get_value()) if "bias" in vars(m) else y for y, m in zip(ys, modules, strict=True))
 
 
@@ -114,7 +110,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate, up = linears(x, (self.gate_proj, self.up_proj))
-        return self.down_proj(self.act(gate) * up)
+        # In float32 as one fusion: rounding to bfloat16 after each of its steps would cost more time, and accuracy.
+        y = self.act(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        return self.down_proj(y.astype(x.dtype))
 
 
 class Attention(nnx.Module):
@@ -165,7 +163,7 @@ class Attention(nnx.Module):
             scale=self.attention_scale,
             implementation=scene.implementation,
         )
-        return self.o_proj(checkpoint_name(y, PRODUCT).reshape(b, t, -1)), cached
+        return self.o_proj(y.reshape(b, t, -1)), cached
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], config: Config) -> jax.Array:

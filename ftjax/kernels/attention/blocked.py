@@ -4,8 +4,10 @@ Glossary: a *block* is up to `BLOCK` consecutive queries of one row, more in a l
 heads that share it, their queries stacked into one matrix; *each* says how heads are visited: one after another (`jax.lax.map`) or all at
 once (`jax.vmap`).
 
-Memory: one after another, `g · block · s` scores in float32; all at once, `b · h · block · s`. The backward pass keeps only the inputs and
-computes the scores of a block again. It must equal `ftjax.kernels.attention.reference`.
+Memory: one after another, `g · block · s` scores in float32; all at once, `b · h · block · s`. The backward pass keeps the inputs, the
+outputs and the log of each query's normaliser, and computes the scores of a block again: with p = exp(scores - log normaliser) the
+gradient of the scores is p · (dout vᵀ - dout · out) (Dao et al. 2022, arXiv:2205.14135, appendix B). It must equal
+`ftjax.kernels.attention.reference`.
 
 One after another is the fast form on a CPU, because XLA multiplies plain matrices with its tuned routine and batches of them without.
 """
@@ -17,8 +19,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ftjax.kernels.attention import mask
+from ftjax.weights import PRODUCT
 
 BLOCK = 128
 """The least number of queries in a block."""
@@ -62,64 +66,96 @@ def attention(q, k, v, *, q_positions, kv_positions, q_segment_ids, kv_segment_i
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(form: _Form, arrays: tuple[jax.Array, ...], rows: _Row) -> jax.Array:
-    return _visit(form, lambda row, qkv: _head(form, row, *qkv), arrays, rows)
+    return _visit(form, _head, arrays, rows)[0]
 
 
 def _forward(form, arrays, rows):
-    return _attend(form, arrays, rows), (arrays, rows)
+    out, normalizer = (checkpoint_name(x, PRODUCT) for x in _visit(form, _head, arrays, rows))
+    return out, (arrays, rows, out, normalizer)
 
 
 def _backward(form, residuals, cotangent):
-    """Differentiate head by head, so that the choice of platform and the loop over heads are never differentiated themselves."""
-
-    def one(row, qkv_and_cotangent):
-        *qkv, cotangent = qkv_and_cotangent
-        return jax.vjp(lambda *qkv: _head(form, row, *qkv), *qkv)[1](cotangent)
-
-    arrays, rows = residuals
-    return _visit(form, one, (*arrays, cotangent), rows), None
+    arrays, rows, out, normalizer = residuals
+    return _visit(form, _head_gradient, (*arrays, out, normalizer, cotangent), rows), None
 
 
 _attend.defvjp(_forward, _backward)
 
 
 def _visit(form: _Form, one: Any, arrays: tuple[jax.Array, ...], rows: _Row) -> Any:
-    """Return `one(row, arrays of one head)` for every head of every row."""
-    by_map = functools.partial(_for_each_head, one, jax.lax.map)
-    by_vmap = functools.partial(_for_each_head, one, lambda f, xs: jax.vmap(f)(xs))
+    """Return `one(form, row, *arrays of one head)` for every head of every row."""
+    forms = {
+        "map": functools.partial(_for_each_head, functools.partial(one, form._replace(each="map")), jax.lax.map),
+        "vmap": functools.partial(_for_each_head, functools.partial(one, form._replace(each="vmap")), lambda f, xs: jax.vmap(f)(xs)),
+    }
     if form.each == "platform":
-        return jax.lax.platform_dependent(arrays, rows, cpu=by_map, default=by_vmap)
-    return {"map": by_map, "vmap": by_vmap}[form.each](arrays, rows)
+        return jax.lax.platform_dependent(arrays, rows, cpu=forms["map"], default=forms["vmap"])
+    return forms[form.each](arrays, rows)
 
 
 def _for_each_head(one, each, arrays, rows):
-    return each(lambda row: each(lambda head: one(row[1], head), row[0]), (arrays, rows))
+    return each(lambda row: each(lambda head: one(row[1], *head), row[0]), (arrays, rows))
 
 
-def _head(form: _Form, row: _Row, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Return the attention of one head of one row: q `[g, t, c]` over k, v `[s, c]`."""
-    t, s = q.shape[1], k.shape[0]
+def _blocks(form: _Form, t: int, s: int) -> list[tuple[slice, slice]]:
+    """Return the queries of each block and the keys that they may see."""
     size = max(BLOCK, -(-t // (MAX_BLOCKS * BLOCK)) * BLOCK)
-    outs = []
+    blocks = []
     for start in range(0, t, size):
         stop = min(start + size, t)
         first, last = (0, s) if t != s else (0 if form.window is None else max(0, start - form.window + 1), stop)
-        block = jax.checkpoint(functools.partial(_block, form), prevent_cse=False)
-        part = row._replace(
-            q_positions=row.q_positions[start:stop],
-            q_segment_ids=row.q_segment_ids[start:stop],
-            kv_positions=row.kv_positions[first:last],
-            kv_segment_ids=row.kv_segment_ids[first:last],
-        )
-        outs.append(block(part, q[:, start:stop], k[first:last], v[first:last]))
-    return outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1)
+        blocks.append((slice(start, stop), slice(first, last)))
+    return blocks
 
 
-def _block(form: _Form, row: _Row, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    g, t, c = q.shape
-    scores = jnp.dot(q.reshape(g * t, c), k.T, preferred_element_type=jnp.float32) * form.scale
+def _head(form: _Form, row: _Row, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the attention `[g, t, c]` of one head of one row, and the log of its normalisers `[g, t]`: q `[g, t, c]`, k, v `[s, c]`."""
+    outs, normalizers = [], []
+    for queries, keys in _blocks(form, q.shape[1], k.shape[0]):
+        scores, _ = _scores(form, row, q, k, queries, keys)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out = _product(weights.astype(v.dtype), v[keys]) / total
+        outs.append(out.astype(q.dtype))
+        normalizers.append((top + jnp.log(total))[..., 0])
+    return jnp.concatenate(outs, axis=1), jnp.concatenate(normalizers, axis=1)
+
+
+def _head_gradient(form: _Form, row: _Row, q, k, v, out, normalizer, cotangent) -> tuple[jax.Array, ...]:
+    """Return the gradients of one head's q, k and v."""
+    d_q, d_k, d_v = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for queries, keys in _blocks(form, q.shape[1], k.shape[0]):
+        d_out = cotangent[:, queries]
+        shared = jnp.sum(d_out.astype(jnp.float32) * out[:, queries].astype(jnp.float32), axis=-1, keepdims=True)
+        scores, slope = _scores(form, row, q, k, queries, keys)
+        weights = jnp.exp(scores - normalizer[:, queries, None])
+        d_scores = weights * (_product(d_out, v[keys].T) - shared) * form.scale
+        d_scores = (d_scores if slope is None else d_scores * slope).astype(q.dtype)
+        d_q.append(_product(d_scores, k[keys]).astype(q.dtype))
+        d_k = d_k.at[keys].add(_outer(form, d_scores, q[:, queries]))
+        d_v = d_v.at[keys].add(_outer(form, weights.astype(v.dtype), d_out))
+    return jnp.concatenate(d_q, axis=1), d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+
+def _scores(form: _Form, row: _Row, q, k, queries: slice, keys: slice) -> tuple[jax.Array, jax.Array | None]:
+    """Return the scores `[g, t, s]` of a block in float32, and their derivative by the uncapped ones if there is a cap."""
+    raw = _product(q[:, queries], k[keys].T) * form.scale
+    capped = mask.cap(raw, form.softcap)
     window = form.window if row.window is None else row.window
-    seen = mask.visible(row.q_positions, row.kv_positions, row.q_segment_ids, row.kv_segment_ids, window)
-    weights = mask.weigh(scores.reshape(g, t, -1), seen[None], form.softcap).astype(v.dtype)
-    out = jnp.dot(weights.reshape(g * t, -1), v, preferred_element_type=jnp.float32)
-    return out.reshape(g, t, c).astype(q.dtype)
+    ids = row.q_positions[queries], row.kv_positions[keys], row.q_segment_ids[queries], row.kv_segment_ids[keys]
+    slope = None if form.softcap is None else 1 - jnp.square(capped / form.softcap)
+    return jnp.where(mask.visible(*ids, window)[None], capped, mask.MASKED), slope
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return `x @ y`, `[g, t, i] @ [i, o]`, as one plain matrix product accumulated in float32."""
+    g, t, i = x.shape
+    return jnp.dot(x.reshape(g * t, i), y, preferred_element_type=jnp.float32).reshape(g, t, -1)
+
+
+def _outer(form: _Form, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return `Σ_g x_gᵀ y_g`, `[g, t, s], [g, t, c] -> [s, c]`, in float32."""
+    left, right = x.reshape(-1, x.shape[-1]).T, y.reshape(-1, y.shape[-1])
+    # A CPU multiplies twice as fast if the transpose is made first and not folded into the product.
+    return jnp.dot(jax.lax.optimization_barrier(left) if form.each == "map" else left, right, preferred_element_type=jnp.float32)
