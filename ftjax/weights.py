@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-
 PRODUCT = "product"
 """The `checkpoint_name` of what took a dense product or an attention to compute; the rest of a layer is elementwise and cheap."""
 LOW_RANK = "low_rank"
