@@ -131,7 +131,10 @@ def encoder(config, tokenizer: Any) -> data.Encoder:
 
 
 def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False) -> tuple[data.Loader, dict[str, data.Report]]:
-    """Return this process's share of the batches, and what became of the rows of each source; held-out data keeps its order."""
+    """Return this process's share of the batches, and what became of the rows of each source.
+
+    Held-out data is shuffled too, always in one way: packing puts long examples first, and a few batches should speak for all.
+    """
     field = "eval_sources" if held_out else "sources"
     sources = config.data[field]
     if not sources:
@@ -146,7 +149,7 @@ def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False)
         batch_size=config.data.batch_size,
         packing=config.data.packing,
         seed=config.seed,
-        shuffle=config.data.shuffle and not held_out,
+        shuffle=held_out or config.data.shuffle,
         bad_rows=config.data.bad_rows,
     )
     return found.shard(*sharding.batch_share(mesh)), reports
