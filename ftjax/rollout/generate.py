@@ -81,7 +81,7 @@ def generate(
     Args:
       model: the architecture.
       params: its parameters, attached without a key: an adapter stays unmerged, dropout and noise are off.
-      tokens: int `[b, t]`, padded on the left (see `ftjax.rollout.pad_prompts`).
+      tokens: int `[b, t]`, padded on the left (see `ftjax.rollout.pad`).
       segment_ids: int `[b, t]`: 1 for the prompt's tokens, 0 for padding. A row of padding alone is finished from the start.
       max_tokens: the most tokens to write, at least 1.
       eos_ids: the tokens that end a row.
