@@ -27,6 +27,7 @@ setuptools.setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11",
         "psutil>=6.0",
+        "pyarrow>=17",
         "rich>=13.9",
         "safetensors>=0.5",
         "tensorboardX>=2.6",
@@ -39,11 +40,12 @@ setuptools.setup(
             "chex>=0.1.90",
             "hypothesis>=6.120",
             "jaxtyping>=0.3",
-            "libtpu",
+            "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",  # compiles for a TPU without one
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff==0.17.6",
         ],
+        "gcs": ["etils[epath-gcs]"],
         "wandb": ["wandb"],
     },
 )
