@@ -157,6 +157,14 @@ def test_the_loss_curve_is_a_png(tmp_path):
     assert data.startswith(b"\x89PNG") and len(data) > 10_000
 
 
+def test_the_loss_curve_goes_wherever_etils_can_write(monkeypatch):
+    stored = {}
+    bucket = SimpleNamespace(Path=lambda path: SimpleNamespace(write_bytes=lambda data: stored.update({path: data})))
+    monkeypatch.setattr(plot, "epath", bucket)
+    logs.loss_curve([{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0}], "gs://bucket/loss.png", title="t")
+    assert stored["gs://bucket/loss.png"].startswith(b"\x89PNG")
+
+
 def test_a_curve_of_nothing_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="was nothing logged"):
         plot.loss_curve([{"step": 1}], tmp_path / "loss.png", title="")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 _INK, _FAINT, _TRAIN, _EVAL = "#22262e", "#c9ced8", "#3b6fd4", "#e2703a"
 
@@ -16,7 +18,7 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, ti
 
     Args:
       rows: as `writers.read_jsonl` returns them: `step` with `train/loss` or `eval/loss`.
-      path: the PNG to write.
+      path: the PNG to write; anything etils can, such as `gs://bucket/run/loss.png`.
       title: what was trained.
       subtitle: a line under it, such as the exact match before and after.
 
@@ -42,7 +44,9 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, ti
     axes.set_ylim(bottom=0)
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=26)
     axes.annotate(subtitle, (0, 1), (0, 10), xycoords="axes fraction", textcoords="offset points", fontsize=9, color=_INK)
-    figure.savefig(os.fspath(path))
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    epath.Path(path).write_bytes(picture.getvalue())
 
 
 def _plot_series(axes, train: np.ndarray, held_out: np.ndarray) -> None:
