@@ -1,13 +1,14 @@
 """What every experiment starts from: the fields, their meaning and their defaults. A config states how it differs.
 
 Durations are in optimiser steps, lengths in tokens. `config_dict.placeholder(type)` is a field that may be left empty.
+The config is locked from the start, so a mistyped field is an error. A block of your own is added `with config.unlocked():`.
 """
 
 from ml_collections import ConfigDict, config_dict
 
 
 def sft() -> ConfigDict:
-    """Supervised fine-tuning of the default model with LoRA on every linear layer."""
+    """Supervised fine-tuning of the default model with LoRA on every linear layer; only `data.sources` and `data.eval_sources` may grow."""
     config = ConfigDict()
     config.seed = 0
     config.steps = 1000
@@ -50,6 +51,10 @@ def sft() -> ConfigDict:
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1, "context": 1})  # -1: the devices that are left
     config.early_stopping = ConfigDict({"patience": 0})  # evaluations without a better best_metric; 0: never
     config.max_skipped_steps = 5  # steps in a row whose loss or gradient is not finite
+
+    config.lock()
+    for sources in (config.data.sources, config.data.eval_sources):
+        sources.unlock()
     return config
 
 
@@ -106,7 +111,7 @@ def source(
     config.weight = config_dict.placeholder(float)
     config.columns = config_dict.placeholder(object)
     config.update({"weight": weight, "columns": columns})
-    return config
+    return config.lock()
 
 
 def optimizer() -> ConfigDict:
@@ -120,7 +125,7 @@ def optimizer() -> ConfigDict:
     config.decay_steps = config_dict.placeholder(int)
     config.weight_decay = 0.0
     config.b1 = 0.9
-    config.b2 = 0.999
+    config.b2 = config_dict.placeholder(float)  # empty: 0.999 for AdamW, 0.99 for Lion
     config.eps = 1e-8
     config.momentum = 0.0
     config.clip_norm = 1.0  # 0: no clipping
@@ -134,7 +139,7 @@ def finish(config: ConfigDict, arg: str, *, tiny: str) -> ConfigDict:
         raise ValueError(f"config: the argument after the colon is 'smoke' or nothing, not {arg!r}")
     if arg == "smoke":
         _shrink(config, tiny)
-    return config.lock()
+    return config.unlock().lock()  # a locked config takes lock() for done and would leave the sources open
 
 
 def _shrink(config: ConfigDict, tiny: str) -> None:

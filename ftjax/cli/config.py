@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import json
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,26 @@ def load(spec: str) -> ConfigDict:
         raise ValueError(f"config: there is no file {str(path)!r}; nearest: {nearest(str(path), others)}.")
     module_spec = importlib.util.spec_from_file_location(f"{path.stem}_config", path)
     module = importlib.util.module_from_spec(module_spec)
-    with _importable(path):
+    with _importable(path), _mistyped_fields():
         module_spec.loader.exec_module(module)
         return module.get_config(arg)
+
+
+@contextlib.contextmanager
+def _mistyped_fields() -> Iterator[None]:
+    """Turn what a locked ConfigDict raises at an unknown field into our own error: file and line, and the nearest of its block."""
+    try:
+        yield
+    except (KeyError, AttributeError) as error:
+        *frames, (inside, _) = traceback.walk_tb(error.__traceback__)
+        block = inside.f_locals.get("self")
+        if not isinstance(block, ConfigDict):
+            raise
+        name = inside.f_locals.get("key", inside.f_locals.get("attribute"))
+        file, line = next((f.f_code.co_filename, line) for f, line in reversed(frames) if not f.f_globals["__name__"].startswith("ml_"))
+        raise ValueError(
+            f"config: {file}:{line}: there is no field {name!r} in this block; nearest: {nearest(str(name), map(str, block))}."
+        ) from error
 
 
 @contextlib.contextmanager

@@ -72,6 +72,36 @@ def test_a_missing_config_file_is_answered_with_the_nearest(capsys):
     assert code == 1 and "quickstart.py" in err
 
 
+MISTYPED = {
+    "config.step = 3": "'step' in this block; nearest: 'steps'",
+    "config.optimizer.update({'learning_rat': 1})": "'learning_rat' in this block; nearest: 'learning_rate'",
+    "config.lora.rnak = 3": "'rank'",
+    "config.optimizr.b1 = 0.5": "'optimizer'",
+    "config.data.sources.mine.pth = 'x'": "'path'",
+    "config.data.eval_source.mine = base.source('x')": "'eval_sources'",
+}
+
+
+@pytest.mark.parametrize("line", MISTYPED)
+@pytest.mark.parametrize("unlocked", [False, True])
+def test_a_mistyped_field_in_a_config_file_is_an_error_that_says_what_was_meant(line, unlocked, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    own = "    with config.unlocked():\n        config.mine = 3\n" if unlocked else ""
+    lines = f"    config.data.sources.mine = base.source('a')\n{own}    {line}\n    return base.finish(config, arg, tiny='tiny-llama')\n"
+    file = tmp_path / "typo.py"
+    file.write_text(f"from configs import base\ndef get_config(arg=''):\n    config = base.sft()\n{lines}")
+    code, _, err = run(capsys, "train", f"--config={file}")
+    assert code == 1 and MISTYPED[line] in err and f"typo.py:{7 if unlocked else 5}" in err
+
+
+def test_a_finished_config_is_locked_to_its_sources(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    config = configs.load(QUICKSTART)
+    for block in (config, config.data, config.data.sources, config.data.eval_sources, config.data.sources.tasks):
+        with pytest.raises(AttributeError):
+            block.new = 1
+
+
 @pytest.mark.parametrize("argument", ["--workdir=x", f"--config={QUICKSTART}"])
 def test_train_says_what_is_missing(argument, capsys):
     code, _, err = run(capsys, "train", argument)
