@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from ftjax import data, hub, losses, models, optimizers, peft, scoring, sharding
 from ftjax.cli import measure
@@ -50,6 +51,13 @@ def dtype(name: str) -> str:
         return name
     slow = jax.default_backend() == "cpu" and jax.__version_info__ < (0, 12)
     return "float32" if slow else "bfloat16"
+
+
+def resolved(config) -> ConfigDict:
+    """Return a copy in which "auto" has become a dtype: to be stored, since another version of JAX may choose another."""
+    config = config.copy_and_resolve_references()
+    config.model.dtype = dtype(config.model.dtype)
+    return config
 
 
 def architecture(config) -> tuple[Model, models.Config]:
@@ -139,10 +147,7 @@ def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False)
     sources = config.data[field]
     if not sources:
         raise ValueError(f"data.{field}: no source is named; add one as base.source(PATH).")
-    if config.data.batch_size % config.data.accumulation:
-        raise ValueError(
-            f"data.accumulation: {config.data.batch_size} rows (data.batch_size) cannot be split into {config.data.accumulation} parts."
-        )
+    _check_rows(config, mesh, accumulation=1 if held_out else config.data.accumulation)
     found, reports = data.load(
         {name: plain(source) for name, source in sources.items()},
         encoder,
@@ -153,6 +158,17 @@ def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False)
         bad_rows=config.data.bad_rows,
     )
     return found.shard(*sharding.batch_share(mesh)), reports
+
+
+def _check_rows(config, mesh: Mesh, *, accumulation: int) -> None:
+    """Refuse micro-batches that do not divide over the mesh: every device would then compute all of their rows."""
+    parts = accumulation * math.prod(mesh.shape[name] for name in sharding.ROWS)
+    if config.data.batch_size % parts:
+        factors = {"data.accumulation": accumulation, **{f"mesh.{name}": mesh.shape[name] for name in sharding.ROWS}}
+        product = " × ".join(f"{name}={value}" for name, value in factors.items())
+        raise ValueError(
+            f"data.batch_size: {config.data.batch_size} rows cannot be split into {product} = {parts} equal parts; choose a multiple of {parts}."
+        )
 
 
 def held_out_examples(config, count: int) -> list[data.Example]:

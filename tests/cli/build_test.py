@@ -1,0 +1,35 @@
+"""A config that cannot be built says which field is wrong."""
+
+import pathlib
+
+import jax
+import pytest
+
+from ftjax import sharding
+from ftjax.cli import build
+from ftjax.cli import config as configs
+
+QUICKSTART = str(pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py") + ":smoke"
+
+
+@pytest.fixture
+def config():
+    return configs.load(QUICKSTART)  # four rows
+
+
+def test_micro_batches_that_do_not_divide_over_the_mesh_are_refused(config):
+    config.data.accumulation = 2
+    mesh = sharding.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+    with pytest.raises(ValueError, match=r"data.batch_size: 4 rows .*data.accumulation=2 × mesh.data=2 × mesh.fsdp=2 = 8"):
+        build.loader(config, None, mesh)
+    encoder = build.encoder(config, build.tokenizer(config))
+    assert build.loader(config, encoder, mesh, held_out=True)[0].rows == (0, 4)  # an evaluation has no micro-batches
+    config.data.accumulation = 1
+    assert build.loader(config, encoder, mesh)[0].rows == (0, 4)
+
+
+def test_a_stored_config_names_the_dtype(config):
+    config.model.dtype = "auto"
+    stored = build.resolved(config)
+    assert stored.model.dtype == build.dtype("auto") in ("float32", "bfloat16") and config.model.dtype == "auto"
+    assert configs.as_json(stored) == {**configs.as_json(config), "model": {**configs.as_json(config)["model"], "dtype": stored.model.dtype}}
