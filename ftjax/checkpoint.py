@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import socket
@@ -26,10 +25,11 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
+from ftjax import manifest
+from ftjax.manifest import MANIFEST
 from ftjax.types import TrainState
 
-MANIFEST, RECORD = "manifest.json", "record.json"
-_BLOCK_BYTES = 1 << 20
+RECORD = "record.json"
 
 
 class CheckpointError(ValueError):
@@ -66,8 +66,6 @@ class Checkpoints:
         self._checkpointer = ocp.StandardCheckpointer()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        if jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
 
     def steps(self) -> list[int]:
         """Return the steps of the complete checkpoints, in order."""
@@ -77,7 +75,12 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Return the step of the best checkpoint, or None if none was evaluated."""
-        values = {step: self.record(step).metrics.get(self._best_metric) for step in self.steps()}
+        values = {}
+        for step in self.steps():
+            try:
+                values[step] = self.record(step).metrics.get(self._best_metric)
+            except CheckpointError as error:  # of an old step perhaps, and no reason not to save a new one
+                print(f"{error}\nit is left out where the best is sought")
         return _best({step: value for step, value in values.items() if value is not None}, self._best_metric)
 
     def record(self, step: int) -> Record:
@@ -91,8 +94,10 @@ class Checkpoints:
         if record.step in self.steps():
             return
         path = self._path(record.step)
-        if jax.process_index() == 0 and path.exists():
-            path.rmtree()  # what a killed process left of it
+        if jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                path.rmtree()  # what a killed process left of it
         if jax.process_count() > 1:
             ocp.multihost.sync_global_processes(f"ftjax:save:{record.step}")
         self._checkpointer.save(path / "state", _snapshot(_storable(state)))
@@ -105,6 +110,8 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+            if jax.process_count() > 1:  # all of them see the manifest that process 0 has written, and what it removed
+                ocp.multihost.sync_global_processes("ftjax:saved")
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -115,7 +122,7 @@ class Checkpoints:
         Args:
           like: a state of the same structure, concrete or abstract: its shapes, dtypes and shardings are those of the result.
           step: which; the last if None.
-          fall_back: try the one before a damaged one, which is moved aside, instead of raising.
+          fall_back: try the one before a damaged one instead of raising. Who trains on from there calls `set_aside`.
 
         Raises:
           CheckpointError: there is none; a file is missing, truncated or changed; or the state has another structure than `like`.
@@ -123,7 +130,8 @@ class Checkpoints:
         self.wait()
         candidates = [s for s in reversed(self.steps()) if step is None or s == step]
         if not candidates:
-            raise CheckpointError(f"checkpoint: {self.folder} has no complete checkpoint{'' if step is None else f' of step {step}'}.")
+            which = "" if step is None else f" of step {step}; it has {', '.join(map(str, self.steps())) or 'none'}"
+            raise CheckpointError(f"checkpoint: {self.folder} has no complete checkpoint{which}.")
         for candidate in candidates:
             try:
                 self.verify(candidate)
@@ -132,25 +140,25 @@ class Checkpoints:
                 if not fall_back or candidate == candidates[-1]:
                     raise
                 print(f"{error}\ngoing back to the checkpoint before it")
-                if jax.process_index() == 0:
-                    self._path(candidate).rename(self.folder / f"{candidate:08d}.damaged")
         return self._read(candidate, like), self.record(candidate)
+
+    def set_aside(self, *, after: int) -> None:
+        """Rename the checkpoints after a step, which `restore` found damaged, to `….damaged`; one of that name from before goes."""
+        for step in self.steps() if jax.process_index() == 0 else ():
+            if step > after:
+                aside = self.folder / f"{step:08d}.damaged"
+                if aside.exists():
+                    aside.rmtree()
+                self._path(step).rename(aside)
 
     def verify(self, step: int) -> None:
         """Compare every file of a checkpoint with its manifest."""
         path = self._path(step)
         try:
-            manifest = json.loads((path / MANIFEST).read_text())["files"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"checkpoint: {path / MANIFEST} cannot be read: {error}") from error
-        remedy = f"Remove {path} or set --config.checkpoint.fall_back to go on from the one before."
-        for name, digest in manifest.items():
-            if not (path / name).exists():
-                raise CheckpointError(f"checkpoint: {path / name} is missing. {remedy}")
-            if (found := _sha256(path / name)) != digest:
-                raise CheckpointError(
-                    f"checkpoint: {path / name} was changed or cut short: sha256 {found[:16]}…, expected {digest[:16]}…. {remedy}"
-                )
+            manifest.verify(path)
+        except manifest.Damaged as error:
+            remedy = f"Remove {path} or set --config.checkpoint.fall_back to go on from the one before."
+            raise CheckpointError(f"checkpoint: {error} {remedy}") from error
 
     def close(self) -> None:
         """Wait for the last save and let orbax go."""
@@ -165,8 +173,7 @@ class Checkpoints:
             self._checkpointer.wait_until_finished()
             if jax.process_index() == 0:
                 (path / RECORD).write_text(json.dumps({**record._asdict(), "leaves": leaves}, indent=1))
-                files = {str(file.relative_to(path)): _sha256(file) for file in sorted(_files(path))}
-                _write_whole(path / MANIFEST, json.dumps({"files": files}, indent=1))
+                manifest.write(path)
                 self._prune()
         except BaseException as error:  # raised again in the main thread by `wait`
             self._error = error
@@ -195,7 +202,10 @@ class Checkpoints:
     def _stored_record(self, step: int) -> dict[str, Any]:
         path = self._path(step) / RECORD
         try:
-            return json.loads(path.read_text())
+            stored = json.loads(path.read_text())
+            if missing := {*Record._fields, "leaves"} - set(stored):
+                raise ValueError(f"{', '.join(sorted(missing))} missing")
+            return stored
         except (OSError, ValueError) as error:
             raise CheckpointError(f"checkpoint: {path} cannot be read: {error}") from error
 
@@ -275,32 +285,3 @@ _copy = jax.jit(partial(jax.tree.map, jnp.copy))
 def _snapshot(tree: Any) -> Any:
     """Return arrays that the next step cannot overwrite: on a CPU orbax reads the very buffers that the step donates."""
     return _copy(tree) if jax.default_backend() == "cpu" else tree
-
-
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in folder.iterdir():
-        if path.is_dir():
-            yield from _files(path)
-        elif path.name != MANIFEST:
-            yield path
-
-
-def _sha256(path: epath.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write_whole(path: epath.Path, text: str) -> None:
-    """Write a file that is there either whole or not at all."""
-    if "://" in str(path):
-        path.write_text(text)  # an object store shows an object once it is complete
-        return
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from ftjax import checkpoint, optimizers, tree
+from ftjax import checkpoint, manifest, optimizers, tree
 from ftjax.checkpoint import Checkpoints, Record
 from ftjax.train import init_state
 from ftjax.types import TrainState
@@ -124,7 +124,7 @@ def test_a_damaged_file_is_an_error_that_names_it(saved, key, damage):
         saved.restore(make_state(key))
 
 
-@pytest.mark.parametrize("name", [checkpoint.RECORD, checkpoint.MANIFEST])
+@pytest.mark.parametrize("name", [checkpoint.RECORD, manifest.MANIFEST])
 def test_a_damaged_record_or_manifest_is_an_error_that_names_it(saved, key, name):
     path = saved.folder / "00000020" / name
     path.write_bytes(path.read_bytes()[:-2])
@@ -133,16 +133,36 @@ def test_a_damaged_record_or_manifest_is_an_error_that_names_it(saved, key, name
 
 
 def test_falling_back_happens_only_when_told(saved, key, capsys):
+    for _ in range(2):  # the second time a damaged one lies aside already
+        flip(largest_file(saved, 20))
+        state, found = saved.restore(make_state(key), fall_back=True)
+        assert found.step == 10 and "going back" in capsys.readouterr().out
+        assert_same(state, make_state(key, 10))
+        saved.set_aside(after=10)
+        assert sorted(os.listdir(saved.folder)) == ["00000010", "00000020.damaged"]
+        saved.save(make_state(key, 20), record(20))  # the damaged one is out of the way
+        assert saved.restore(make_state(key))[1].step == 20
+
+
+def test_reading_changes_nothing_on_the_disk(saved, key, tmp_path):
     flip(largest_file(saved, 20))
-    state, found = saved.restore(make_state(key), fall_back=True)
-    assert found.step == 10 and "going back" in capsys.readouterr().out
-    assert_same(state, make_state(key, 10))
-    saved.save(make_state(key, 20), record(20))  # the damaged one is out of the way
-    assert saved.restore(make_state(key))[1].step == 20
+    reader = Checkpoints(saved.folder)
+    assert reader.restore(make_state(key), fall_back=True)[1].step == 10 and reader.best() == 20
+    assert sorted(os.listdir(saved.folder)) == ["00000010", "00000020"]
+    assert Checkpoints(tmp_path / "none").steps() == [] and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "{}"])
+def test_an_unreadable_record_is_named_and_keeps_nothing_from_being_saved(saved, key, capsys, text):
+    (saved.folder / "00000010" / checkpoint.RECORD).write_text(text)
+    assert saved.best() == 20 and "00000010/record.json cannot be read" in capsys.readouterr().out
+    saved.save(make_state(key, 30), record(30))
+    saved.wait()
+    assert saved.steps() == [20, 30]
 
 
 def test_a_checkpoint_without_a_manifest_was_never_finished(saved, key):
-    (saved.folder / "00000020" / checkpoint.MANIFEST).unlink()
+    (saved.folder / "00000020" / manifest.MANIFEST).unlink()
     assert saved.steps() == [10]
     assert saved.restore(make_state(key))[1].step == 10
     saved.save(make_state(key, 20), record(20))
@@ -165,7 +185,7 @@ def test_a_failed_save_is_raised_in_the_main_thread(tmp_path, key, monkeypatch):
     def full(path, text):
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "_write_whole", full)
+    monkeypatch.setattr(manifest, "_write_whole", full)
     checkpoints.save(make_state(key), record(1))
     with pytest.raises(OSError, match="disk full"):
         checkpoints.wait()

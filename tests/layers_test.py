@@ -22,6 +22,7 @@ FLOORS = {
     "scoring": 3,
     "rollout": 3,
     "hf": 3,
+    "manifest": 3,
     "checkpoint": 3,
     "sharding": 3,
     "logs": 3,

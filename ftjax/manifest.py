@@ -1,0 +1,69 @@
+"""A folder whose every file a SHA-256 vouches for: `manifest.json` holds them and is written last, so that what has one is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+
+from etils import epath
+
+MANIFEST = "manifest.json"
+_BLOCK_BYTES = 1 << 20
+
+
+class Damaged(ValueError):
+    """A file is missing, cut short or changed; the message names it."""
+
+
+def write(folder: epath.Path) -> None:
+    """Vouch for the files that a folder now has."""
+    files = {str(file.relative_to(folder)): _sha256(file) for file in sorted(_files(folder))}
+    _write_whole(folder / MANIFEST, json.dumps({"files": files}, indent=1))
+
+
+def verify(folder: epath.Path) -> None:
+    """Compare every file of a folder with its manifest.
+
+    Raises:
+      Damaged: one differs or is missing, or the manifest itself cannot be read.
+    """
+    try:
+        digests = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"{folder / MANIFEST} cannot be read: {error}.") from error
+    for name, digest in digests.items():
+        if not (folder / name).exists():
+            raise Damaged(f"{folder / name} is missing.")
+        if (found := _sha256(folder / name)) != digest:
+            raise Damaged(f"{folder / name} was changed or cut short: sha256 {found[:16]}…, expected {digest[:16]}….")
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from _files(path)
+        elif path.name != MANIFEST:
+            yield path
+
+
+def _sha256(path: epath.Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_whole(path: epath.Path, text: str) -> None:
+    """Write a file that is there either whole or not at all."""
+    if "://" in str(path):
+        path.write_text(text)  # an object store shows an object once it is complete
+        return
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
