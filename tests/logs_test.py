@@ -128,6 +128,17 @@ def test_the_plan_names_rule_leaves_parameters_and_bytes(key):
     assert any("all" in line and "52" in line and "of 132 parameters" in line for line in lines)
 
 
+def test_names_in_brackets_are_printed_as_they_are(key):
+    method = peft.lora(["up_proj", "down_proj"], rank=2)
+    console = Console(file=io.StringIO(), width=140)
+    terminal = logs.Terminal(console=console)
+    terminal.say(logs.plan_table(method.plan(SHAPES), SHAPES, method.init(key, SHAPES)[1]))
+    terminal.say("[/INST] :smile: [b]")
+    terminal.say("[b]bold[/]", markup=True)
+    out = console.file.getvalue()
+    assert "[up_proj, down_proj]" in out and "[/INST] :smile: [b]\nbold\n" in out
+
+
 def test_progress_without_a_terminal_is_plain_lines():
     console = Console(file=io.StringIO(), width=40)
     terminal = logs.Terminal(console=console)

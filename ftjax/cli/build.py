@@ -172,12 +172,21 @@ def _check_rows(config, mesh: Mesh, *, accumulation: int) -> None:
 
 
 def held_out_examples(config, count: int) -> list[data.Example]:
-    """Return the first `count` held-out examples that have an answer to compare with, taken in turn from each source."""
+    """Return the first `count` held-out examples that have an answer to compare with, taken in turn from each source.
+
+    Raises:
+      ValueError: examples are asked for and there is none.
+    """
     if not count:
         return []
     sources = [data.read(plain(source), bad_rows=config.data.bad_rows) for source in config.data.eval_sources.values()]
     answered = [list(itertools.islice(filter(data.answer, examples), count)) for examples in sources]
     width = max(map(len, answered), default=0)
+    if not width:
+        raise ValueError(
+            f"eval.generate.examples: no row of data.eval_sources ({', '.join(config.data.eval_sources) or 'there is none'}) has an answer "
+            "to compare with; set eval.generate.examples and eval.samples to 0, or add a source of prompts and answers."
+        )
     return [examples[at] for at in range(width) for examples in answered if at < len(examples)][:count]
 
 

@@ -40,6 +40,6 @@ def main(flags: absl_flags.FlagValues) -> None:
     terminal.heading("Problems")
     whole = sum(reports.values(), start=type(next(iter(reports.values())))())
     found = inspect.problems(whole, loader.sequences, tokenizer) + whole.first_errors
-    terminal.say("\n".join(f"- {problem}" for problem in found) or "none found", markup=False)
+    terminal.say("\n".join(f"- {problem}" for problem in found) or "none found")
     terminal.heading("Sequences")
     terminal.say(show.preview(loader.sequences, tokenizer, count=flags.rows, console=terminal.console))

@@ -125,7 +125,8 @@ def _evaluate(loop: Loop, state: TrainState, done: int) -> dict[str, float]:
     loop.terminal.say(
         f"[bold]evaluation[/] at step {done}: "
         + "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        + ("  (best)" if better else "")
+        + ("  (best)" if better else ""),
+        markup=True,
     )
     return values
 
@@ -188,7 +189,8 @@ class Readings:
         memory.skipped_in_a_row += 1
         self._loop.terminal.say(
             f"[yellow]step {step} was skipped[/]: loss {means['loss'].value():.4g}, gradient norm {means['grad_norm'].value():.4g} "
-            f"({memory.skipped} so far)"
+            f"({memory.skipped} so far)",
+            markup=True,
         )
         if memory.skipped_in_a_row >= most > 0:
             raise NonFinite(

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -53,7 +57,7 @@ def sources(reports: Mapping[str, data.Report], loader: data.Loader) -> Group:
     for name, report in reports.items():
         left_out = sum(report.skipped.values())
         cells = (report.rows, report.sequences, report.tokens, report.supervised, left_out)
-        table.add_row(name, *(f"{cell:,}" for cell in cells))
+        table.add_row(Text(name), *(f"{cell:,}" for cell in cells))
     return Group(table, f"{loader.steps_per_epoch:,} steps an epoch; {loader.efficiency:.0%} of the positions of a batch hold a token")
 
 
@@ -100,20 +104,35 @@ def ending(
             subtitle=gain,
         )
     if before and after:
-        count = config.eval.generate.examples
-        terminal.say(f"[bold]{gain}[/] on {count} held-out prompts that were never trained on")
+        terminal.say(Text.assemble((gain, "bold"), f" on {after['count']} held-out prompts that were never trained on"))
         for prompt, wanted, old, new in zip(after["prompts"], after["wanted"], before["completions"], after["completions"], strict=True):
             terminal.panel(f"{prompt}\n\nbefore  {_short(old)}\nafter   {_short(new)}\nright   {_short(wanted)}", "held out")
     minutes = f"{int(seconds) // 60}:{int(seconds) % 60:02d} minutes, at most {logs.peak_memory() / 1e9:.2f} GB of memory"
     terminal.say(f"{reason} after {minutes}")
-    terminal.say(f"loss curve   {picture}")
+    terminal.say(f"loss curve   {picture}", soft_wrap=True)
     if exported is not None:
-        model_flag = "" if config.model.name == "smollm2-135m-instruct" else f" --model={config.model.name}"
-        terminal.say(f"adapter      {exported}  (PEFT format)")
-        prompt = (after["prompts"][0] if after else "Hello!").replace('"', "'").replace("\n", " ")
-        terminal.say(f'try it       ftjax generate{model_flag} --adapter={exported} --prompt="{prompt}"', soft_wrap=True)
-    else:
-        terminal.say(f"to use it    ftjax export --workdir={workdir} --output={workdir}/model   (a Hugging Face folder)", soft_wrap=True)
+        terminal.say(f"adapter      {exported}  (PEFT format)", soft_wrap=True)
+    if command := _next_command(workdir, config, exported, prompt=after["prompts"][0] if after else "Hello!"):
+        terminal.say(f"{'to use it' if exported is None else 'try it':13s}{command}", soft_wrap=True)
+
+
+def _next_command(workdir: epath.Path, config, exported: epath.Path | None, *, prompt: str) -> str:
+    """Return the command that uses what was trained, as a shell reads it; none for a random model, or an adapter that is not local."""
+    if config.model.random or (exported is not None and "://" in str(exported)):
+        return ""
+    if exported is None:
+        output = "model" if "://" in str(workdir) else workdir / "model"
+        return shlex.join([*program(), "export", f"--workdir={workdir}", f"--output={output}"])
+    model_flag = [] if config.model.name == "smollm2-135m-instruct" else [f"--model={config.model.name}"]
+    return shlex.join([*program(), "generate", *model_flag, f"--adapter={exported}", f"--prompt={prompt}"])
+
+
+def program() -> list[str]:
+    """Return ftjax as the user called it: its virtual environment may not be active."""
+    called = sys.argv[0]
+    if Path(called).name != "ftjax":
+        return ["python", "-m", "ftjax"]
+    return ["ftjax"] if shutil.which("ftjax") == called else [called]
 
 
 def _short(text: str, limit: int = 300) -> str:

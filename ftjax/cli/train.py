@@ -21,6 +21,7 @@ from typing import Any
 import jax
 from absl import flags as absl_flags
 from etils import epath
+from rich.text import Text
 
 from ftjax import checkpoint, logs, sharding
 from ftjax.checkpoint import Checkpoints
@@ -164,8 +165,12 @@ def _measured(terminal: logs.Terminal, quiz: measure.Quiz, state: TrainState, wh
         return {}
     with terminal.console.status(f"answering {count} held-out prompts {when} training"):
         found = quiz(state, count)
-    terminal.say(f"{config.eval.generate.metric.replace('_', ' ')} {when} training: [bold]{found.score:.1%}[/] of {len(found.scores)}")
-    return {"score": found.score, "completions": found.completions[:2], "prompts": found.prompts[:2], "wanted": found.wanted[:2]}
+    judged = sum(score is not None for score in found.scores)
+    terminal.say(
+        Text.assemble(f"{config.eval.generate.metric.replace('_', ' ')} {when} training: ", (f"{found.score:.1%}", "bold"), f" of {judged}")
+    )
+    shown = {"completions": found.completions[:2], "prompts": found.prompts[:2], "wanted": found.wanted[:2]}
+    return {"score": found.score, "count": judged, **shown}
 
 
 def _log_samples(writers: logs.Writers, quiz: measure.Quiz, state: TrainState, done: int, count: int) -> None:

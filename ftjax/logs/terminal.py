@@ -37,7 +37,8 @@ def plan_table(plan: Sequence[Plan], params: Params, trainable: Params) -> Table
         options = ", ".join(
             f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.options.items() if value
         )
-        table.add_row(row.method, row.rule, options, str(len(row.paths)), f"{tree.size(mine):,}", megabytes(tree.num_bytes(mine)))
+        named = (Text(part) for part in (row.method, row.rule, options))  # `[q_proj]` is no markup
+        table.add_row(*named, str(len(row.paths)), f"{tree.size(mine):,}", megabytes(tree.num_bytes(mine)))
     rest = [leaf for path, leaf in flat.items() if path not in covered]
     table.add_row("[dim]frozen[/]", "[dim]whatever no rule names[/]", "", str(len(rest)), "[dim]0[/]", megabytes(0))
     total, base = tree.size(trainable), tree.size(params)
@@ -74,9 +75,9 @@ class Terminal:
         self._task = None
         self._total, self._began, self._first_step = 0, 0.0, 0
 
-    def say(self, *what, **options) -> None:
-        """Print above the bar."""
-        self.console.print(*what, **options)
+    def say(self, *what, markup: bool = False, **options) -> None:
+        """Print above the bar; texts as they are, unless `markup` says that their [brackets] are rich's."""
+        self.console.print(*what, markup=markup, emoji=False, **options)
 
     def heading(self, text: str) -> None:
         """Print a heading between the parts of a run."""
@@ -85,7 +86,7 @@ class Terminal:
 
     def panel(self, text: str, title: str) -> None:
         """Print a text in a frame."""
-        self.console.print(Panel(Text(text), title=title, title_align="left", box=box.ROUNDED, border_style="dim"))
+        self.console.print(Panel(Text(text), title=Text(title), title_align="left", box=box.ROUNDED, border_style="dim"))
 
     def start(self, total: int, *, done: int = 0) -> None:
         """Begin the bar of `total` steps, `done` of which an earlier process made."""

@@ -4,6 +4,7 @@ import pathlib
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
 from ftjax import sharding
 from ftjax.cli import build
@@ -33,3 +34,11 @@ def test_a_stored_config_names_the_dtype(config):
     stored = build.resolved(config)
     assert stored.model.dtype == build.dtype("auto") in ("float32", "bfloat16") and config.model.dtype == "auto"
     assert configs.as_json(stored) == {**configs.as_json(config), "model": {**configs.as_json(config)["model"], "dtype": stored.model.dtype}}
+
+
+def test_held_out_examples_without_an_answer_are_refused_by_name(tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')
+    config = ConfigDict({"data": {"bad_rows": "raise", "eval_sources": {"texts": {"path": str(tmp_path / "texts.jsonl")}}}})
+    assert build.held_out_examples(config, 0) == []
+    with pytest.raises(ValueError, match=r"eval\.generate\.examples: no row of data.eval_sources \(texts\) has an answer"):
+        build.held_out_examples(config, 1)
