@@ -16,6 +16,9 @@ from ftjax.cli.stop import Stop
 from ftjax.train import Step
 from ftjax.types import Batch, Mean, Metrics, Params, TrainState
 
+FINISHED, EARLY = "finished", "early stopping"
+"""Why a loop ended, where no signal ended it."""
+
 Evaluate = Callable[[TrainState, int], dict[str, float]]
 """`(state, step) -> values`: held-out metrics; logs what is not a number itself."""
 
@@ -32,6 +35,8 @@ class Memory:
     bad_evals: int = 0
     skipped_in_a_row: int = 0
     skipped: int = 0
+    sums: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    """`{metric: [total, weight]}` over the steps since the last report."""
     before: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What was measured before the first step."""
 
@@ -67,46 +72,53 @@ def run(loop: Loop, state: TrainState, *, start: int) -> tuple[TrainState, int, 
     """Train from step `start` on.
 
     Returns:
-      The state, the number of steps done, and why the loop ended: "finished", "early stopping", or the name of a signal.
+      The state, the number of steps done, and why the loop ended: `FINISHED`, `EARLY`, or the name of a signal.
 
     Raises:
       NonFinite: `max_skipped_steps` in a row changed nothing; the last finite state has been saved.
     """
-    config, readings, done, reason = loop.config, Readings(loop), start, "finished"
+    config, readings, done = loop.config, Readings(loop), start
     loop.terminal.start(config.steps, done=start)
     batches = loop.batches(start)
     try:
         loop.meter.restart()
-        while done < config.steps:
+        reason = _reason(loop, done)  # asked to stop while all was set up, or ended early by the process before
+        if reason:
+            _save(loop, state, done, {}, ending=True)
+        while done < config.steps and not reason:
             batch = next(batches)
             placed = loop.put(batch)
             with jax.transfer_guard("disallow"):  # nothing slips from the host into a step
                 state, metrics = loop.step(state, loop.frozen, placed)
             done += 1
             readings.add(done, metrics, batch)
-            stopping = loop.stop.at(done)
+            reason = _reason(loop, done)
             evaluating = loop.evaluate is not None and _due(done, loop.evaluate_every, config.steps)
-            if stopping or evaluating or _due(done, config.checkpoint.every_steps, config.steps):
+            if reason or evaluating or _due(done, config.checkpoint.every_steps, config.steps):
                 readings.flush()
-                values = _evaluate(loop, state, done) if evaluating and not stopping else {}
-                _save(loop, state, done, values)
+                values = _evaluate(loop, state, done) if evaluating else {}  # before a stop too: who goes on from here does not do it
+                reason = reason or _early(loop)
+                _save(loop, state, done, values, ending=bool(reason))
                 loop.meter.restart()
-            if stopping:
-                reason = loop.stop.reason or "SIGTERM"
-                break
-            if 0 < config.early_stopping.patience <= loop.memory.bad_evals:
-                reason = "early stopping"
-                break
     except NonFinite:
         loop.memory.skipped_in_a_row = 0  # who goes on from here has changed something
-        _save(loop, state, done, {})
+        _save(loop, state, done, {}, ending=True)
         loop.checkpoints.wait()
         raise
     finally:
         batches.close()
         loop.terminal.stop()
     loop.checkpoints.wait()
-    return state, done, reason
+    return state, done, reason or FINISHED
+
+
+def _reason(loop: Loop, done: int) -> str | None:
+    """Return why to end after `done` steps, if there is a reason."""
+    return (loop.stop.reason or "SIGTERM") if loop.stop.at(done) else _early(loop)
+
+
+def _early(loop: Loop) -> str | None:
+    return EARLY if 0 < loop.config.early_stopping.patience <= loop.memory.bad_evals else None
 
 
 def _due(done: int, every: int, last: int) -> bool:
@@ -131,10 +143,10 @@ def _evaluate(loop: Loop, state: TrainState, done: int) -> dict[str, float]:
     return values
 
 
-def _save(loop: Loop, state: TrainState, done: int, values: Mapping[str, float]) -> None:
+def _save(loop: Loop, state: TrainState, done: int, values: Mapping[str, float], *, ending: bool) -> None:
     """Save where a checkpoint is due, where the run ends, and where it has never been better."""
     best = bool(values) and loop.memory.bad_evals == 0
-    if best or _due(done, loop.config.checkpoint.every_steps, loop.config.steps) or not values:
+    if best or ending or _due(done, loop.config.checkpoint.every_steps, loop.config.steps):
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         loop.checkpoints.save(state, Record(done, loop.config_json, finite, dataclasses.asdict(loop.memory)))
 
@@ -149,7 +161,6 @@ class Readings:
         self._loop = loop
         self._late = jax.default_backend() != "cpu" if late is None else late
         self._waiting: tuple[int, Metrics, Batch] | None = None
-        self._sums: dict[str, Mean] = {}
         self._first = True
 
     def add(self, step: int, metrics: Metrics, batch: Batch) -> None:
@@ -175,7 +186,10 @@ class Readings:
             self._loop.terminal.say(f"the first step was done {logs.process_seconds():.1f} s after the process began")
         self._loop.meter.add(self._loop.parts * int((np.asarray(batch.segment_ids) > 0).sum()), self._loop.parts * self._loop.flops(batch))
         self._check(step, means)
-        self._sums = {name: self._sums[name] + mean for name, mean in means.items()} if self._sums else means
+        sums = self._loop.memory.sums
+        for name, mean in means.items():
+            total, weight = sums.get(name, (0.0, 0.0))
+            sums[name] = [total + float(mean.total), weight + float(mean.weight)]
         if step % self._loop.config.logging.every_steps == 0 or step == self._loop.config.steps:
             self._report(step)
 
@@ -200,9 +214,9 @@ class Readings:
             )
 
     def _report(self, step: int) -> None:
-        values = {name: mean.value() for name, mean in self._sums.items() if name not in ("tokens", "skipped")}
-        values |= {"supervised_tokens": float(self._sums["tokens"].total), "skipped": float(self._sums["skipped"].total)}
-        self._sums = {}
+        sums, self._loop.memory.sums = self._loop.memory.sums, {}
+        values = {name: Mean(*sum).value() for name, sum in sums.items() if name not in ("tokens", "skipped")}
+        values |= {"supervised_tokens": sums["tokens"][0], "skipped": sums["skipped"][0]}
         values |= self._loop.meter.read()
         values["learning_rate"] = float(self._loop.learning_rate(step - 1))
         self._loop.writers.write(step, {f"train/{name}": value for name, value in values.items()})

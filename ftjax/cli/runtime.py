@@ -37,6 +37,13 @@ def start(flags: absl_flags.FlagValues) -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def local_path(flag: str, value: str) -> Path:
+    """Return the path that a flag names; one on an object store is refused, as what reads or writes it there needs a local one."""
+    if "://" in value:
+        raise ValueError(f"--{flag}: {value} is not on this machine; a local path is needed (copy the folder from or to the store yourself).")
+    return Path(value).expanduser()
+
+
 def set_compile_cache(folder: str) -> None:
     """Keep compiled programs in `folder`, in a folder of ftjax's cache if empty, or nowhere if "off".
 
@@ -72,3 +79,20 @@ def join_processes() -> None:
         num_processes=None if processes is None else int(processes),
         process_id=None if index is None else int(index),
     )
+
+
+def agree(what: str, value: int) -> None:
+    """Refuse to go on where the processes of a run see different values: they would wait for each other for ever.
+
+    Raises:
+      ValueError: in every process; the message has the value of each.
+    """
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return
+    values = multihost_utils.process_allgather(np.int32(value)).tolist()
+    if len(set(values)) > 1:
+        raise ValueError(f"{what} is {values}, by process: not all of them see the same folder. Use one that they share, such as gs://….")

@@ -19,8 +19,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from ftjax import data, logs, tree
+from ftjax import data, logs, sharding, tree
 from ftjax.cli.build import Loaded
+from ftjax.cli.loop import EARLY
 from ftjax.data import inspect
 from ftjax.logs.terminal import megabytes
 from ftjax.logs.writers import read_jsonl
@@ -40,6 +41,19 @@ def model(loaded: Loaded) -> str:
     dtypes = sorted({leaf.dtype.name for leaf in jax.tree.leaves(loaded.params)})
     size = f"{tree.size(loaded.params):,} parameters in {' and '.join(dtypes)}, {megabytes(tree.num_bytes(loaded.params))}"
     return f"{loaded.name}: {loaded.model.config.model_type}, {size}"
+
+
+def layout(arrays: Any, mesh: Mesh) -> Group:
+    """Return the table of the mesh, rule → spec → leaves → parameters → bytes on each device, and what no device could get a part of."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, justify in (("rule", "left"), ("split over", "left"), ("leaves", "right"), ("parameters", "right"), ("each device", "right")):
+        table.add_column(name, justify=justify, overflow="fold")
+    rows = sharding.report(arrays, mesh)
+    for row in rows:
+        axes = ", ".join("-" if entry is None else "*".join(sharding.rules.names(entry)) for entry in row.spec)
+        table.add_row(Text(row.rule), axes or "[dim]every device[/]", str(row.leaves), f"{row.parameters:,}", megabytes(row.device_bytes))
+    dropped = [what for row in rows for what in row.dropped]
+    return Group(table, *(Text(f"whole on every device: {what}", style="yellow") for what in dropped))
 
 
 def sources(reports: Mapping[str, data.Report], loader: data.Loader) -> Group:

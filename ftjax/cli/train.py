@@ -5,7 +5,7 @@
   ftjax train --config=… --workdir=… --config.optimizer.learning_rate=3e-4     any field of the config
 
 The same command in the same workdir goes on where it stopped, with the same bits as if it never had. SIGTERM and Ctrl-C save and exit with
-code 0; a second one aborts. The workdir (a folder, or gs://…) holds metrics.jsonl, tensorboard/, checkpoints/, adapter/ and loss.png.
+code 0, after the evaluation if one is due; a second one aborts. The workdir (a folder, or gs://…) holds metrics.jsonl, tensorboard/, checkpoints/, adapter/ and loss.png.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ftjax import checkpoint, logs, sharding
 from ftjax.checkpoint import Checkpoints
 from ftjax.cli import adapter, build, measure, runtime, show
 from ftjax.cli import config as configs
-from ftjax.cli.loop import Loop, Memory, run
+from ftjax.cli.loop import EARLY, FINISHED, Loop, Memory, run
 from ftjax.cli.stop import Stop
 from ftjax.train import init_state, make_eval_step, make_train_step
 from ftjax.types import TrainState
@@ -59,9 +59,11 @@ def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool 
     key = jax.random.key(config.seed)
 
     # ---- config ----
+    config = build.resolved(config)
     config_json = configs.as_json(config)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
-    if checkpoints.steps():  # asked before anything is loaded
+    runtime.agree("workdir: the last checkpoint", (checkpoints.steps() or [0])[-1])  # asked before anything is loaded
+    if checkpoints.steps():
         configs.check_unchanged(checkpoints.record(checkpoints.steps()[-1]).config, config_json, allowed=allow_config_change)
 
     # ---- mesh ----
@@ -78,6 +80,9 @@ def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool 
     plans = method.plan(loaded.params)
     terminal.heading("What is trained")
     terminal.say(logs.plan_table(plans, loaded.params, trainable))
+    if mesh.size > 1:
+        terminal.heading("Where it lies")
+        terminal.say(show.layout({"frozen": frozen, "trained": trainable}, mesh))
     loaded = loaded._replace(params=None)  # what of it is frozen is in `frozen`
 
     # ---- data ----
@@ -103,6 +108,7 @@ def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool 
     if checkpoints.steps():
         state, record = checkpoints.restore(state, fall_back=config.checkpoint.fall_back)
         memory, start = Memory(**record.memory), record.step
+        checkpoints.set_aside(after=start)
         terminal.say(f"going on from step {start}, saved in {checkpoints.folder}")
 
     # ---- loop ----
@@ -139,12 +145,16 @@ def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool 
             stop=stop,
             memory=memory,
         )
-        if not start:
+        if not start and not memory.before:
             memory.before = _measured(terminal, quiz, state, "before", config)
         state, done, reason = run(loop, state, start=start)
-        if stop.reason:
+        if reason not in (FINISHED, EARLY):
             terminal.say(f"{reason}: saved at step {done} of {config.steps}; the same command goes on from there.")
             return
+        if reason == EARLY and (best := checkpoints.best()) is not None:
+            state = sharding.abstract(state, shardings)  # lets go of the last weights before the best come
+            state, _ = checkpoints.restore(state, step=best)
+            terminal.say(f"early stopping after step {done}: what follows is of step {best}, the best by {config.checkpoint.best_metric}")
         after = _measured(terminal, quiz, state, "after", config)
         if after:
             writers.write(

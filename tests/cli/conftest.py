@@ -16,6 +16,7 @@ SHORT = (
     "--config.eval.every_steps=0",
     "--config.eval.generate.examples=0",
     "--config.logging.tensorboard=False",
+    "--config.logging.every_steps=4",
 )
 
 

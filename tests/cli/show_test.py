@@ -1,0 +1,21 @@
+"""What a run prints about itself is complete."""
+
+import io
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from ftjax import sharding
+from ftjax.cli import show
+
+
+def test_the_layout_names_rules_sizes_and_what_did_not_divide():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    shapes = {"frozen": {"lm_head": {"kernel": jax.ShapeDtypeStruct((1000, 1001), jnp.float32)}, "norm": {"scale": jnp.ones(1000)}}}
+    out = io.StringIO()
+    Console(file=out, width=160).print(show.layout(shapes, mesh))
+    said = out.getvalue()
+    assert "(.*/)?lm_head/kernel" in said and "[a-z_]*norm/scale" in said  # no markup is read in a rule
+    assert "fsdp, tensor" in said and "1,001,000" in said and "2.0 MB" in said  # half of 4 MB: `tensor` splits nothing
+    assert "whole on every device: frozen/lm_head/kernel: axis 1 of 1001 is not divisible by tensor=2" in said.replace("\n", " ")
