@@ -35,7 +35,7 @@ def make_train_step(
     """Return the jitted `step(state, frozen, batch) -> (state, metrics)`.
 
     The gradient is that of Σ total / Σ weight over the whole batch: micro-batches and devices add totals and weights, and the quotient is
-    taken once. A step whose loss or gradient is not finite changes nothing but the step count, and says so in `skipped`.
+    taken once. A step whose loss, gradient or update is not finite changes nothing but the step count, and says so in `skipped`.
 
     Args:
       score: `(params, batch) -> Scores`, e.g. `partial(scoring.score, model)`.
@@ -77,14 +77,14 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / metrics["loss"].weight, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes int32 step counts; ftjax itself runs under strict promotion in tests
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(metrics["loss"].total)
+        grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(update_norm) & jnp.isfinite(metrics["loss"].total)
         trainable = _select(finite, optax.apply_updates(state.trainable, updates), state.trainable)
         opt_state = _select(finite, opt_state, state.opt_state)
         one = jnp.ones((), jnp.float32)
         metrics |= {
             "grad_norm": Mean(grad_norm, one),
-            "update_norm": Mean(optax.tree.norm(updates), one),
+            "update_norm": Mean(update_norm, one),
             "tokens": Mean(jnp.sum(batch.loss_mask), one),
             "skipped": Mean(1.0 - finite.astype(jnp.float32), one),
         }

@@ -91,6 +91,12 @@ def test_a_step_that_is_not_finite_changes_nothing_and_says_so(key):
     assert values(metrics)["skipped"] == 0 and np.isfinite(values(metrics)["loss"])
 
 
+def test_an_update_that_is_not_finite_is_skipped_too(key):
+    step, state, frozen = start(key, optimizer=optax.sgd(float("inf")))
+    state, metrics = step(state, frozen, toy.batch(key))
+    assert values(metrics)["skipped"] == 1 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.trainable))
+
+
 def test_a_batch_without_a_supervised_token_is_skipped(key):
     step, state, frozen = start(key)
     batch = toy.batch(key)

@@ -30,7 +30,8 @@ DIFFERENTIABLE = ("logps", "mean_logps")
 
 def reference(unembed: Unembed, head: Any, hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
     """Return what `token_logps` returns, from the whole logits at once."""
-    return _statistics(unembed(head, _without_padding(hidden, mask)), targets, mask)
+    logits = unembed(head, _without_padding(hidden, mask))
+    return _statistics(logits, jax.nn.logsumexp(logits, axis=-1), targets, mask)
 
 
 def token_logps(
@@ -84,8 +85,7 @@ def _gather_rows(order: jax.Array, hidden: jax.Array, targets: jax.Array, mask: 
     )
 
 
-def _statistics(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
-    normalizer = jax.nn.logsumexp(logits, axis=-1)
+def _statistics(logits: jax.Array, normalizer: jax.Array, targets: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     probabilities = jnp.exp(logits - normalizer[..., None])
     found = {
@@ -97,12 +97,12 @@ def _statistics(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> dict[
     return {name: jnp.where(mask > 0, value, 0.0) for name, value in found.items()}
 
 
-def _logits_gradient(name: str, logits: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+def _logits_gradient(name: str, logits: jax.Array, normalizer: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
     """Return d logps / d logits = onehot - p, or d mean_logps / d logits = 1/v - p, for each token by itself."""
     vocabulary = logits.shape[-1]
     ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
     drawn = (ids == targets[..., None]).astype(jnp.float32) if name == "logps" else jnp.full(logits.shape, 1.0 / vocabulary, jnp.float32)
-    return jnp.where((mask > 0)[..., None], drawn - jax.nn.softmax(logits, axis=-1), 0.0)
+    return jnp.where((mask > 0)[..., None], drawn - jnp.exp(logits - normalizer[..., None]), 0.0)
 
 
 def _num_chunks(chunk: int, mask: jax.Array) -> jax.Array:
@@ -121,7 +121,8 @@ def _write(chunk: int, index: jax.Array, into: jax.Array, value: jax.Array) -> j
 def _scan_chunks(unembed, chunk, outputs, head, hidden, targets, mask):
     def body(index, found):
         h, y, m = _slices(chunk, index, hidden, targets, mask)
-        stats = _statistics(unembed(head, h), y, m)
+        logits = unembed(head, h)
+        stats = _statistics(logits, jax.nn.logsumexp(logits, axis=-1), y, m)
         return {name: _write(chunk, index, found[name], stats[name]) for name in outputs}
 
     empty = {name: jnp.zeros(targets.shape, jnp.float32) for name in outputs}
@@ -140,8 +141,11 @@ def _forward(unembed, chunk, outputs, head, hidden, targets, mask):
         found, units = carry
         h, y, m = _slices(chunk, index, hidden, targets, mask)
         logits, pullback = jax.vjp(partial(unembed, head), h)
-        stats = _statistics(logits, y, m)
-        units = {name: _write(chunk, index, units[name], pullback(_logits_gradient(name, logits, y, m))[0]) for name in names}
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+        stats = _statistics(logits, normalizer, y, m)
+        for name in names:
+            unit = pullback(_logits_gradient(name, logits, normalizer, y, m))[0]
+            units = {**units, name: _write(chunk, index, units[name], unit)}
         return {name: _write(chunk, index, found[name], stats[name]) for name in outputs}, units
 
     empty = {name: jnp.zeros(targets.shape, jnp.float32) for name in outputs}
@@ -163,7 +167,8 @@ def _backward(unembed, chunk, outputs, residuals, cotangents):
         h, y, m = _slices(chunk, index, hidden, targets, mask)
         logits, pullback = jax.vjp(unembed, head, h)
         given = {name: _slices(chunk, index, cotangents[name])[0][..., None] for name in cotangents}
-        more, here = pullback(sum(g * _logits_gradient(name, logits, y, m) for name, g in given.items()))
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+        more, here = pullback(sum(g * _logits_gradient(name, logits, normalizer, y, m) for name, g in given.items()))
         return jax.tree.map(_accumulate, d_head, more), _write(chunk, index, d_hidden, here)
 
     start = (jax.tree.map(_accumulator, head), jnp.zeros_like(hidden))
