@@ -96,16 +96,17 @@ def _one_pattern(pattern: str) -> Callable[[str], bool]:
     return lambda path: compiled.fullmatch(path) is not None
 
 
-def matches(tree: Params, filter: Filter, *, who: str) -> tuple[str, ...]:
-    """Return the paths that `filter` selects.
+def matches(tree: Params, filter: Filter, *, who: str, exclude: Filter | None = None) -> tuple[str, ...]:
+    """Return the paths that `filter` selects and `exclude` does not.
 
     Args:
       tree: any parameter tree.
       filter: see the module's docstring.
       who: the caller, named in the error.
+      exclude: paths to leave out; they need not be among those that `filter` selects.
 
     Raises:
-      ValueError: nothing matched, or one name of a list matched nothing; the message lists the nearest paths.
+      ValueError: nothing matched, nothing is left, or one name of a list matched nothing; the message lists the nearest paths.
     """
     paths = list(flatten(tree))
     if not isinstance(filter, str) and not callable(filter):
@@ -118,6 +119,11 @@ def matches(tree: Params, filter: Filter, *, who: str) -> tuple[str, ...]:
         shown = describe(filter)
         hint = " Paths have no leading '/'." if shown.startswith("/") else ""
         raise ValueError(f"{who}: pattern {shown!r} matched no leaf; nearest: {nearest(shown, paths)}.{hint}")
+    if exclude is not None:
+        out = matches(tree, exclude, who=f"{who}.exclude")
+        found = tuple(path for path in found if path not in out)
+        if not found:
+            raise ValueError(f"{who}: {describe(filter)!r} without {describe(exclude)!r} leaves nothing to train.")
     return found
 
 

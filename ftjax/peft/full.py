@@ -54,12 +54,7 @@ def full(targets: tree.Filter, *, exclude: tree.Filter | None = None, name: str 
     """
 
     def paths(params: Params) -> tuple[str, ...]:
-        found = tree.matches(params, targets, who=name)
-        if exclude is not None:
-            found = tuple(path for path in found if not tree.predicate(exclude)(path))
-        if not found:
-            raise ValueError(f"{name}: {tree.describe(targets)!r} without {tree.describe(exclude)!r} leaves nothing to train.")
-        return found
+        return tree.matches(params, targets, who=name, exclude=exclude)
 
     def init(key: jax.Array, params: Params) -> tuple[Params, Params]:
         del key

@@ -185,9 +185,7 @@ def lora(
         return _lookup(alphas, path, r if alpha is None else alpha) / (math.sqrt(r) if rslora else r)
 
     def paths(params: Params) -> tuple[str, ...]:
-        found = tree.matches(params, targets, who=name)
-        if exclude is not None:
-            found = tuple(path for path in found if not tree.predicate(exclude)(path))
+        found = tree.matches(params, targets, who=name, exclude=exclude)
         for pattern in (*ranks, *alphas):
             if not any(_applies(pattern, path) for path in found):
                 raise ValueError(f"{name}: pattern {pattern!r} matches none of the targets; nearest: {tree.nearest(pattern, found)}.")

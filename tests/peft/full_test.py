@@ -44,6 +44,8 @@ def test_exclude_leaves_frozen_what_it_names(key, params):
     assert "full/embed_tokens/kernel" not in tree.flatten(trainable)
     with pytest.raises(ValueError, match="nothing to train"):
         peft.full("norm/scale", exclude="everything").init(key, params)
+    with pytest.raises(ValueError, match=r"full.exclude: no module is named 'embed_token'; nearest: 'embed_tokens'"):
+        peft.full("everything", exclude=["embed_token"]).init(key, params)
 
 
 def test_lora_may_ride_on_a_trained_matrix_but_not_the_other_way_round(key, params):

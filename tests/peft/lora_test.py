@@ -133,6 +133,9 @@ def test_dropout_keeps_the_mean_and_differs_by_layer(key):
         ({"targets": ["q_prj"]}, "q_proj"),
         ({"targets": ["q_proj"], "init": "gausian"}, "gaussian"),
         ({"targets": ["q_proj"], "dropout": 1.0}, r"\[0, 1\)"),
+        ({"exclude": ["q_prj"]}, r"lora.exclude: no module is named 'q_prj'; nearest: 'q_proj'"),
+        ({"exclude": ".*/v_proj/kernel"}, r"lora.exclude: pattern .* matched no leaf; nearest: "),
+        ({"exclude": "all-linear"}, "lora: 'all-linear' without 'all-linear' leaves nothing to train"),
         ({"targets": ["q_proj"], "rank_pattern": {"k_proj": 2}}, "none of the targets"),
     ],
 )
