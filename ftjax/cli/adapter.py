@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,9 @@ from ftjax.types import Params, Plan
 
 
 def export(folder: epath.Path, loaded: Loaded, trainable: Params, plans: Sequence[Plan], *, say: Callable) -> epath.Path | None:
-    """Write what was trained, in place of an earlier export, and return the folder; None where it is no adapter in PEFT's sense.
+    """Write what was trained and the tokenizer, in place of an earlier export; return the folder, or None where it is no adapter to PEFT.
+
+    A local folder appears when everything in it is written.
 
     All processes take part; process 0 writes. `say` tells the user why nothing was written.
     """
@@ -26,15 +29,27 @@ def export(folder: epath.Path, loaded: Loaded, trainable: Params, plans: Sequenc
         trainable = multihost_utils.process_allgather(trainable, tiled=True)
     if jax.process_index() != 0:
         return None
-    with tempfile.TemporaryDirectory() as temporary:
+    remote = "://" in str(folder)
+    with tempfile.TemporaryDirectory(prefix=".adapter.", dir=None if remote else folder.parent) as temporary:
+        written = Path(temporary) / "adapter"
         try:
-            written = hf_peft.save_adapter(Path(temporary) / "adapter", loaded.model, trainable, plans, base_name=loaded.name)
+            hf_peft.save_adapter(written, loaded.model, trainable, plans, base_name=loaded.name, tokenizer=loaded.tokenizer)
         except ValueError as error:
             say(f"no adapter folder was written: {error}")
             return None
-        if folder.exists():
-            folder.rmtree()
-        folder.mkdir(parents=True)
-        for file in sorted(written.iterdir()):
-            (folder / file.name).write_bytes(file.read_bytes())
+        if remote:
+            _copy(written, folder)
+        else:
+            if folder.exists():
+                os.replace(folder, Path(temporary) / "earlier")
+            os.replace(written, folder)
     return folder
+
+
+def _copy(written: Path, folder: epath.Path) -> None:
+    if folder.exists():
+        folder.rmtree()
+    for file in sorted(path for path in written.rglob("*") if path.is_file()):
+        target = folder / file.relative_to(written).as_posix()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())

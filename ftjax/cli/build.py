@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -20,7 +21,7 @@ from ftjax.hf import load as hf_load
 from ftjax.hf import tokenizer as hf_tokenizer
 from ftjax.train import Score
 from ftjax.tree import nearest
-from ftjax.types import LossFn, Model, Params, TrainState, Transform
+from ftjax.types import Batch, LossFn, Model, Params, Scores, TrainState, Transform
 
 
 class Loaded(NamedTuple):
@@ -73,16 +74,24 @@ def model(config, mesh: Mesh) -> Loaded:
         params = sharding.init_on_mesh(built.init, jax.random.key(config.seed), mesh=mesh)
         return Loaded(built, params, tokenizer(config), f"{config.model.preset} (random)")
     found = hf_load.load(config.model.name, dtype=dtype(config.model.dtype), remat=config.model.remat, place=sharding.placement(mesh))
-    return Loaded(found.model, found.params, tokenizer(config) if config.tokenizer else found.tokenizer, config.model.name)
+    chosen = tokenizer(config) if config.tokenizer else _with_template(config, found.tokenizer)
+    return Loaded(found.model, found.params, chosen, config.model.name)
 
 
 def tokenizer(config) -> Any:
-    """Return the tokenizer of `config.tokenizer`, or the model's."""
+    """Return the tokenizer of `config.tokenizer`, or the model's, with the chat template that is trained."""
     if config.tokenizer == "bytes":
-        return hf_tokenizer.byte_tokenizer()
+        return _with_template(config, hf_tokenizer.byte_tokenizer())
     if not config.tokenizer and config.model.random:
         raise ValueError("tokenizer: a model with random weights has none of its own; set tokenizer to a folder, a model or 'bytes'.")
-    return hf_tokenizer.load(hub.find(config.tokenizer or config.model.name))
+    return _with_template(config, hf_tokenizer.load(hub.find(config.tokenizer or config.model.name)))
+
+
+def _with_template(config, tokenizer: Any) -> Any:
+    """Return the tokenizer with the template of `config.data` as its own, so that who gets it asks the model as it was trained."""
+    if config.data.template not in ("auto", "none"):
+        tokenizer.chat_template = encoder(config, tokenizer).template.source
+    return tokenizer
 
 
 def method(config) -> Transform:
@@ -107,11 +116,24 @@ def loss(config) -> LossFn:
     return partial(losses.LOSSES[config.algorithm], **plain(config.loss))
 
 
+def check_best_metric(config) -> None:
+    """Refuse a `checkpoint.best_metric` that no evaluation will have; asked before anything is loaded."""
+    row = jax.ShapeDtypeStruct((1, 2), jnp.float32)
+    batch = Batch(**{field.name: row for field in dataclasses.fields(Batch)})
+    scores = Scores(**{name: row for name in _outputs(config)})
+    names = ("loss", *jax.eval_shape(loss(config), scores, batch)[1], "perplexity")
+    if config.checkpoint.best_metric not in names:
+        raise ValueError(f"checkpoint.best_metric: there is no {config.checkpoint.best_metric!r}; the evaluation has {', '.join(names)}.")
+
+
+def _outputs(config) -> tuple[str, ...]:
+    return ("logps", "greedy", *(["mean_logps"] if config.loss.label_smoothing else []))
+
+
 def score(config, model: Model, mesh: Mesh) -> Score:
     """Return how tokens are scored: with what the objective and its metrics need, and no more."""
     shards = math.prod(mesh.shape[name] for name in sharding.ROWS)
-    outputs = ("logps", "greedy", *(["mean_logps"] if config.loss.label_smoothing else []))
-    return partial(scoring.score, sharding.on_mesh(model, mesh), batch_shards=shards, outputs=outputs)
+    return partial(scoring.score, sharding.on_mesh(model, mesh), batch_shards=shards, outputs=_outputs(config))
 
 
 def optimizer(config) -> optax.GradientTransformation:

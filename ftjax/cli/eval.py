@@ -63,8 +63,8 @@ def define_flags(flags: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     absl_flags.DEFINE_string("template", "auto", "how messages become text: auto, chatml, none, or the Jinja text", flags)
     absl_flags.DEFINE_integer("row_tokens", 1024, "tokens of a row of the loss's batches; longer examples are cut", flag_values=flags)
     absl_flags.DEFINE_integer("batches", 0, "batches that the loss is measured on; 0: all", flag_values=flags, lower_bound=0)
-    absl_flags.DEFINE_integer("examples", None, "answers to complete (default: the config's, else 200); 0: none", flag_values=flags)
-    absl_flags.DEFINE_integer("max_tokens", None, "the most tokens of an answer (default: the config's, else 64)", flag_values=flags)
+    absl_flags.DEFINE_integer("examples", None, "answers to complete (default: the config's, else 200); 0: none", 0, flag_values=flags)
+    absl_flags.DEFINE_integer("max_tokens", None, "the most tokens of an answer (default: the config's, else 64)", 1, flag_values=flags)
     absl_flags.DEFINE_integer("batch_size", 32, "answers completed at a time", flag_values=flags, lower_bound=1)
     absl_flags.DEFINE_enum("metric", "auto", METRICS, "how answers are compared; auto: the config's, or told from the rows", flags)
     absl_flags.DEFINE_string("output", None, "a .json file for the result", flags)
@@ -75,12 +75,27 @@ def main(flags: absl_flags.FlagValues) -> None:
     """Measure, print a table, write the JSON."""
     if (flags.config is None) == (flags.data is None):
         raise ValueError("eval: give either --data=PATH or --config=FILE (whose data.eval_sources are measured).")
+    output = runtime.local_path("output", flags.output) if flags.output else None
+    if flags.config is not None:
+        _check_unused(flags)
     runtime.start(flags)
     setting = from_flags(flags) if flags.config is None else from_config(flags)
     found = evaluate(setting)
     Console(highlight=False).print(table(found))
-    if flags.output:
-        write_json(Path(flags.output), found)
+    if output:
+        write_json(output, found)
+
+
+_OF_DATA = ("dtype", "format", "split", "template", "row_tokens")
+
+
+def _check_unused(flags: absl_flags.FlagValues) -> None:
+    """Refuse the flags that a config speaks for."""
+    if given := [f"--{name}" for name in _OF_DATA if flags[name].present]:
+        raise ValueError(
+            f"eval: {', '.join(given)}: with --config these are fields of the config; change them there, as in "
+            "--config.model.dtype=float32 or --config.data.eval_sources.NAME.split=test."
+        )
 
 
 def from_flags(flags: absl_flags.FlagValues) -> Setting:
@@ -114,7 +129,7 @@ def from_config(flags: absl_flags.FlagValues) -> Setting:
     mesh = build.mesh(config)
     loaded = build.model(config, mesh)
     folder = pretrained.adapter_folder(flags.adapter) if flags.adapter else None
-    encoder = build.encoder(config, loaded.tokenizer)
+    encoder = build.encoder(config, pretrained.tokenizer(folder, loaded.model, base=loaded.tokenizer))
     loader, _ = build.loader(config, encoder, mesh, held_out=True)
     asked = config.eval.generate
     return Setting(

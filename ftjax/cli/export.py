@@ -48,11 +48,12 @@ def main(flags: absl_flags.FlagValues) -> None:
         raise ValueError("export: --output=FOLDER is needed.")
     if flags.workdir and (flags.model or flags.adapter):
         raise ValueError("export: --workdir says model and method by itself; leave --model and --adapter out.")
+    output = runtime.local_path("output", flags.output)
     runtime.start(flags)
     found = trained(epath.Path(flags.workdir)) if flags.workdir else pretrained_model(flags.model, flags.adapter)
     dtype = None if flags.dtype == "auto" else flags.dtype
     folder = hf_export.export_model(
-        flags.output, found.loaded.model, found.params, found.loaded.tokenizer, dtype=dtype, base_name=found.loaded.name
+        output, found.loaded.model, found.params, found.loaded.tokenizer, dtype=dtype, base_name=found.loaded.name
     )
     print(f"wrote {folder}")
 
@@ -69,6 +70,7 @@ def pretrained_model(name: str, adapter: str) -> Found:
     folder = pretrained.adapter_folder(adapter) if adapter else None
     name = name or (pretrained.base_name(folder) if folder else pretrained.DEFAULT)
     model, params, tokenizer, _ = hf_load.load(name)
+    tokenizer = pretrained.tokenizer(folder, model, base=tokenizer)
     return Found(build.Loaded(model, params, tokenizer, name), pretrained.attach(model, params, folder))
 
 

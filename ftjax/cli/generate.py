@@ -69,6 +69,8 @@ def main(flags: absl_flags.FlagValues) -> None:
     chatting = flags.prompt is None and flags.prompts is None
     if chatting and not sys.stdin.isatty():
         raise ValueError("generate: nothing to complete; give --prompt=TEXT or --prompts=FILE, or start it in a terminal to chat.")
+    if flags.output:
+        runtime.local_path("output", flags.output)
     _sampling(flags)  # a wrong setting should not have to wait for the model
     asked = _asked(flags)
     runtime.start(flags)

@@ -80,6 +80,7 @@ def answer(
         temperature=0.0,
         key=None,
         batch_size=batch_size,
+        template=encoder.template.source if encoder.template else "none",  # which says what ends an answer
     )
     prompts, wanted = [question(example) for example in examples], [data.answer(example) for example in examples]
     scores = MATCHES[metric](prompts, completions, answer=[_reference(example) for example in examples])

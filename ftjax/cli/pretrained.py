@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags as absl_flags
 
 from ftjax import hub
-from ftjax.cli import build
+from ftjax.cli import build, runtime
 from ftjax.hf import load as hf_load
 from ftjax.hf import peft as hf_peft
+from ftjax.hf import tokenizer as hf_tokenizer
 from ftjax.hf.folder import read_json
 from ftjax.types import Model, Params
 
@@ -52,7 +53,8 @@ def load(flags: absl_flags.FlagValues) -> Adapted:
     if folder and name != base:  # the same model may go by many names, so this is no error
         print(f"note: the adapter {folder} names {base!r} as its base and is put on {name!r}", file=sys.stderr)
     found = hf_load.load(name, dtype=build.dtype(flags.dtype))
-    return Adapted(found.model, attach(found.model, found.params, folder), found.tokenizer, name, str(folder or ""))
+    params = attach(found.model, found.params, folder)
+    return Adapted(found.model, params, tokenizer(folder, found.model, base=found.tokenizer), name, str(folder or ""))
 
 
 def attach(model: Model, params: Params, folder: Path | None) -> Params:
@@ -65,6 +67,18 @@ def attach(model: Model, params: Params, folder: Path | None) -> Params:
     return adapter.method.attach(params, adapter.trainable)
 
 
+def tokenizer(folder: Path | None, model: Model, *, base: Any) -> Any:
+    """Return the tokenizer beside an adapter, whose chat template is the one that was trained; the base model's if there is none."""
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return base
+    found = hf_tokenizer.load(folder)
+    if len(found) > model.config.vocab_size:
+        print(f"note: the tokenizer of {folder} has more tokens than the model, so the base's is used", file=sys.stderr)
+        return base
+    found.chat_template = found.chat_template or base.chat_template  # older adapters come without one
+    return found
+
+
 def base_name(folder: Path, *, default: str = DEFAULT) -> str:
     """Return the model that an adapter says it belongs to, the registry's copy if there is one; `default` if it says nothing."""
     name = read_json(folder / hf_peft.CONFIG).get("base_model_name_or_path") or default
@@ -74,7 +88,7 @@ def base_name(folder: Path, *, default: str = DEFAULT) -> str:
 
 def adapter_folder(name: str) -> Path:
     """Return the PEFT folder that is meant: `name` itself, or `adapter/` in it if it is a workdir."""
-    folder = Path(name).expanduser()
+    folder = runtime.local_path("adapter", name)
     for choice in (folder, folder / "adapter"):
         if (choice / hf_peft.CONFIG).is_file():
             return choice

@@ -40,7 +40,7 @@ def start(flags: absl_flags.FlagValues) -> None:
 def local_path(flag: str, value: str) -> Path:
     """Return the path that a flag names; one on an object store is refused, as what reads or writes it there needs a local one."""
     if "://" in value:
-        raise ValueError(f"--{flag}: {value} is not on this machine; a local path is needed (copy the folder from or to the store yourself).")
+        raise ValueError(f"--{flag}: {value} is not on this machine; a local path is needed (copy from or to the store yourself).")
     return Path(value).expanduser()
 
 

@@ -61,6 +61,7 @@ def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool 
     # ---- config ----
     config = build.resolved(config)
     config_json = configs.as_json(config)
+    build.check_best_metric(config)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
     runtime.agree("workdir: the last checkpoint", (checkpoints.steps() or [0])[-1])  # asked before anything is loaded
     if checkpoints.steps():

@@ -3,6 +3,7 @@
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
@@ -42,3 +43,37 @@ def test_held_out_examples_without_an_answer_are_refused_by_name(tmp_path):
     assert build.held_out_examples(config, 0) == []
     with pytest.raises(ValueError, match=r"eval\.generate\.examples: no row of data.eval_sources \(texts\) has an answer"):
         build.held_out_examples(config, 1)
+
+
+@pytest.mark.parametrize("template", ["auto", "none", "chatml", "{{ messages[0]['content'] }}|{{ messages[-1]['content'] }}<|endoftext|>"])
+def test_the_tokenizer_carries_the_template_that_is_trained(config, template):
+    before = build.tokenizer(config).chat_template
+    config.data.template = template
+    tokenizer = build.tokenizer(config)
+    trained = build.encoder(config, tokenizer).template
+    assert tokenizer.chat_template == (before if template in ("auto", "none") else trained.source)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_best_metric_that_no_evaluation_has_is_refused(config, smoothing):
+    config.loss.label_smoothing = smoothing
+    for config.checkpoint.best_metric in ("loss", "nll", "accuracy", "perplexity"):
+        build.check_best_metric(config)
+    config.checkpoint.best_metric = "acuracy"
+    with pytest.raises(ValueError, match="best_metric: there is no 'acuracy'; the evaluation has loss, accuracy, nll, perplexity"):
+        build.check_best_metric(config)
+
+
+@pytest.mark.parametrize(("rule", "b2"), [("adamw", 0.999), ("lion", 0.99)])
+def test_the_second_decay_is_the_rules_own_unless_it_is_set(config, rule, b2):
+    config.optimizer.update({"name": rule, "clip_norm": 0.0})
+    left = build.optimizer(config)
+    config.optimizer.b2 = b2
+    right = build.optimizer(config)
+    config.optimizer.b2 = 0.5
+    other = build.optimizer(config)
+    params = {"w": jnp.ones(2)}
+    with jax.numpy_dtype_promotion("standard"):  # as in train.py
+        states = [one.update({"w": jnp.ones(2)}, one.init(params), params)[1] for one in (left, right, other)]
+    leaves = [[float(x.sum()) for x in jax.tree.leaves(state)] for state in states]
+    assert leaves[0] == leaves[1] != leaves[2]

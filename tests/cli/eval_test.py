@@ -73,6 +73,25 @@ def test_right_answers_are_counted(rows, completions, metric, right, base, tmp_p
     assert found["low"] < found["share"] < found["high"]
 
 
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        ("none", ["<|im_end|>"]),
+        ("chatml", ["<|im_end|>"]),
+        ("{{ messages[0]['content'] }}|{{ messages[-1]['content'] }}<|pad|>", ["<|im_end|>", "<|pad|>"]),
+    ],
+)
+def test_an_answer_ends_where_the_template_of_the_encoder_ends_it(template, ends, base, monkeypatch):
+    _, model, params, _ = base
+    tokenizer, found = byte_tokenizer(), []
+    encoder = data.make_encoder(tokenizer, max_tokens=64, template=template)
+    monkeypatch.setattr("ftjax.rollout.text.start", lambda *_, eos_ids, **__: found.append(eos_ids))
+    monkeypatch.setattr("ftjax.rollout.text._finish", lambda *_: ["x"])
+    examples = data.parse({"prompt": "a", "completion": "b"})
+    evaluation.measure.answer(model, params, encoder, examples, max_tokens=2, batch_size=1)
+    assert {tokenizer.decode([end]) for end in found[0] if end >= 256} == set(ends)
+
+
 def test_a_config_names_model_and_data(compiled, tmp_path):
     arguments = [
         "eval",
@@ -103,6 +122,11 @@ def test_the_interval_is_wilsons(right, n, low, high):
         (["--data=nowhere.jsonl"], 1, "no file or folder 'nowhere.jsonl'"),
         (["--data=tasks:sort", "--metric=exact"], 2, "metric"),
         (["--dat=x"], 2, "Did you mean: data"),
+        (["--data=tasks:sort", "--examples=-1"], 2, "examples"),
+        (["--data=tasks:sort", "--output=gs://b/r.json"], 1, "--output: gs://b/r.json is not on this machine"),
+        (["--data=tasks:sort", "--adapter=gs://b/run"], 1, "--adapter: gs://b/run is not on this machine"),
+        ([f"--config={CONFIG}:smoke", "--dtype=float32", "--split=test"], 1, "--dtype, --split: with --config"),
+        ([f"--config={CONFIG}:smoke", "--row_tokens=8"], 1, "--row_tokens: with --config"),
     ],
 )
 def test_a_wrong_command_line_is_explained(arguments, code, message, capsys):

@@ -67,6 +67,18 @@ def test_an_adapter_of_a_workdir_is_found_and_acts(base, tmp_path, capsys):
     assert capsys.readouterr().out == adapted != plain
 
 
+def test_the_template_of_the_adapters_tokenizer_is_used(base, tmp_path, monkeypatch):
+    folder, model, params, _ = base
+    method, tokenizer = peft.lora(["q_proj"], rank=1), byte_tokenizer()
+    tokenizer.chat_template = "Q: {{ messages[0]['content'] }} A:"
+    trainable = method.init(jax.random.key(2), params)[1]
+    hf_peft.save_adapter(tmp_path / "adapter", model, trainable, method.plan(params), base_name=str(folder), tokenizer=tokenizer)
+    given = []
+    monkeypatch.setattr(generate.rollout, "stream_text", lambda _m, _p, encoder, prompt, **_: given.append(encoder.encode(prompt)) or [])
+    assert run(base, "--prompt=one", f"--adapter={tmp_path}/adapter") == 0
+    assert tokenizer.decode(given[0]) == "Q: one A:"
+
+
 def test_a_chat_remembers_until_reset(base, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(generate.rollout, "stream_text", lambda model, params, encoder, prompt, **_: asked.append(prompt) or iter(["ok"]))
@@ -124,6 +136,8 @@ def test_what_cannot_be_read_is_named(name, text, message, tmp_path, capsys):
         (["--prompt=a", "--temperature=-1"], 1, "temperature is at least 0"),
         (["--prompt=a", "--max_tokens=0"], 2, "max_tokens"),
         (["--prompt=a", "--adapter=nowhere"], 1, "no folder 'nowhere'"),
+        (["--prompt=a", "--adapter=gs://b/run"], 1, "--adapter: gs://b/run is not on this machine"),
+        (["--prompt=a", "--output=gs://b/out.jsonl"], 1, "--output: gs://b/out.jsonl is not on this machine"),
     ],
 )
 def test_a_wrong_command_line_is_explained(arguments, code, message, capsys):

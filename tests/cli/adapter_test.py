@@ -1,0 +1,71 @@
+"""The adapter of a run appears whole, takes the place of an earlier one, and carries the tokenizer with the template that was trained."""
+
+import jax
+import pytest
+from etils import epath
+
+from ftjax import models, peft
+from ftjax.cli import adapter, build, pretrained
+from ftjax.hf.tokenizer import byte_tokenizer
+
+TEMPLATE = "{% for message in messages %}{{ message['role'] }}> {{ message['content'] }}<|endoftext|>{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def trained():
+    model = models.build(models.preset("tiny-llama"))
+    params = jax.jit(model.init)(jax.random.key(1))
+    method = peft.lora(["q_proj"], rank=1)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return build.Loaded(model, params, tokenizer, "tiny"), method.init(jax.random.key(0), params)[1], method.plan(params)
+
+
+def test_an_adapter_takes_the_place_of_an_earlier_one_and_leaves_nothing_else(trained, tmp_path):
+    folder = epath.Path(tmp_path / "adapter")
+    folder.mkdir()
+    (folder / "stale").write_text("")
+    assert adapter.export(folder, *trained, say=pytest.fail) == folder
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert not (folder / "stale").exists() and (folder / "adapter_model.safetensors").exists()
+
+
+def test_an_export_that_fails_leaves_the_earlier_adapter(trained, tmp_path, monkeypatch):
+    folder = epath.Path(tmp_path / "adapter")
+    folder.mkdir()
+    (folder / "earlier").write_text("")
+
+    def full_disk(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("ftjax.hf.peft.write_tokenizer", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        adapter.export(folder, *trained, say=pytest.fail)
+    assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "earlier"]
+
+
+def test_a_folder_elsewhere_is_filled_file_by_file(trained, tmp_path):
+    adapter.export(epath.Path(tmp_path / "adapter"), *trained, say=pytest.fail)
+    adapter._copy(tmp_path / "adapter", epath.Path(tmp_path / "copy"))
+    names = [sorted(path.name for path in (tmp_path / where).iterdir()) for where in ("adapter", "copy")]
+    assert names[0] == names[1] and "tokenizer.json" in names[0]
+
+
+def test_the_tokenizer_beside_an_adapter_has_the_template_that_was_trained(trained, tmp_path, capsys):
+    adapter.export(epath.Path(tmp_path / "adapter"), *trained, say=pytest.fail)
+    model, base = trained[0].model, byte_tokenizer()
+    found = pretrained.tokenizer(tmp_path / "adapter", model, base=base)
+    assert found.chat_template == TEMPLATE and found.encode("é<|im_end|>") == base.encode("é<|im_end|>")
+    (tmp_path / "adapter" / "tokenizer.json").unlink()
+    assert pretrained.tokenizer(tmp_path / "adapter", model, base=base) is base
+    assert pretrained.tokenizer(None, model, base=base) is base
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_not_used(trained, tmp_path, capsys):
+    loaded, trainable, plans = trained
+    larger = byte_tokenizer()
+    larger.add_tokens([f"<{number}>" for number in range(loaded.model.config.vocab_size)])
+    adapter.export(epath.Path(tmp_path / "adapter"), loaded._replace(tokenizer=larger), trainable, plans, say=pytest.fail)
+    base = byte_tokenizer()
+    assert pretrained.tokenizer(tmp_path / "adapter", loaded.model, base=base) is base
+    assert "has more tokens than the model" in capsys.readouterr().err
