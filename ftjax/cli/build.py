@@ -189,7 +189,8 @@ def _check_rows(config, mesh: Mesh, *, accumulation: int) -> None:
         factors = {"data.accumulation": accumulation, **{f"mesh.{name}": mesh.shape[name] for name in sharding.ROWS}}
         product = " × ".join(f"{name}={value}" for name, value in factors.items())
         raise ValueError(
-            f"data.batch_size: {config.data.batch_size} rows cannot be split into {product} = {parts} equal parts; choose a multiple of {parts}."
+            f"data.batch_size: {config.data.batch_size} rows cannot be split into {product} = {parts} equal parts; "
+            f"choose a multiple of {parts}."
         )
 
 

@@ -3,6 +3,7 @@
 ftjax export --output=DIR                              the default model
 ftjax export --model=… --adapter=DIR --output=DIR      a model with a PEFT adapter folded in (`ftjax merge` is the same)
 ftjax export --workdir=runs/mine --output=DIR          what a run trained, from its last checkpoint, by any method
+ftjax export --workdir=runs/mine --step=best …         the checkpoint with the best evaluation, or --step=200
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def define_flags(flags: absl_flags.FlagValues, argv) -> None:
     )
     absl_flags.DEFINE_string("adapter", "", "a PEFT folder, or a workdir, to fold in", flag_values=flags)
     absl_flags.DEFINE_string("workdir", "", "a run of `ftjax train` to export instead", flag_values=flags)
+    absl_flags.DEFINE_string("step", "last", "the checkpoint of --workdir: a number, 'last' or 'best'", flag_values=flags)
     absl_flags.DEFINE_string("output", None, "the folder to write; new or empty", flag_values=flags)
     absl_flags.DEFINE_enum(
         "dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "of the files (auto: the model's)", flag_values=flags
@@ -50,7 +52,7 @@ def main(flags: absl_flags.FlagValues) -> None:
         raise ValueError("export: --workdir says model and method by itself; leave --model and --adapter out.")
     output = runtime.local_path("output", flags.output)
     runtime.start(flags)
-    found = trained(epath.Path(flags.workdir)) if flags.workdir else pretrained_model(flags.model, flags.adapter)
+    found = trained(epath.Path(flags.workdir), flags.step) if flags.workdir else pretrained_model(flags.model, flags.adapter)
     dtype = None if flags.dtype == "auto" else flags.dtype
     folder = hf_export.export_model(
         output, found.loaded.model, found.params, found.loaded.tokenizer, dtype=dtype, base_name=found.loaded.name
@@ -74,20 +76,35 @@ def pretrained_model(name: str, adapter: str) -> Found:
     return Found(build.Loaded(model, params, tokenizer, name), pretrained.attach(model, params, folder))
 
 
-def trained(workdir: epath.Path) -> Found:
-    """Return the model that a run trained, from its last checkpoint."""
+def trained(workdir: epath.Path, step: str = "last") -> Found:
+    """Return the model that a run trained, as it was at a step ("last" and "best" too), on one device."""
     path = workdir / "config.json"
     if not path.exists():
         raise ValueError(f"export: {workdir} holds no run: {path.name} is missing.")
     config = ConfigDict(json.loads(path.read_text()))
-    mesh = build.mesh(config)
+    checkpoints = Checkpoints(workdir / "checkpoints", best_metric=config.checkpoint.best_metric)
+    chosen = _chosen(checkpoints, step)
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     loaded = build.model(config, mesh)
     method = build.method(config)
     frozen, trainable = sharding.init_on_mesh(method.init, jax.random.key(0), loaded.params, mesh=mesh)
     optimizer = build.optimizer(config)
     like = sharding.init_on_mesh(lambda key, tree: init_state(key, tree, optimizer), jax.random.key(0), trainable, mesh=mesh)
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    state, record = checkpoints.restore(like, fall_back=config.checkpoint.fall_back)
+    state, record = checkpoints.restore(like, step=chosen, fall_back=config.checkpoint.fall_back)
     checkpoints.close()
     print(f"step {record.step} of {workdir}")
     return Found(loaded, method.attach(frozen, state.trainable))
+
+
+def _chosen(checkpoints: Checkpoints, step: str) -> int | None:
+    """Return the number of a step, or None for the last."""
+    if step == "last":
+        return None
+    if step != "best":
+        if not step.isdigit():
+            raise ValueError(f"export: --step is a number, 'last' or 'best', not {step!r}.")
+        return int(step)
+    best = checkpoints.best()
+    if best is None:
+        raise ValueError(f"export: no checkpoint in {checkpoints.folder} was evaluated; use --step=last or one of {checkpoints.steps()}.")
+    return best

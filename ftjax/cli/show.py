@@ -126,17 +126,18 @@ def ending(
     terminal.say(f"loss curve   {picture}", soft_wrap=True)
     if exported is not None:
         terminal.say(f"adapter      {exported}  (PEFT format)", soft_wrap=True)
-    if command := _next_command(workdir, config, exported, prompt=after["prompts"][0] if after else "Hello!"):
+    step = "best" if reason == EARLY else "last"
+    if command := _next_command(workdir, config, exported, step=step, prompt=after["prompts"][0] if after else "Hello!"):
         terminal.say(f"{'to use it' if exported is None else 'try it':13s}{command}", soft_wrap=True)
 
 
-def _next_command(workdir: epath.Path, config, exported: epath.Path | None, *, prompt: str) -> str:
+def _next_command(workdir: epath.Path, config, exported: epath.Path | None, *, step: str, prompt: str) -> str:
     """Return the command that uses what was trained, as a shell reads it; none for a random model, or an adapter that is not local."""
     if config.model.random or (exported is not None and "://" in str(exported)):
         return ""
     if exported is None:
         output = "model" if "://" in str(workdir) else workdir / "model"
-        return shlex.join([*program(), "export", f"--workdir={workdir}", f"--output={output}"])
+        return shlex.join([*program(), "export", f"--workdir={workdir}", f"--step={step}", f"--output={output}"])
     model_flag = [] if config.model.name == "smollm2-135m-instruct" else [f"--model={config.model.name}"]
     return shlex.join([*program(), "generate", *model_flag, f"--adapter={exported}", f"--prompt={prompt}"])
 

@@ -5,7 +5,8 @@
   ftjax train --config=… --workdir=… --config.optimizer.learning_rate=3e-4     any field of the config
 
 The same command in the same workdir goes on where it stopped, with the same bits as if it never had. SIGTERM and Ctrl-C save and exit with
-code 0, after the evaluation if one is due; a second one aborts. The workdir (a folder, or gs://…) holds metrics.jsonl, tensorboard/, checkpoints/, adapter/ and loss.png.
+code 0, after the evaluation if one is due; a second one aborts. The workdir (a folder, or gs://…) holds metrics.jsonl, tensorboard/,
+checkpoints/, adapter/ and loss.png; after early stopping the adapter is that of the best evaluation.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from ftjax.rollout.generate import Decoding, extend, start
 from ftjax.rollout.prompts import Encoder, Prompt, pad
@@ -107,7 +108,7 @@ def stream_text(
     shown = 0
     while True:
         done = bool(state.finished[0]) or int(state.step) == max_tokens
-        text, stopped = _text(encoder, np.asarray(state.tokens)[0, : int(state.lengths[0])], stop)
+        text, stopped = _text(encoder, _host(state.tokens)[0, : int(state.lengths[0])], stop)
         ready = len(text) if done or stopped else _certain(text, stop)
         if ready > shown:
             yield text[shown:ready]
@@ -157,8 +158,14 @@ def _finish(model: Model, params: Params, state: Decoding, encoder: Encoder, sam
 
 
 def _texts(encoder: Encoder, state: Decoding, stop: Sequence[str]) -> list[tuple[str, bool]]:
-    rows = zip(np.asarray(state.tokens), np.asarray(state.lengths), strict=True)
+    rows = zip(_host(state.tokens), _host(state.lengths), strict=True)
     return [_text(encoder, tokens[:length], stop) for tokens, length in rows]
+
+
+def _host(x: jax.Array) -> np.ndarray:
+    """Return the whole of a small array, also where other processes hold parts of it (then all of them ask)."""
+    whole = x.is_fully_addressable or x.is_fully_replicated
+    return np.asarray(x if whole else multihost_utils.process_allgather(x, tiled=True))
 
 
 def _text(encoder: Encoder, tokens: np.ndarray, stop: Sequence[str]) -> tuple[str, bool]:

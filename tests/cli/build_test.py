@@ -34,7 +34,10 @@ def test_a_stored_config_names_the_dtype(config):
     config.model.dtype = "auto"
     stored = build.resolved(config)
     assert stored.model.dtype == build.dtype("auto") in ("float32", "bfloat16") and config.model.dtype == "auto"
-    assert configs.as_json(stored) == {**configs.as_json(config), "model": {**configs.as_json(config)["model"], "dtype": stored.model.dtype}}
+    assert configs.as_json(stored) == {
+        **configs.as_json(config),
+        "model": {**configs.as_json(config)["model"], "dtype": stored.model.dtype},
+    }
 
 
 def test_held_out_examples_without_an_answer_are_refused_by_name(tmp_path):

@@ -1,5 +1,6 @@
 """What a run trained leaves as a Hugging Face folder, whichever way it is asked for."""
 
+import json
 import pathlib
 
 import numpy as np
@@ -33,6 +34,16 @@ def test_a_run_exports_what_its_adapter_merges_to(folders):
     assert all(np.array_equal(of_run[name], merged[name]) for name in merged)
 
 
+def test_a_run_on_many_devices_is_exported_on_one(folders, monkeypatch):
+    config = folders / "run" / "config.json"
+    stored = json.loads(config.read_text())
+    monkeypatch.setattr(build, "mesh", lambda config: pytest.fail("the mesh of the training was built"))
+    stored["mesh"]["fsdp"] = 1024
+    config.write_text(json.dumps(stored))
+    assert main.main(["export", f"--workdir={folders / 'run'}", "--step=6", f"--output={folders / 'on_one'}"]) == 0
+    assert (folders / "on_one" / "model.safetensors").read_bytes() == (folders / "of_run" / "model.safetensors").read_bytes()
+
+
 def test_only_the_adapted_matrices_differ_from_the_base(folders):
     base, merged = load_file(folders / "base" / "model.safetensors"), load_file(folders / "merged" / "model.safetensors")
     changed = {name for name in base if not np.array_equal(base[name], merged[name])}
@@ -41,6 +52,15 @@ def test_only_the_adapted_matrices_differ_from_the_base(folders):
 
 def test_a_model_without_an_adapter_is_exported_as_it_is(folders):
     assert (folders / "copied" / "model.safetensors").read_bytes() == (folders / "base" / "model.safetensors").read_bytes()
+
+
+STEPS = {"9": "step 9; it has 6", "best": "was evaluated; use --step=last or one of [6]", "first": "not 'first'"}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_that_is_not_there_is_an_error_that_lists_the_others(step, folders, capsys):
+    assert main.main(["export", f"--workdir={folders / 'run'}", f"--step={step}", f"--output={folders / 'none'}"]) == 1
+    assert STEPS[step] in capsys.readouterr().err
 
 
 WRONG = {

@@ -15,14 +15,14 @@ HOSTILE = 'it\'s [INST] [bold]2[/bold] [/INST] :smile:\n"$(rm)"'
 RESULT = {"score": 0.5, "count": 7, "prompts": [HOSTILE], "wanted": ["[/b]"], "completions": ["[/]"]}
 
 
-def ending(tmp_path, *, random=False, exported=True, name="org/model", workdir="run [a]"):
+def ending(tmp_path, *, random=False, exported=True, name="org/model", workdir="run [a]", reason="finished"):
     folder = epath.Path(tmp_path / workdir)
     folder.mkdir()
     console = Console(file=io.StringIO(), width=200)
     config = ConfigDict({"model": {"random": random, "name": name, "preset": "p"}, "methods": ("lora",)})
     config.eval = ConfigDict({"generate": {"metric": "exact_match", "examples": 64}})
     adapter = folder / "adapter" if exported else None
-    show.ending(logs.Terminal(console=console), folder, config, RESULT, RESULT, reason="finished", exported=adapter, seconds=61)
+    show.ending(logs.Terminal(console=console), folder, config, RESULT, RESULT, reason=reason, exported=adapter, seconds=61)
     return console.file.getvalue(), folder
 
 
@@ -54,6 +54,11 @@ def test_a_random_model_is_not_worth_a_try(tmp_path):
     assert "generate" not in ending(tmp_path, random=True, workdir="a")[0]
     assert "export" not in ending(tmp_path, random=True, exported=False, workdir="b")[0]
     assert "export --workdir=" in ending(tmp_path, exported=False, workdir="c")[0]
+
+
+def test_after_early_stopping_the_best_weights_are_offered(tmp_path):
+    assert "--step=last" in ending(tmp_path, exported=False, workdir="a")[0]
+    assert "--step=best" in ending(tmp_path, exported=False, workdir="b", reason=show.EARLY)[0]
 
 
 def test_a_source_is_shown_by_its_name():
