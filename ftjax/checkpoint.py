@@ -61,7 +61,8 @@ class Checkpoints:
     def __init__(self, folder: str | epath.Path, *, keep: int = 2, best_metric: str = "loss"):
         if keep < 1:
             raise ValueError(f"checkpoint.keep: at least the last checkpoint is kept, not {keep}.")
-        self.folder = epath.Path(folder)
+        folder = epath.Path(folder)
+        self.folder = folder if "://" in str(folder) else folder.resolve()  # orbax takes absolute paths only
         self._keep, self._best_metric = keep, best_metric
         self._checkpointer = ocp.StandardCheckpointer()
         self._thread: threading.Thread | None = None

@@ -55,6 +55,14 @@ def test_a_state_comes_back_bit_for_bit(saved, key):
     assert found == record(20, loss=0.05)
 
 
+def test_a_relative_folder_will_do(tmp_path, key, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints("runs/one/checkpoints")
+    checkpoints.save(make_state(key, 10), record(10, loss=0.1))
+    checkpoints.wait()
+    assert_same(Checkpoints("runs/one/checkpoints").restore(make_state(key))[0], make_state(key, 10))
+
+
 def test_an_abstract_state_is_restored_onto_its_shardings(tmp_path, key):
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
