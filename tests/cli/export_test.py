@@ -54,7 +54,7 @@ def test_a_model_without_an_adapter_is_exported_as_it_is(folders):
     assert (folders / "copied" / "model.safetensors").read_bytes() == (folders / "base" / "model.safetensors").read_bytes()
 
 
-STEPS = {"9": "step 9; it has 6", "best": "was evaluated; use --step=last or one of [6]", "first": "not 'first'"}
+STEPS = {"9": "step 9; it has 4, 6", "best": "was evaluated; use --step=last or one of [4, 6]", "first": "not 'first'"}
 
 
 @pytest.mark.parametrize("step", STEPS)

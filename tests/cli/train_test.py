@@ -14,9 +14,10 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from safetensors.numpy import load_file
 
 from ftjax.checkpoint import Checkpoints
-from ftjax.cli import loop, main
+from ftjax.cli import loop, main, measure, train
 from ftjax.cli.stop import Stop
 from ftjax.logs.writers import read_jsonl
 from ftjax.types import Mean
@@ -24,12 +25,12 @@ from ftjax.types import Mean
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def stored(workdir) -> dict[str, np.ndarray]:
-    """The arrays of the last checkpoint, as they are on the disk."""
+def stored(workdir, step: int | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint, the last one if None, as they are on the disk."""
     import orbax.checkpoint as ocp
 
     checkpoints = Checkpoints(workdir / "checkpoints")
-    step = checkpoints.steps()[-1]
+    step = checkpoints.steps()[-1] if step is None else step
     checkpoints.verify(step)
     with ocp.StandardCheckpointer() as checkpointer:
         found = checkpointer.restore(workdir / "checkpoints" / f"{step:08d}" / "state")
@@ -107,12 +108,36 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run_by_name(argume
     assert all(np.abs(array).max() == 0 for path, array in saved.items() if "trainable" in path and path.endswith("['b']"))
 
 
-def test_a_run_that_gets_no_better_ends_early(arguments, tmp_path, capsys):
-    more = ["--config.eval.every_steps=-1", "--config.early_stopping.patience=1", "--config.optimizer.learning_rate=0.0"]
-    assert main.main(arguments(tmp_path, *more, "--config.steps=20")) == 0
-    assert "early stopping after" in capsys.readouterr().out
+def test_a_run_that_gets_no_better_ends_early_with_its_best_weights(arguments, tmp_path, capsys, monkeypatch):
+    losses = iter((1.0, 2.0))
+    monkeypatch.setattr(measure, "evaluate", lambda step, batches: {"loss": next(losses)})
+    command = arguments(tmp_path, "--config.eval.every_steps=-1", "--config.early_stopping.patience=1", "--config.steps=20")
+    assert main.main(command) == 0
+    assert "early stopping after step 8: what follows is of step 4" in capsys.readouterr().out
     # Four steps are an epoch: -1 evaluates after each.
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl") if "eval/loss" in row] == [4, 8]
+    exported = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    norms = {step: norm(array for path, array in stored(tmp_path, step).items() if "trainable" in path) for step in (4, 8)}
+    assert norm(exported.values()) == pytest.approx(norms[4], rel=1e-6) != pytest.approx(norms[8], rel=1e-6)
+    assert main.main(command) == 0  # it has ended: nothing is trained, and the losses are used up
+    assert "what follows is of step 4" in capsys.readouterr().out
+
+
+def norm(arrays) -> float:
+    return sum(float(np.abs(array.astype(np.float64)).sum()) for array in arrays)
+
+
+def test_a_signal_after_the_last_step_does_not_take_the_result_away(whole, arguments, capsys, monkeypatch):
+    def run(loop, state, *, start):
+        ended = train.run_loop(loop, state, start=start)
+        loop.stop.reason = "SIGTERM"
+        return ended
+
+    monkeypatch.setattr(train, "run_loop", train.run, raising=False)
+    monkeypatch.setattr(train, "run", run)
+    assert main.main(arguments(whole)) == 0
+    out = capsys.readouterr().out
+    assert "goes on from there" not in out and "finished after" in out and "adapter" in out
 
 
 def start(arguments) -> subprocess.Popen:
