@@ -1,8 +1,8 @@
 """Do a few minutes of LoRA on a laptop teach a small model what it cannot do: sort, reverse, spell out dates, write JSON records?
 
 Command: ftjax train --config=configs/quickstart.py --workdir=runs/quickstart
-Hardware: 2 CPU cores, 2.4 GB; no time is given, as the machine was shared with other work (it took 27 minutes so).
-Result: exact match 0.0 % -> 76.6 % of 64 held-out problems, one run, seed 0, float32, JAX 0.10.2, 2026-11-24, commit 5536b7d.
+Hardware: 2 CPU cores. 6:09 minutes and 2.3 GB (JAX 0.10.2, float32), 4:31 and 1.8 GB (JAX 0.12.0.1, bfloat16), download included.
+Result: exact match 0.0 % -> 76.6 % of 64 held-out problems on both; one run each, seed 0, 2026-11-24, commit 29b858b.
 """
 
 from configs import base
