@@ -63,6 +63,20 @@ class Weight(abc.ABC):
     __rmatmul__ = __mul__ = __rmul__ = __add__ = __radd__ = __matmul__
 
 
+class Wrapper(Weight):
+    """A weight that rides on another leaf, its field `base`, and stands for an array of the same shape and dtype. Abstract."""
+
+    base: Leaf
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.base.dtype
+
+
 Leaf = jax.Array | Weight
 
 

@@ -13,14 +13,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ftjax import tree, weights
 from ftjax.types import Params, Plan, Transform, pytree, static
-from ftjax.weights import Leaf, Weight
+from ftjax.weights import Leaf, Wrapper
 
 Init = Callable[[jax.Array, tuple[int, ...], int], tuple[jax.Array, jax.Array]]
 """`(key, shape [..., i, o], rank) -> (a [..., i, r], b [..., r, o])`, float32, with `a @ b == 0`."""
 
 
 @pytree
-class LoraWeight(Weight):
+class LoraWeight(Wrapper):
     """`materialize() == base + scale * a @ b`, with `a` and `b` in float32 over a base of any kind."""
 
     base: Leaf
@@ -34,14 +34,6 @@ class LoraWeight(Weight):
     key: jax.Array | None = None
     """`[...]`: a key for each stacked layer while training with dropout, else None."""
     dropout: float = static(default=0.0)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.base.dtype
 
     def materialize(self) -> jax.Array:
         base = weights.materialize(self.base)

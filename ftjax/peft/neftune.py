@@ -9,24 +9,16 @@ import jax.numpy as jnp
 
 from ftjax import tree
 from ftjax.types import Params, Plan, Transform, pytree, static
-from ftjax.weights import Leaf, Weight, dot, dot_transposed, embed, materialize
+from ftjax.weights import Leaf, Wrapper, dot, dot_transposed, embed, materialize
 
 
 @pytree
-class NoisyEmbedding(Weight):
+class NoisyEmbedding(Wrapper):
     """`embed(ids) = base[ids] + U(-1, 1) * alpha / sqrt(t * d)`; every other use is the base's."""
 
     base: Leaf
     key: jax.Array
     alpha: float = static()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.base.dtype
 
     def materialize(self) -> jax.Array:
         return materialize(self.base)

@@ -20,14 +20,14 @@ from ftjax import tree, weights
 from ftjax.sharding.mesh import ROWS
 from ftjax.sharding.rules import RULES, Rules, fit, names, paths
 from ftjax.types import Model, Params, pytree, static
-from ftjax.weights import Leaf, Weight
+from ftjax.weights import Leaf, Wrapper
 
 Entries = tuple[Any, ...]
 """A spec with an entry for each axis of the stacked array; a slice of the array has the last of them."""
 
 
 @pytree
-class Sharded(Weight):
+class Sharded(Wrapper):
     """`materialize() == materialize(base)`, and lies as the base does; a product gathers the base over `fsdp` first."""
 
     base: Leaf
@@ -36,14 +36,6 @@ class Sharded(Weight):
     """Where the dense array would lie: decides where products lie."""
     stored: tuple[Entries | None, ...] = static()
     """Where each array of `base` lies, in the order of `jax.tree.leaves`; None leaves it to the compiler."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.base.dtype
 
     def gathered(self) -> Leaf:
         """Return the base with all of it that is split over `fsdp` on every device."""
