@@ -10,10 +10,10 @@ from configs import base
 
 def get_config(arg=""):
     config = base.sft()
-    config.steps = 900
+    config.steps = 400
     config.data.sources.gsm8k = base.source("openai/gsm8k", name="main")
     config.data.eval_sources.gsm8k = base.source("openai/gsm8k", name="main", split="test")
-    config.data.update({"max_tokens": 512, "batch_size": 8})
+    config.data.update({"max_tokens": 512, "batch_size": 4})
     config.optimizer.update({"learning_rate": 5e-4, "warmup_steps": 20})
     config.eval.generate.update({"examples": 200, "max_tokens": 256, "metric": "numeric_match"})
     return base.finish(config, arg, tiny="tiny-llama")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import losses, optimizers, peft, scoring, train, tree
+from ftjax.cli import runtime
 from ftjax.hf import load
 from ftjax.types import Batch
 
@@ -32,6 +33,7 @@ def main() -> None:
         jax.config.update("jax_compilation_cache_dir", args.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
+    runtime.keep_memory()
     began = time.time()
     model, params, *_ = load.load(args.model, dtype=args.dtype, remat=args.remat)
     method = peft.lora("all-linear", rank=16, alpha=32)

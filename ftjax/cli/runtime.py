@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from absl import flags as absl_flags
 from ftjax import hub
 
 _COORDINATOR = ("JAX_COORDINATOR_ADDRESS", "COORDINATOR_ADDRESS")
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -33,6 +36,8 @@ def start(flags: absl_flags.FlagValues) -> None:
     set_compile_cache(flags.compile_cache)
     if flags.distributed or any(name in os.environ for name in _COORDINATOR):
         join_processes()
+    if jax.default_backend() == "cpu":
+        keep_memory()
     # A host array that slips into a jitted call would be copied at every step without a word.
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -60,6 +65,18 @@ def set_compile_cache(folder: str) -> None:
     jax.config.update("jax_compilation_cache_dir", chosen)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def keep_memory() -> None:
+    """Let glibc keep the memory that a step frees for the next one.
+
+    XLA on a CPU asks for all of a step's temporaries and frees them after it; given back to the kernel, every page is zeroed again at
+    each step, which takes 4 % (float32) to 8 % (bfloat16) of a LoRA step of SmolLM2-135M. Elsewhere than on glibc nothing is done.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def join_processes() -> None:

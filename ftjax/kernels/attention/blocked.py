@@ -130,7 +130,7 @@ def _head_gradient(form: _Form, row: _Row, q, k, v, out, normalizer, cotangent) 
         shared = jnp.sum(d_out.astype(jnp.float32) * out[:, queries].astype(jnp.float32), axis=-1, keepdims=True)
         scores, slope = _scores(form, row, q, k, queries, keys)
         weights = jnp.exp(scores - normalizer[:, queries, None])
-        d_scores = weights * (_product(d_out, v[keys].T) - shared) * form.scale
+        d_scores = weights * (_product_transposed(d_out, v[keys]) - shared) * form.scale
         d_scores = (d_scores if slope is None else d_scores * slope).astype(q.dtype)
         d_q.append(_product(d_scores, k[keys]).astype(q.dtype))
         d_k = d_k.at[keys].add(_outer(form, d_scores, q[:, queries]))
@@ -140,7 +140,7 @@ def _head_gradient(form: _Form, row: _Row, q, k, v, out, normalizer, cotangent) 
 
 def _scores(form: _Form, row: _Row, q, k, queries: slice, keys: slice) -> tuple[jax.Array, jax.Array | None]:
     """Return the scores `[g, t, s]` of a block in float32, and their derivative by the uncapped ones if there is a cap."""
-    raw = _product(q[:, queries], k[keys].T) * form.scale
+    raw = _product_transposed(q[:, queries], k[keys]) * form.scale
     capped = mask.cap(raw, form.softcap)
     window = form.window if row.window is None else row.window
     ids = row.q_positions[queries], row.kv_positions[keys], row.q_segment_ids[queries], row.kv_segment_ids[keys]
@@ -152,6 +152,13 @@ def _product(x: jax.Array, y: jax.Array) -> jax.Array:
     """Return `x @ y`, `[g, t, i] @ [i, o]`, as one plain matrix product accumulated in float32."""
     g, t, i = x.shape
     return jnp.dot(x.reshape(g * t, i), y, preferred_element_type=jnp.float32).reshape(g, t, -1)
+
+
+def _product_transposed(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return `x @ yᵀ`, `[g, t, i], [o, i] -> [g, t, o]`, likewise; a CPU is twice as fast where the transpose is the product's own."""
+    g, t, i = x.shape
+    out = jax.lax.dot_general(x.reshape(g * t, i), y, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return out.reshape(g, t, -1)
 
 
 def _outer(form: _Form, x: jax.Array, y: jax.Array) -> jax.Array:
