@@ -5,10 +5,13 @@ A method is a `Transform` (see `ftjax.types`). `METHODS` lists them once: for co
 
 from ftjax.peft.chain import chain
 from ftjax.peft.full import full
+from ftjax.peft.ia3 import ia3
+from ftjax.peft.layers import on_layers
 from ftjax.peft.lora import lora
 from ftjax.peft.merge import merge
 from ftjax.peft.neftune import neftune
+from ftjax.peft.vera import vera
 
-METHODS = {"full": full, "lora": lora, "neftune": neftune}
+METHODS = {"full": full, "ia3": ia3, "lora": lora, "neftune": neftune, "vera": vera}
 
-__all__ = ["METHODS", "chain", "full", "lora", "merge", "neftune"]
+__all__ = ["METHODS", "chain", "full", "ia3", "lora", "merge", "neftune", "on_layers", "vera"]

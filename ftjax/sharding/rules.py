@@ -37,6 +37,8 @@ RULES: Rules = (
     (r"(.*/)?lm_head/kernel/a", P("fsdp", None)),
     (r"(.*/)?lm_head/kernel/b", P(None, "tensor")),
     (r"(.*/)?[a-z_]*norm/scale", P()),
+    (r"(.*/)?kernel/(inputs|outputs|lambda_[a-z]+)", P()),
+    (r"vera/[ab]", P()),
 )
 """For a stacked decoder `[L, i, o]`: q, k, v, gate and up are split by column, o and down by row (Shoeybi et al., 2019, arXiv 1909.08053,
 section 3), adapters as the matrix they ride on. The prefix lets one rule speak for a leaf, its trained copy and its moments."""

@@ -17,6 +17,8 @@ EXAMPLES = {
         partial(peft.lora, "everything", rank=2, init="a_zero", exclude="norms", dropout=0.3),
     ],
     "full": [partial(peft.full, "everything"), partial(peft.full, "norms")],
+    "ia3": [partial(peft.ia3, "all-linear"), partial(peft.ia3, "everything", exclude="norms", feedforward=".*(down_proj|tokens)/kernel")],
+    "vera": [partial(peft.vera, rank=5), partial(peft.vera, "everything", exclude="norms", rank=9)],
     "neftune": [lambda: peft.chain(peft.neftune(), peft.lora("all-linear", rank=1))],
 }
 CASES = [pytest.param(make(), id=f"{name}{n}") for name, makes in EXAMPLES.items() for n, make in enumerate(makes)]
@@ -81,8 +83,10 @@ def test_the_plan_names_leaves_of_the_tree(method, key):
 def test_the_frozen_tree_shares_the_buffers_of_the_base(method, key):
     params = base(key)
     frozen, _ = method.init(key, params)
-    flat = tree.flatten(params)
-    assert all(leaf is flat[path] for path, leaf in tree.flatten(frozen).items() if isinstance(leaf, jax.Array))
+    own, flat = {row.method for row in method.plan(params)}, tree.flatten(params)
+    assert set(frozen) <= set(params) | own
+    model = {name: branch for name, branch in frozen.items() if name in params}
+    assert all(leaf is flat[path] for path, leaf in tree.flatten(model).items() if isinstance(leaf, jax.Array))
 
 
 @pytest.mark.parametrize("method", CASES)
