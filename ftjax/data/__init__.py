@@ -39,14 +39,15 @@ __all__ = [
 ]
 
 
-SPEC = ("path", "format", "split", "name", "columns", "weight")
+SPEC = ("path", "format", "split", "name", "columns", "end_marker", "weight")
 
 
 def read(spec: Mapping[str, Any], *, bad_rows: str = "raise", report: Report | None = None) -> Iterator[Example]:
     """Yield the examples of one source.
 
     Args:
-      spec: `{"path": …}` and, where wanted, `format`, `split`, `name`, `columns`: see `sources.open_source` and `formats.parse`.
+      spec: `{"path": …}` and, where wanted, `format`, `split`, `name`, `columns` and `end_marker`: see `sources.open_source` and
+        `formats.parse`.
       bad_rows: "raise", or "skip" and count.
       report: counts.
     """
@@ -54,7 +55,7 @@ def read(spec: Mapping[str, Any], *, bad_rows: str = "raise", report: Report | N
         if key not in SPEC:
             raise ValueError(f"data: a source has no setting {key!r}; nearest: {tree.nearest(key, SPEC)}")
     source = open_source(spec["path"], split=spec.get("split") or "train", name=spec.get("name") or None)
-    options = {"format": spec.get("format") or "auto", "columns": spec.get("columns")}
+    options = {"format": spec.get("format") or "auto", "columns": spec.get("columns"), "end_marker": spec.get("end_marker") or ""}
     return examples(source, **options, bad_rows=bad_rows, report=report)
 
 
@@ -72,8 +73,7 @@ def load(
     """Return the loader of several sources and what became of their rows.
 
     Args:
-      sources: name -> `{"path", "format", "split", "name", "columns", "weight"}`, all but `path` optional; either every source has a
-        weight or none has.
+      sources: name -> what `read` takes, and a `weight`: either every source has one or none has.
       encoder: from `make_encoder(tokenizer, max_tokens=…)`; its `max_tokens` is the width of the rows.
       batch_size: rows of a batch over all hosts.
       packing: "best_fit", "none" or "wrapped".

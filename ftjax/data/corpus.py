@@ -64,7 +64,13 @@ class Report:
 
 
 def examples(
-    source: Source, *, format: str = "auto", columns: Mapping[str, str] | None = None, bad_rows: str = "raise", report: Report | None = None
+    source: Source,
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    end_marker: str = "",
+    bad_rows: str = "raise",
+    report: Report | None = None,
 ) -> Iterator[Example]:
     """Yield the examples of a source, in order.
 
@@ -72,6 +78,7 @@ def examples(
       source: rows by index.
       format: a name from `formats.FORMATS`, or "auto": told from each row's columns, so that a file may mix formats.
       columns: see `formats.parse`.
+      end_marker: see `formats.parse`.
       bad_rows: "raise", or "skip" to count rows that cannot be read and go on.
       report: counts rows and skips.
 
@@ -83,7 +90,7 @@ def examples(
     for at in range(source.size):
         report.rows += 1
         try:
-            found = formats.parse(source.read(at), format=format, columns=columns, where=source.where(at))
+            found = formats.parse(source.read(at), format=format, columns=columns, end_marker=end_marker, where=source.where(at))
         except RowError as error:
             _bad(error, bad_rows, report)
             continue

@@ -43,13 +43,21 @@ class Example:
     where: str = ""
 
 
-def parse(row: Mapping[str, Any], *, format: str = "auto", columns: Mapping[str, str] | None = None, where: str = "") -> list[Example]:
+def parse(
+    row: Mapping[str, Any],
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    end_marker: str = "",
+    where: str = "",
+) -> list[Example]:
     """Return the examples in a row: one, or as many as a `self_instruct` row has instances.
 
     Args:
       row: the columns by name.
       format: a name from `FORMATS`, or "auto" to tell it from the columns.
       columns: the format's column names -> the names that this data set uses: `{"prompt": "question", "completion": "answer"}`.
+      end_marker: what this data set writes at the end of an answer, or of a text, to say that it ends (`<|endoftext|>`); taken off.
       where: the place to name in errors.
 
     Raises:
@@ -67,7 +75,17 @@ def parse(row: Mapping[str, Any], *, format: str = "auto", columns: Mapping[str,
         examples = FORMATS[chosen](renamed)
     except RowError as error:
         raise error.at(where) from None
-    return [dataclasses.replace(example, columns=dict(row), where=where) for example in examples]
+    return [dataclasses.replace(_without(end_marker, example), columns=dict(row), where=where) for example in examples]
+
+
+def _without(end_marker: str, example: Example) -> Example:
+    if not end_marker:
+        return example
+    messages = tuple(
+        {**message, "content": message["content"].removesuffix(end_marker)} if message["role"] == "assistant" else message
+        for message in example.messages
+    )
+    return dataclasses.replace(example, messages=messages, text=example.text and example.text.removesuffix(end_marker))
 
 
 def detect(row: Mapping[str, Any]) -> str:

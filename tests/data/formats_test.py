@@ -89,3 +89,11 @@ def test_a_missing_column_names_the_nearest():
         parse({"prompt": "Q"}, format="prompt_completion")
     with pytest.raises(ValueError, match="no format 'sharegtp'; nearest: 'sharegpt'"):
         parse({}, format="sharegtp")
+
+
+def test_an_end_marker_is_taken_off_answers_and_texts_alone():
+    row = {"prompt": "Say <end>", "completion": "yes <end> no<end>"}
+    (example,) = parse(row, end_marker="<end>")
+    assert [message["content"] for message in example.messages] == ["Say <end>", "yes <end> no"]
+    assert parse({"text": "all<end>"}, end_marker="<end>")[0].text == "all"
+    assert parse(row)[0].messages[-1]["content"] == "yes <end> no<end>"
