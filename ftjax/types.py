@@ -51,6 +51,8 @@ class Plan(NamedTuple):
     """The leaves it matched."""
     options: Mapping[str, Any] = {}
     """Plain data such as `{"rank": 16, "alpha": 32.0}`."""
+    kind: str = ""
+    """The method's name in `peft.METHODS` and `peft.FORMATS`, where the user may have given the transform another."""
 
 
 class Transform(NamedTuple):

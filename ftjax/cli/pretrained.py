@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from absl import flags as absl_flags
 
 from ftjax import hub
@@ -62,9 +61,7 @@ def attach(model: Model, params: Params, folder: Path | None) -> Params:
     if folder is None:
         return params
     adapter = hf_peft.load_adapter(folder, model)
-    if "full" in adapter.trainable:  # leaves trained in full have to leave the frozen tree first
-        params, _ = adapter.method.init(jax.random.key(0), params)
-    return adapter.method.attach(params, adapter.trainable)
+    return adapter.method.attach(adapter.join(params), adapter.trainable)
 
 
 def tokenizer(folder: Path | None, model: Model, *, base: Any) -> Any:

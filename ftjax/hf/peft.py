@@ -1,13 +1,7 @@
-"""PEFT's LoRA folders out and in.
-
-base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight [r, i]   <->   lora/layers/self_attn/q_proj/kernel/a [L, i, r]
-base_model.model.model.layers.7.self_attn.q_proj.lora_B.weight [o, r]   <->   lora/layers/self_attn/q_proj/kernel/b [L, r, o]
-base_model.model.model.norm.weight [d]   (in `modules_to_save`)         <->   full/norm/scale [d]
-"""
+"""PEFT's adapter folders out and in, for every method that declares a `Format` (see `ftjax.peft.format`)."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,32 +14,56 @@ import numpy as np
 
 from ftjax import peft, tree
 from ftjax.hf import names
+from ftjax.hf import peft_tensors as tensors
 from ftjax.hf.folder import file_tensors, read_json
-from ftjax.hf.lazy import LazyTensor
-from ftjax.hf.peft_config import DEFAULTS, check, ends_at_dot, shortest_names, targeted, value_of
+from ftjax.hf.peft_config import PATTERNS, check, fields, kind_of, owners, short, shortest_names, to_peft
+from ftjax.hf.peft_read import leaves_and_options, sort
 from ftjax.hf.write import Entry, new_folder, write_json, write_safetensors, write_tokenizer
 from ftjax.types import Model, Params, Plan, Transform
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))")
 
 
 class Adapter(NamedTuple):
-    """A PEFT adapter as a method and its trained tree: `method.attach(frozen, trainable)` gives the adapted model."""
+    """A PEFT adapter as a method and its trained tree."""
 
     method: Transform
     trainable: Params
     options: Mapping[str, Any]
-    """The arguments of `peft.lora` that `method` was made with."""
+    """The arguments that `method` was made with."""
     base_name: str
     """The model that the adapter says it belongs to."""
+    kind: str
+    """The method's name in `peft.METHODS`."""
+    frozen: Params
+    """What the file holds that is not trained: `{kind: tree}`, or nothing."""
+
+    def join(self, params: Params) -> Params:
+        """Return the frozen tree that `method.attach` takes: without what was trained in full, with the adapter's own arrays."""
+        form = peft.FORMATS[self.kind]
+        if "full" in self.trainable or form.shared or not all(tensor.trained for tensor in form.tensors.values()):
+            params, _ = self.method.init(jax.random.key(0), params)
+        for name, found in self.frozen.items():
+            params = {**params, name: tree.unflatten({**tree.flatten(params.get(name, {})), **tree.flatten(found)})}
+        return params
+
+
+def exportable(plans: Iterable[Plan]) -> bool:
+    """Return whether PEFT has a method among these."""
+    return any(_kind(row) in peft.FORMATS for row in plans)
 
 
 def save_adapter(
-    folder: str | Path, model: Model, trainable: Params, plans: Iterable[Plan], *, base_name: str = "", tokenizer: Any = None
+    folder: str | Path,
+    model: Model,
+    trainable: Params,
+    plans: Iterable[Plan],
+    *,
+    base_name: str = "",
+    tokenizer: Any = None,
+    frozen: Params | None = None,
 ) -> Path:
-    """Write an adapter that `peft.PeftModel.from_pretrained` loads: a LoRA, and leaves trained in full as `modules_to_save`.
+    """Write an adapter that `peft.PeftModel.from_pretrained` loads: one method, and leaves trained in full as `modules_to_save`.
 
     Args:
       folder: a new folder; it appears when everything in it is written.
@@ -54,98 +72,103 @@ def save_adapter(
       plans: `method.plan(params)`.
       base_name: the hub id or path of the base model, which PEFT looks up.
       tokenizer: written beside the adapter if given.
+      frozen: the frozen tree, of which a method that keeps arrays of its own there needs them.
 
     Raises:
       FileExistsError: the folder exists and is not empty.
-      ValueError: the tree holds something for which PEFT's LoRA folders have no place; nothing is written.
+      ValueError: the tree holds something for which PEFT's folders have no place; nothing is written.
     """
+    flat = {name: tree.flatten(branch) for name, branch in trainable.items()}
     rows = [row for row in plans if row.method in trainable]
-    lora_rows = [row for row in rows if {"rank", "alpha", "rslora"} <= row.options.keys()]
-    full_paths = [path for row in rows if not row.options for path in row.paths]
+    full_rows = [row for row in rows if all(path in flat[row.method] for path in row.paths)]
+    adapter_rows = [row for row in rows if row not in full_rows and _kind(row) in peft.FORMATS]
+    full_paths = [path for row in full_rows for path in row.paths]
     leaves = _model_leaves(model)
-    _check_exportable(trainable, rows, lora_rows, full_paths, leaves)
-    config = _config(lora_rows, full_paths, leaves) | {"base_model_name_or_path": base_name or None}
-    tensors = dict(sorted(_tensors(trainable, rows, leaves).items()))
+    _check_exportable(trainable, full_rows, adapter_rows, full_paths, leaves)
+    form, own = peft.FORMATS[_kind(adapter_rows[0])], tree.flatten((frozen or {}).get(adapter_rows[0].method, {}))
+    config = _config(form, adapter_rows, full_paths, leaves, flat[adapter_rows[0].method]) | {"base_model_name_or_path": base_name or None}
+    found = {tensor.key: tensors.theirs(np.asarray(own[field]), tensor.axes) for field, tensor in form.shared.items() if field in own}
+    for row in adapter_rows:
+        values = own | flat[row.method]
+        for path in row.paths:
+            arrays = {field: np.asarray(values[f"{path}/{field}"]) for field in form.tensors if f"{path}/{field}" in values}
+            found |= tensors.write_leaf(path, leaves[path].shape, arrays, form, layers=row.options.get("layers"))
+    for row in full_rows:
+        for path in row.paths:
+            found |= tensors.write_whole(path, leaves[path].shape, np.asarray(flat[row.method][path]))
+    found = dict(sorted(found.items()))
     with new_folder(Path(folder)) as temporary:
         write_json(temporary / CONFIG, config)
-        write_safetensors(temporary / WEIGHTS, [Entry(n, x.dtype, x.shape) for n, x in tensors.items()], tensors.values())
+        write_safetensors(temporary / WEIGHTS, [Entry(n, x.dtype, x.shape) for n, x in found.items()], found.values())
         if tokenizer is not None:
             write_tokenizer(temporary, tokenizer)
     return Path(folder)
 
 
-def _check_exportable(trainable: Params, rows: list[Plan], lora_rows: list[Plan], full_paths: list[str], leaves: Mapping[str, Any]) -> None:
+def _kind(row: Plan) -> str:
+    return row.kind or row.method
+
+
+def _check_exportable(
+    trainable: Params, full_rows: list[Plan], adapter_rows: list[Plan], full_paths: list[str], leaves: Mapping[str, Any]
+) -> None:
+    rows = full_rows + adapter_rows
     problems = [f"not yet: the method {name!r}" for name in trainable if name not in {row.method for row in rows}]
-    problems += [f"not yet: the method {row.method!r}" for row in rows if row.options and row not in lora_rows]
-    if len({row.method for row in lora_rows}) != 1:
-        problems.append(f"not yet: {len({row.method for row in lora_rows})} LoRA methods in one folder; exactly one is expected")
-    if len({row.options["rslora"] for row in lora_rows}) > 1:
-        problems.append("PEFT has one use_rslora for all modules")
-    if "lm_head/kernel" not in leaves:
-        touched = {path for row in rows for path in row.paths}
-        if "embed_tokens/kernel" in touched:
-            problems.append("not yet: an adapter on an embedding that is tied to the head; export the merged model instead")
-    owners = {path.rpartition("/")[0] for path in full_paths}
+    if (count := len({row.method for row in adapter_rows})) != 1:
+        problems.append(f"not yet: {count} methods with a PEFT format in one folder; exactly one is expected")
+    touched = {path for row in rows for path in row.paths}
+    if "lm_head/kernel" not in leaves and tensors.EMBEDDING in touched:
+        problems.append("not yet: an adapter on an embedding that is tied to the head; export the merged model instead")
+    for row in adapter_rows:
+        form = peft.FORMATS[_kind(row)]
+        if tensors.EMBEDDING in row.paths and not form.embeddings:
+            problems.append(f"PEFT has no {form.peft_type} on embeddings")
+        for option, field in form.options.items():
+            patterned = PATTERNS.get(option) in form.defaults
+            if not patterned and row.options.get(option) != adapter_rows[0].options.get(option):
+                problems.append(f"PEFT has one {field} for all modules")
+    saved = {path.rpartition("/")[0] for path in full_paths}
     problems += [
-        f"PEFT saves whole modules: train {path!r} too" for path in leaves if path.rpartition("/")[0] in owners and path not in full_paths
+        f"PEFT saves whole modules: train {path!r} too" for path in leaves if path.rpartition("/")[0] in saved and path not in full_paths
     ]
     if problems:
-        raise ValueError("peft: " + "; ".join(problems))
+        raise ValueError("peft: " + "; ".join(dict.fromkeys(problems)))
 
 
-def _config(lora_rows: list[Plan], full_paths: list[str], leaves: Mapping[str, Any]) -> dict[str, Any]:
-    sizes = Counter({(row.options["rank"], float(row.options["alpha"])): len(row.paths) for row in lora_rows})
-    (rank, alpha), _ = sizes.most_common(1)[0]
-    ranks, alphas = {}, {}
-    for row in lora_rows:
-        for name in _short(row.paths, leaves):
-            if row.options["rank"] != rank:
-                ranks[name] = row.options["rank"]
-            if float(row.options["alpha"]) != alpha:
-                alphas[name] = _number(row.options["alpha"])
-    return DEFAULTS | {
-        "r": rank,
-        "lora_alpha": _number(alpha),
-        "use_rslora": lora_rows[0].options["rslora"],
-        "lora_dropout": float(lora_rows[0].options.get("dropout", 0.0)),
-        "target_modules": _short([path for row in lora_rows for path in row.paths], leaves),
-        "rank_pattern": ranks,
-        "alpha_pattern": alphas,
-        "modules_to_save": shortest_names(_owners(full_paths, leaves), _owners(leaves, leaves), str.endswith) or None,
-    }
-
-
-def _tensors(trainable: Params, rows: list[Plan], leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    found = {}
+def _config(
+    form: peft.Format, rows: list[Plan], full_paths: list[str], leaves: Mapping[str, Any], flat: Mapping[str, Any]
+) -> dict[str, Any]:
+    config = fields(form) | dict(form.constants)
+    paths = [path for row in rows for path in row.paths]
+    patterned = [option for option in form.options if PATTERNS.get(option) in form.defaults]
+    counts = Counter()
     for row in rows:
-        flat = tree.flatten(trainable[row.method])
-        for path in row.paths:
-            if row.options:
-                found |= _factors(path, np.asarray(flat[f"{path}/a"]), np.asarray(flat[f"{path}/b"]), leaves)
-                continue
-            value = np.asarray(flat[path])
-            for layer, name in enumerate(names.tensors(path, leaves[path].shape)):
-                one = value[layer] if names.is_stacked(path) else value
-                found[_PREFIX + name] = one.T if names.is_transposed(path) else one
-    return found
-
-
-def _factors(path: str, a: np.ndarray, b: np.ndarray, leaves: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    kind = "lora_embedding_{}" if path == "embed_tokens/kernel" else "lora_{}.weight"
-    a, b = (a, b) if names.is_stacked(path) else (a[None], b[None])
-    found = {}
-    for layer, module in enumerate(names.modules(path, leaves[path].shape)):
-        found[f"{_PREFIX}{module}.{kind.format('A')}"] = a[layer].T
-        found[f"{_PREFIX}{module}.{kind.format('B')}"] = b[layer].T
-    return found
+        counts[tuple(row.options[option] for option in patterned)] += len(row.paths)
+    common = dict(rows[0].options) | dict(zip(patterned, counts.most_common(1)[0][0], strict=True))
+    for option, field in form.options.items():
+        if option in common:
+            config[field] = to_peft(form, option, common[option])
+    for option in patterned:
+        others = [row for row in rows if row.options[option] != common[option]]
+        config[PATTERNS[option]] = {name: to_peft(form, option, row.options[option]) for row in others for name in short(row.paths, leaves)}
+    for field, mark in form.lists.values():
+        config[field] = short([path for path in paths if f"{path}/{mark}" in flat], leaves)
+    config["target_modules"] = short(paths, leaves)
+    if (layers := rows[0].options.get("layers")) is not None:
+        if "layers_to_transform" in config:
+            config["layers_to_transform"] = list(layers)
+        else:
+            config["target_modules"] = sorted(names.modules(path, leaves[path].shape)[layer] for path in paths for layer in layers)
+    config["modules_to_save"] = shortest_names(owners(full_paths, leaves), owners(leaves, leaves), str.endswith) or None
+    return config
 
 
 def load_adapter(folder: str | Path, model: Model) -> Adapter:
-    """Read a LoRA adapter that PEFT or `save_adapter` wrote.
+    """Read an adapter that PEFT or `save_adapter` wrote; its `peft_type` says of which method.
 
-    Layers of one stacked leaf may have ranks of their own: they are padded with zeros to the largest. Such a leaf has one scale, that of
-    its first layer of the largest rank, and `b` of a layer with another scale is multiplied by the quotient: exact if that is a power
-    of two, else rounded once in float32.
+    Layers of one stacked leaf may have ranks of their own where zeros leave the method's product as it is: they are padded to the largest.
+    Such a leaf has one scale, that of its first layer of the largest rank, and a factor of a layer with another scale is multiplied by the
+    quotient: exact if that is a power of two, else rounded once in float32.
 
     Args:
       folder: with `adapter_config.json` and `adapter_model.safetensors`.
@@ -161,120 +184,43 @@ def load_adapter(folder: str | Path, model: Model) -> Adapter:
         hint = "; adapter_model.bin is a pickle, which ftjax does not open" if (folder / "adapter_model.bin").is_file() else ""
         raise FileNotFoundError(f"peft: {folder / WEIGHTS} does not exist{hint}")
     leaves = _model_leaves(model)
-    factors, saved, problems = _sort(file_tensors(folder / WEIGHTS), config, leaves)
+    kind = kind_of(config)
+    parts = sort(file_tensors(folder / WEIGHTS), config, leaves)
+    _complain(folder, parts.problems)
+    arrays, options = leaves_and_options(parts, config, leaves)
+    trained = {path: jnp.asarray(value) for path, value in arrays.items() if _tensor(path, kind).trained}
+    own = {path: jnp.asarray(value) for path, value in arrays.items() if not _tensor(path, kind).trained} | parts.shared
+    method, trainable = peft.METHODS[kind](**options), {kind: tree.unflatten(trained)}
+    _complain(folder, _not_as_fresh(method, trainable, leaves))
+    if parts.saved:
+        method = peft.chain(method, peft.full("|".join(map(re.escape, parts.saved))))
+        trainable["full"] = tree.unflatten({path: jnp.asarray(tensors.read_whole(path, found)) for path, found in parts.saved.items()})
+    frozen = {kind: tree.unflatten(own)} if own else {}
+    return Adapter(method, trainable, options, config["base_model_name_or_path"] or "", kind, frozen)
+
+
+def _complain(folder: Path, problems: list[str]) -> None:
     if problems:
         listing = "\n  ".join(problems)
         raise ValueError(f"peft: {folder} does not fit this base model or is incomplete ({len(problems)} problems):\n  {listing}")
-    stacks, ranks, alphas = {}, {}, {}
-    for path, layers in factors.items():
-        stacks[path], ranks[path], alphas[path] = _stack(path, layers, config, leaves)
-    options = {
-        "targets": _short(factors, leaves),
-        "rank": config["r"],
-        "alpha": float(config["lora_alpha"]),
-        "rslora": config["use_rslora"],
-        "dropout": float(config["lora_dropout"]),
-        "rank_pattern": {path: rank for path, rank in ranks.items() if rank != config["r"]},
-        "alpha_pattern": {path: alpha for path, alpha in alphas.items() if alpha != config["lora_alpha"]},
-    }
-    method, trainable = peft.lora(**options), {"lora": tree.unflatten(stacks)}
-    if saved:
-        method = peft.chain(method, peft.full("|".join(map(re.escape, saved))))
-        trainable["full"] = tree.unflatten({path: _full(path, tensors) for path, tensors in saved.items()})
-    return Adapter(method, trainable, options, config["base_model_name_or_path"] or "")
 
 
-def _sort(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any], leaves: Mapping[str, Any]):
-    """Return `{path: {layer: {"A": tensor, "B": tensor}}}`, `{path: [tensor of each layer]}` and what is wrong."""
-    owners = {module: path for path in leaves if path.endswith("/kernel") for module in names.modules(path, leaves[path].shape)}
-    parameters = {name: path for path in leaves for name in names.tensors(path, leaves[path].shape)}
-    factors: dict[str, dict[str, dict[str, LazyTensor]]] = {}
-    saved: dict[str, dict[str, LazyTensor]] = {}
-    problems = []
-    for full_name, tensor in tensors.items():
-        name = names.canonical(full_name.removeprefix(_PREFIX))
-        factor = _FACTOR.fullmatch(name)
-        if factor and factor[1] in owners:
-            factors.setdefault(owners[factor[1]], {}).setdefault(factor[1], {})[factor[2] or factor[3]] = tensor
-        elif name in parameters and config["modules_to_save"]:
-            saved.setdefault(parameters[name], {})[name] = tensor
-        else:
-            problems.append(f"extra: {full_name} {list(tensor.shape)}")
-    if not factors:
-        problems.append("missing: there is no lora_A or lora_B of a module of this model")
-    for path, layers in factors.items():
-        for module, pair in layers.items():
-            problems += _factor_problems(module, pair, value_of(config["rank_pattern"], module, config["r"]), path, leaves)
-    absent = targeted(config, owners) - {module for layers in factors.values() for module in layers}
-    problems += [f"missing: {_PREFIX}{module}.lora_A.weight and lora_B.weight" for module in sorted(absent)]
-    for path, found in saved.items():
-        expected = names.leaf_shape(path, leaves[path].shape)
-        wanted = names.tensors(path, leaves[path].shape)
-        problems += [f"missing: {_PREFIX}{name} {list(expected)}" for name in wanted if name not in found]
-        problems += [
-            f"misshapen: {_PREFIX}{n} is {list(t.shape)}, expected {list(expected)}" for n, t in found.items() if t.shape != expected
-        ]
-    if "lm_head/kernel" not in leaves and "embed_tokens/kernel" in {*factors, *saved}:
-        problems.append("not yet: an adapter on an embedding that is tied to the head")
-    return factors, {path: [found[name] for name in sorted(found, key=_layer_number)] for path, found in saved.items()}, problems
+def _tensor(path: str, kind: str) -> peft.Tensor:
+    return peft.FORMATS[kind].tensors[path.rpartition("/")[2]]
 
 
-def _factor_problems(module: str, pair: Mapping[str, LazyTensor], rank: int, path: str, leaves: Mapping[str, Any]) -> list[str]:
-    i, o = leaves[path].shape[-2:]
-    problems = []
-    for side, expected in (("A", (rank, i)), ("B", (o, rank))):
-        if side not in pair:
-            problems.append(f"missing: {_PREFIX}{module}.lora_{side}.weight {list(expected)}")
-        elif pair[side].shape != expected:
-            problems.append(f"misshapen: {_PREFIX}{module}.lora_{side}.weight is {list(pair[side].shape)}, expected {list(expected)}")
-    return problems
-
-
-def _stack(path: str, layers: Mapping[str, Mapping[str, LazyTensor]], config: Mapping[str, Any], leaves: Mapping[str, Any]):
-    """Return `({"a", "b"}, rank, alpha)` of one leaf from the factors of its layers; a layer without any gets zeros."""
-    i, o = leaves[path].shape[-2:]
-    modules = names.modules(path, leaves[path].shape)
-    alphas = {module: float(value_of(config["alpha_pattern"], module, config["lora_alpha"])) for module in layers}
-    ranks = {module: pair["A"].shape[0] for module, pair in layers.items()}
-    first = max((module for module in modules if module in layers), key=lambda module: ranks[module])
-    rank = ranks[first]
-
-    def scale(module: str) -> float:
-        return alphas[module] / (math.sqrt(ranks[module]) if config["use_rslora"] else ranks[module])
-
-    a, b = np.zeros((len(modules), i, rank), np.float32), np.zeros((len(modules), rank, o), np.float32)
-    for layer, module in enumerate(modules):
-        if module in layers:
-            a[layer, :, : ranks[module]] = layers[module]["A"].read().T
-            b[layer, : ranks[module]] = layers[module]["B"].read().T
-            if scale(module) != scale(first):
-                b[layer] *= np.float32(scale(module) / scale(first))
-    a, b = (a, b) if names.is_stacked(path) else (a[0], b[0])
-    return {"a": jnp.asarray(a), "b": jnp.asarray(b)}, rank, alphas[first]
-
-
-def _full(path: str, tensors: list[LazyTensor]) -> jax.Array:
-    values = [tensor.read().astype(np.float32) for tensor in tensors]
-    values = [value.T for value in values] if names.is_transposed(path) else values
-    return jnp.asarray(np.stack(values) if names.is_stacked(path) else values[0])
+def _not_as_fresh(method: Transform, trainable: Params, leaves: Mapping[str, Any]) -> list[str]:
+    """Return where a trainable tree differs in shape from the one that the method would start with."""
+    fresh = tree.flatten(jax.eval_shape(method.init, jax.random.key(0), tree.unflatten(leaves))[1])
+    found = tree.flatten(trainable)
+    problems = [f"missing: {path} {list(leaf.shape)}" for path, leaf in fresh.items() if path not in found]
+    problems += [f"extra: {path} {list(leaf.shape)}" for path, leaf in found.items() if path not in fresh]
+    return problems + [
+        f"misshapen: {path} is {list(leaf.shape)}, expected {list(fresh[path].shape)}"
+        for path, leaf in found.items()
+        if path in fresh and fresh[path].shape != leaf.shape
+    ]
 
 
 def _model_leaves(model: Model) -> dict[str, Any]:
     return tree.flatten(jax.eval_shape(model.init, jax.random.key(0)))
-
-
-def _layer_number(name: str) -> int:
-    layer = names.path(name)[1]
-    return 0 if layer is None else layer
-
-
-def _short(paths: Iterable[str], leaves: Mapping[str, Any]) -> list[str]:
-    return shortest_names(_owners(paths, leaves), _owners(leaves, leaves), ends_at_dot)
-
-
-def _owners(paths: Iterable[str], leaves: Mapping[str, Any]) -> set[str]:
-    return {module for path in paths for module in names.modules(path, leaves[path].shape)}
-
-
-def _number(value: float) -> int | float:
-    return int(value) if float(value).is_integer() else float(value)

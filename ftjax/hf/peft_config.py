@@ -1,4 +1,4 @@
-"""PEFT's `adapter_config.json`: the fields of its version 0.21, which of them we honour, and how its names match modules."""
+"""PEFT's `adapter_config.json`: the fields of its version 0.21, which method a file is of, and how its names match modules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-DEFAULTS: dict[str, Any] = {
+from ftjax import tree
+from ftjax.hf import names as hf_names
+from ftjax.peft import FORMATS, Format
+
+COMMON: dict[str, Any] = {
     "task_type": "CAUSAL_LM",
     "peft_type": "LORA",
     "auto_mapping": None,
@@ -15,91 +19,88 @@ DEFAULTS: dict[str, Any] = {
     "base_model_name_or_path": None,
     "revision": None,
     "inference_mode": True,
-    "r": 8,
     "target_modules": None,
-    "exclude_modules": None,
-    "lora_alpha": 8,
-    "lora_dropout": 0.0,
-    "fan_in_fan_out": False,
-    "bias": "none",
-    "use_rslora": False,
     "modules_to_save": None,
-    "init_lora_weights": True,
-    "layers_to_transform": None,
-    "layers_pattern": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "megatron_config": None,
-    "megatron_core": "megatron.core",
-    "trainable_token_indices": None,
-    "loftq_config": {},
-    "eva_config": None,
-    "corda_config": None,
-    "lora_ga_config": None,
-    "use_dora": False,
-    "velora_config": None,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "qalora_group_size": 16,
-    "monteclora_config": None,
-    "layer_replication": None,
-    "lora_bias": False,
-    "target_parameters": None,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "ensure_weight_tying": False,
 }
-"""Every field that PEFT writes, and its default."""
+"""The fields that PEFT writes for every method that rides on modules, and their defaults; a method's `Format` has the others."""
 
-# Fields that change what the adapter computes, in a way we have no method for.
-_NOT_YET = (
-    "fan_in_fan_out layers_pattern megatron_config trainable_token_indices use_dora velora_config alora_invocation_tokens use_qalora "
-    "monteclora_config layer_replication lora_bias target_parameters use_bdlora arrow_config kasa_config"
-).split()
-_RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations after which the adapter is relative to other base weights than the published ones."""
+PATTERNS = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
+"""The config field that gives an option another value for some modules."""
+
+_HONOURED = ("exclude_modules", "layers_to_transform", *PATTERNS.values())
+
+
+def fields(form: Format) -> dict[str, Any]:
+    """Return every config field of a method and its default."""
+    return COMMON | form.defaults | {"peft_type": form.peft_type}
+
+
+def kind_of(config: Mapping[str, Any]) -> str | None:
+    """Return the method that a config describes, by its `peft_type` and by `Format.constants`; None if there is none."""
+    kinds = [kind for kind, form in FORMATS.items() if form.peft_type == config.get("peft_type", COMMON["peft_type"])]
+
+    def fit(kind: str) -> tuple[bool, int]:
+        form = FORMATS[kind]
+        return all(config.get(field, form.defaults[field]) == v for field, v in form.constants.items()), len(form.constants)
+
+    return max(kinds, key=fit, default=None)
 
 
 def check(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the config with defaults filled in.
 
     Raises:
-      ValueError: it asks for something that is not implemented, or a field has an impossible value; all are listed.
+      ValueError: its method is unknown, it asks for something that is not implemented, or a field has an impossible value; all are listed.
     """
-    unknown = sorted(config.keys() - DEFAULTS.keys())
+    kind = kind_of(config)
+    if kind is None:
+        known = tree.nearest(str(config["peft_type"]), dict.fromkeys(form.peft_type for form in FORMATS.values()))
+        raise ValueError(f"{where}: not yet: peft_type={config['peft_type']!r}; nearest: {known}")
+    form = FORMATS[kind]
+    unknown = sorted(config.keys() - fields(form).keys())
     if unknown:
-        logging.getLogger(__name__).warning("%s: ignoring fields that PEFT 0.21 does not know: %s", where, ", ".join(unknown))
-    full = {**DEFAULTS, **{name: value for name, value in config.items() if name in DEFAULTS}}
-    problems = [f"not yet: {name}={full[name]!r}" for name in _NOT_YET if full[name]]
-    if full["peft_type"] != "LORA":
-        problems.append(f"not yet: peft_type={full['peft_type']!r}, only 'LORA'")
-    if full["bias"] != "none":
-        problems.append(f"not yet: bias={full['bias']!r}, only 'none'")
-    if str(full["init_lora_weights"]).startswith(_RESIDUAL_INITS):
-        problems.append(
-            f"not yet: init_lora_weights={full['init_lora_weights']!r}, which changes the base weights: save it converted to LoRA"
+        logging.getLogger(__name__).warning(
+            "%s: ignoring fields that PEFT 0.21 does not know for %s: %s", where, form.peft_type, ", ".join(unknown)
         )
-    problems += _wrong_values(full)
+    full = {**fields(form), **{name: value for name, value in config.items() if name in fields(form)}}
+    full |= {field: full[field] or {} for field in PATTERNS.values() if field in full}
+    problems = _not_yet(full, form) + _wrong_values(full, form)
     if problems:
         raise ValueError(f"{where}: " + "; ".join(problems))
-    return full | {"rank_pattern": full["rank_pattern"] or {}, "alpha_pattern": full["alpha_pattern"] or {}}
+    return full
 
 
-def _wrong_values(config: Mapping[str, Any]) -> list[str]:
-    problems = []
-    ranks, alphas = config["rank_pattern"] or {}, config["alpha_pattern"] or {}
-    if not isinstance(ranks, dict) or not isinstance(alphas, dict):
-        return ["rank_pattern and alpha_pattern are objects, from a module's name to a number"]
-    if not all(isinstance(rank, int) and rank >= 1 for rank in (config["r"], *ranks.values())):
-        problems.append(f"r={config['r']!r} or rank_pattern={ranks!r} holds what is not a rank")
-    if not all(isinstance(alpha, int | float) for alpha in (config["lora_alpha"], *alphas.values())):
-        problems.append(f"lora_alpha={config['lora_alpha']!r} or alpha_pattern={alphas!r} holds what is not a number")
-    if not isinstance(config["lora_dropout"], int | float) or not 0 <= config["lora_dropout"] < 1:
-        problems.append(f"lora_dropout={config['lora_dropout']!r} is not a probability")
+def _not_yet(config: Mapping[str, Any], form: Format) -> list[str]:
+    """Return the fields that change what the adapter computes in a way that the method does not know."""
+    mapped = {*form.options.values(), *(field for field, _ in form.lists.values())}
+    expected = {field: v for field, v in form.defaults.items() if field not in {*mapped, *form.ignored, *_HONOURED}} | dict(form.constants)
+    problems = [f"not yet: {field}={config[field]!r}" for field, v in expected.items() if (config[field] or None) != (v or None)]
+    for field, beginnings in form.refused.items():
+        if str(config[field]).startswith(beginnings):
+            problems.append(f"not yet: {field}={config[field]!r}, which changes the base weights: save it converted to {form.peft_type}")
+    for option, names in form.values.items():
+        if config[form.options[option]] not in names.values():
+            field = form.options[option]
+            problems.append(f"not yet: {field}={config[field]!r}, only {', '.join(map(repr, names.values()))}")
+    return problems
+
+
+def _wrong_values(config: Mapping[str, Any], form: Format) -> list[str]:
+    problems, patterns = [], []
+    for option, (fits, what) in _KINDS.items():
+        field, pattern = form.options.get(option), PATTERNS.get(option)
+        if field is None:
+            continue
+        others = config.get(pattern, {})
+        if not isinstance(others, dict):
+            return ["rank_pattern and alpha_pattern are objects, from a module's name to a number"]
+        if not all(map(fits, (config[field], *others.values()))):
+            also = f" or {pattern}={others!r} holds what" if others else ""
+            problems.append(f"{field}={config[field]!r}{also} is not {what}")
+        patterns += others
     if not isinstance(config["target_modules"], str | list) or not config["target_modules"]:
         problems.append(f"target_modules={config['target_modules']!r} names no module")
-    for pattern in (*ranks, *alphas, config["target_modules"], config["exclude_modules"]):
+    for pattern in (*patterns, config["target_modules"], config.get("exclude_modules")):
         try:
             re.compile(pattern if isinstance(pattern, str) else "")
         except re.error as error:
@@ -107,13 +108,43 @@ def _wrong_values(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rank": (lambda value: isinstance(value, int) and value >= 1, "a rank"),
+    "alpha": (_is_number, "a number"),
+    "dropout": (lambda value: _is_number(value) and 0 <= value < 1, "a probability"),
+}
+
+
+def as_number(value: float) -> int | float:
+    """Return the number as PEFT writes it: without `.0` where it is whole."""
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def to_peft(form: Format, option: str, value: Any) -> Any:
+    """Return an option's value as PEFT writes it."""
+    if option in form.values:
+        return form.values[option][value]
+    return as_number(value) if option == "alpha" else float(value) if option == "dropout" else value
+
+
+def from_peft(form: Format, option: str, value: Any) -> Any:
+    """Return an option's value from what PEFT wrote; the inverse of `to_peft`."""
+    if option in form.values:
+        return next(ours for ours, theirs in form.values[option].items() if theirs == value)
+    return float(value) if option in ("alpha", "dropout") else value
+
+
 def targeted(config: Mapping[str, Any], modules: Iterable[str]) -> set[str]:
     """Return those of a model's linear modules that the config targets, by PEFT's rules."""
-    targets, layers = config["target_modules"], config["layers_to_transform"]
+    targets, layers = config["target_modules"], config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     found = set()
     for module in modules:
-        if _matches(config["exclude_modules"] or (), module):
+        if _matches(config.get("exclude_modules") or (), module):
             continue
         if targets == "all-linear":
             chosen = module not in ("lm_head", "model.embed_tokens")
@@ -149,6 +180,16 @@ def shortest_names(chosen: Collection[str], modules: Collection[str], matches: C
             raise ValueError(f"peft: no name selects {module!r} without selecting other modules too")
         names[found] = None
     return sorted(names)
+
+
+def short(paths: Iterable[str], leaves: Mapping[str, Any]) -> list[str]:
+    """Return the shortest names that target exactly these leaves of a model, of all layers."""
+    return shortest_names(owners(paths, leaves), owners(leaves, leaves), ends_at_dot)
+
+
+def owners(paths: Iterable[str], leaves: Mapping[str, Any]) -> set[str]:
+    """Return the modules of these leaves."""
+    return {module for path in paths for module in hf_names.modules(path, leaves[path].shape)}
 
 
 def ends_at_dot(module: str, end: str) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ftjax import tree, weights
-from ftjax.types import Params, Plan, Transform, pytree, static
+from ftjax.peft import low_rank
+from ftjax.peft.format import Format, Tensor
+from ftjax.types import Params, Transform, pytree, static
 from ftjax.weights import Leaf, Wrapper
 
 Init = Callable[[jax.Array, tuple[int, ...], int], tuple[jax.Array, jax.Array]]
@@ -41,8 +43,7 @@ class LoraWeight(Wrapper):
         return (base.astype(jnp.float32) + delta).astype(base.dtype)
 
     def dot(self, x: jax.Array) -> jax.Array:
-        low = checkpoint_name(weights.dot(self._dropped(x), self.a), weights.LOW_RANK)
-        return _add(weights.dot(x, self.base), _widen(low * self.scale, self.b))
+        return _add(weights.dot(x, self.base), thin(dropped(x, self.key, self.dropout), self.a, self.b, self.scale))
 
     def dot_transposed(self, x: jax.Array) -> jax.Array:
         low = weights.dot_transposed(x.astype(jnp.float32), self.b) * self.scale
@@ -57,20 +58,29 @@ class LoraWeight(Wrapper):
         if len(fused) < 2:
             return tuple(weights.dot(x, w) for w in ws)
         out = list(weights.dots(x, [w.base if n in fused else w for n, w in enumerate(ws)]))
-        low = checkpoint_name(weights.dot(x.astype(jnp.float32), jnp.concatenate([ws[n].a for n in fused], axis=-1)), weights.LOW_RANK)
-        start = 0
-        for n in fused:
-            rank = ws[n].a.shape[-1]
-            out[n] = _add(out[n], _widen(low[..., start : start + rank] * ws[n].scale, ws[n].b))
-            start += rank
+        for n, delta in zip(fused, thins(x, [ws[n] for n in fused]), strict=True):
+            out[n] = _add(out[n], delta)
         return tuple(out)
 
-    def _dropped(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
-        if self.key is None:
-            return x
-        keep = jax.random.bernoulli(self.key, 1.0 - self.dropout, x.shape)
-        return jnp.where(keep, x / (1.0 - self.dropout), 0.0)
+
+def dropped(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
+    """Return x in float32, with entries zeroed at this rate if there is a key and the others scaled up."""
+    x = x.astype(jnp.float32)
+    if key is None:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0)
+
+
+def thin(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    """Return `scale * x @ a @ b`, float32 `[..., i] -> [..., o]`."""
+    return _widen(checkpoint_name(weights.dot(x, a), weights.LOW_RANK) * scale, b)
+
+
+def thins(x: jax.Array, ws: Sequence[Any]) -> list[jax.Array]:
+    """Return `thin` of x for several weights with `a`, `b` and `scale`, the products with all A done as one."""
+    low = checkpoint_name(weights.dot(x.astype(jnp.float32), jnp.concatenate([w.a for w in ws], axis=-1)), weights.LOW_RANK)
+    ends = list(itertools.accumulate(w.a.shape[-1] for w in ws))
+    return [_widen(low[..., end - w.a.shape[-1] : end] * w.scale, w.b) for end, w in zip(ends, ws, strict=True)]
 
 
 @jax.custom_vjp
@@ -162,75 +172,80 @@ def lora(
       >>> {path: leaf.shape for path, leaf in tree.flatten(trainable).items()}
       {'lora/layers/q_proj/kernel/a': (2, 4, 2), 'lora/layers/q_proj/kernel/b': (2, 2, 6)}
     """
-    if isinstance(init, str) and init not in INITS:
-        raise ValueError(f"{name}: there is no init {init!r}; nearest: {tree.nearest(init, INITS)}.")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"{name}: dropout is a probability in [0, 1), not {dropout}.")
-    make = INITS[init] if isinstance(init, str) else init
-    ranks, alphas = dict(rank_pattern or {}), dict(alpha_pattern or {})
-
-    def rank_of(path: str) -> int:
-        return _lookup(ranks, path, rank)
-
-    def scale_of(path: str) -> float:
-        r = rank_of(path)
-        return _lookup(alphas, path, r if alpha is None else alpha) / (math.sqrt(r) if rslora else r)
-
-    def paths(params: Params) -> tuple[str, ...]:
-        found = tree.matches(params, targets, who=name, exclude=exclude)
-        for pattern in (*ranks, *alphas):
-            if not any(_applies(pattern, path) for path in found):
-                raise ValueError(f"{name}: pattern {pattern!r} matches none of the targets; nearest: {tree.nearest(pattern, found)}.")
-        return found
+    make = named_init(init, name)
+    spec = low_rank.LowRank("lora", name, targets, rank, alpha, rslora, dropout, exclude, rank_pattern, alpha_pattern)
 
     def init_fn(key: jax.Array, params: Params) -> tuple[Params, Params]:
-        flat, trained = tree.flatten(params), {}
-        for path in paths(params):
-            shape = flat[path].shape
-            _check_matrix(name, path, shape, rank_of(path))
-            # A key of its own for each path: what a leaf starts from does not depend on which others are trained.
-            a, b = make(jax.random.fold_in(key, zlib.crc32(path.encode())), shape, rank_of(path))
-            trained[f"{path}/a"], trained[f"{path}/b"] = a, b
+        trained = {}
+        for path, leaf, leaf_rank, leaf_key in spec.matrices(key, params):
+            trained[f"{path}/a"], trained[f"{path}/b"] = make(leaf_key, leaf.shape, leaf_rank)
         return params, {name: tree.unflatten(trained)}
 
     def attach(frozen: Params, trainable: Params, *, key: jax.Array | None = None) -> Params:
-        flat, factors = tree.flatten(frozen), tree.flatten(trainable[name])
-        leaves = {}
-        for path in (path.removesuffix("/a") for path in factors if path.endswith("/a")):
-            if path not in flat:
-                raise ValueError(f"{name}: the adapter has {path!r}, which this model has not; nearest: {tree.nearest(path, flat)}.")
-            a, b, base = factors[f"{path}/a"], factors[f"{path}/b"], flat[path]
-            layers = base.shape[:-2]
-            layer_keys = None
-            if key is not None and dropout:
-                layer_keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())), layers) if layers else key
-            leaves[path] = LoraWeight(
-                base, a, b, jnp.full(layers, scale_of(path), jnp.float32), layer_keys, dropout if layer_keys is not None else 0.0
-            )
-        return tree.replace(frozen, leaves)
-
-    def plan(params: Params) -> tuple[Plan, ...]:
-        groups: dict[tuple[int, float], list[str]] = {}
-        for path in paths(params):
-            groups.setdefault((rank_of(path), _lookup(alphas, path, rank_of(path) if alpha is None else alpha)), []).append(path)
-        return tuple(
-            Plan(name, tree.describe(targets), tuple(found), {"rank": r, "alpha": s, "rslora": rslora, "dropout": dropout})
-            for (r, s), found in groups.items()
+        rows = spec.joined(frozen, trainable, key=key)
+        return tree.replace(
+            frozen, {row.path: LoraWeight(row.base, row.fields["a"], row.fields["b"], row.scale, *row.dropout) for row in rows}
         )
 
-    return Transform(init_fn, attach, plan)
+    return Transform(init_fn, attach, spec.plan)
 
 
-def _applies(pattern: str, path: str) -> bool:
-    return tree.predicate(pattern)(path) or tree.predicate([pattern])(path)
+def named_init(init: Init | str, name: str) -> Init:
+    """Return the function that `init` names among `INITS`, or `init` itself."""
+    if isinstance(init, str) and init not in INITS:
+        raise ValueError(f"{name}: there is no init {init!r}; nearest: {tree.nearest(init, INITS)}.")
+    return INITS[init] if isinstance(init, str) else init
 
 
-def _lookup(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    return next((value for pattern, value in patterns.items() if _applies(pattern, path)), default)
-
-
-def _check_matrix(name: str, path: str, shape: tuple[int, ...], rank: int) -> None:
-    if len(shape) < 2 or not path.endswith("kernel"):
-        raise ValueError(f"{name}: {path!r} with shape {list(shape)} is not a matrix; target kernels, or train it with full().")
-    if not 1 <= rank <= min(shape[-2:]):
-        raise ValueError(f"{name}: rank {rank} does not fit {path!r} with shape {list(shape)}: expected 1 to {min(shape[-2:])}.")
+LORA = Format(
+    peft_type="LORA",
+    tensors={
+        "a": Tensor("lora_A.weight", "ir->ri", embedding="lora_embedding_A"),
+        "b": Tensor("lora_B.weight", "ro->or", embedding="lora_embedding_B"),
+    },
+    options={"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dropout": "lora_dropout"},
+    defaults={
+        "r": 8,
+        "exclude_modules": None,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "megatron_config": None,
+        "megatron_core": "megatron.core",
+        "trainable_token_indices": None,
+        "loftq_config": {},
+        "eva_config": None,
+        "corda_config": None,
+        "lora_ga_config": None,
+        "use_dora": False,
+        "velora_config": None,
+        "alora_invocation_tokens": None,
+        "use_qalora": False,
+        "qalora_group_size": 16,
+        "monteclora_config": None,
+        "layer_replication": None,
+        "lora_bias": False,
+        "target_parameters": None,
+        "use_bdlora": None,
+        "arrow_config": None,
+        "kasa_config": None,
+        "ensure_weight_tying": False,
+    },
+    ignored=(
+        *("init_lora_weights", "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"),
+        "ensure_weight_tying",
+    ),
+    refused={
+        "init_lora_weights": ("pissa", "olora", "corda", "loftq", "lora_ga")
+    },  # relative to other base weights than the published ones
+    embeddings=True,
+    scale=low_rank.scale,
+    scaled="b",
+)

@@ -154,8 +154,8 @@ def test_all_that_does_not_fit_is_listed(base, copied):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_dora": True}, "not yet: use_dora=True"),
-        ({"peft_type": "IA3"}, "not yet: peft_type='IA3'"),
+        ({"use_qalora": True}, "not yet: use_qalora=True"),
+        ({"peft_type": "LORAX"}, "not yet: peft_type='LORAX'; nearest: 'LORA'"),
         ({"bias": "all"}, "not yet: bias='all'"),
         ({"init_lora_weights": "pissa_niter_4"}, "not yet: init_lora_weights='pissa_niter_4'"),
         ({"target_parameters": ["x"], "lora_bias": True}, "not yet: lora_bias=True; not yet: target_parameters"),
@@ -201,8 +201,8 @@ def test_a_damaged_or_missing_file_is_named(base, copied):
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (lambda: peft.chain(peft.lora(rank=2), peft.lora(["lm_head"], rank=2, name="other")), "not yet: 2 LoRA methods"),
-        (lambda: peft.full("norm/scale"), "not yet: 0 LoRA methods"),
+        (lambda: peft.chain(peft.lora(rank=2), peft.lora(["lm_head"], rank=2, name="other")), "not yet: 2 methods with a PEFT format"),
+        (lambda: peft.full("norm/scale"), "not yet: 0 methods with a PEFT format"),
     ],
 )
 def test_what_peft_has_no_place_for_is_not_written(tmp_path, base, method, message):
