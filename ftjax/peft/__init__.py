@@ -1,17 +1,21 @@
 """Fine-tuning methods: one file each, a function from one parameter tree to `(frozen, trainable)` and back.
 
 A method is a `Transform` (see `ftjax.types`). `METHODS` lists them once: for configs, for the contract tests and for the README.
+`FORMATS` lists how those that PEFT has stand in its folders (see `ftjax.peft.format`); `ftjax.hf.peft` reads and writes by it.
 """
 
 from ftjax.peft.chain import chain
+from ftjax.peft.format import Format, Tensor
 from ftjax.peft.full import full
 from ftjax.peft.ia3 import ia3
 from ftjax.peft.layers import on_layers
-from ftjax.peft.lora import lora
+from ftjax.peft.lora import LORA, lora
 from ftjax.peft.merge import merge
 from ftjax.peft.neftune import neftune
 from ftjax.peft.vera import vera
 
 METHODS = {"full": full, "ia3": ia3, "lora": lora, "neftune": neftune, "vera": vera}
 
-__all__ = ["METHODS", "chain", "full", "ia3", "lora", "merge", "neftune", "on_layers", "vera"]
+FORMATS: dict[str, Format] = {"lora": LORA}
+
+__all__ = ["FORMATS", "METHODS", "Format", "Tensor", "chain", "full", "ia3", "lora", "merge", "neftune", "on_layers", "vera"]
