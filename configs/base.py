@@ -26,7 +26,7 @@ def sft() -> ConfigDict:
     config.lora = lora()
     config.full = ConfigDict({"targets": text(".*"), "exclude": config_dict.placeholder(object)})
     config.neftune = ConfigDict({"alpha": 5.0})
-    config.ia3 = rider(targets=text(("k_proj", "v_proj", "down_proj")), feedforward=text(("down_proj",)))
+    config.ia3 = rider(("k_proj", "v_proj", "down_proj"), feedforward=text(("down_proj",)))
     config.vera = rider(rank=256, d_initial=0.1, seed=0)
 
     config.loss = ConfigDict({"label_smoothing": 0.0})
@@ -80,10 +80,10 @@ def lora(rank: int = 16, alpha: float = 32.0) -> ConfigDict:
     return config
 
 
-def rider(**options) -> ConfigDict:
+def rider(targets="all-linear", **options) -> ConfigDict:
     """The block of a method that rides on frozen matrices: see the function of its name in `ftjax.peft`."""
     config = ConfigDict()
-    config.targets = text("all-linear")
+    config.targets = text(targets)
     config.exclude = config_dict.placeholder(object)
     config.layers = config_dict.placeholder(object)  # indices, "first n" or "last n"; empty: all
     config.update(options)
