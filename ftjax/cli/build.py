@@ -19,9 +19,9 @@ from ftjax import data, hub, losses, models, optimizers, peft, scoring, sharding
 from ftjax.cli import measure
 from ftjax.hf import load as hf_load
 from ftjax.hf import tokenizer as hf_tokenizer
-from ftjax.train import Score
+from ftjax.train import Score, Step, make_eval_step, make_train_step
 from ftjax.tree import nearest
-from ftjax.types import Batch, LossFn, Model, Params, Scores, TrainState, Transform
+from ftjax.types import Batch, LossFn, Metrics, Model, Params, Scores, TrainState, Transform
 
 
 class Loaded(NamedTuple):
@@ -136,6 +136,23 @@ def score(config, model: Model, mesh: Mesh) -> Score:
     return partial(scoring.score, sharding.on_mesh(model, mesh), batch_shards=shards, outputs=_outputs(config))
 
 
+def train_step(config, model: Model, method: Transform, rule: optax.GradientTransformation, mesh: Mesh, state: TrainState) -> Step:
+    """Return the training step of the config on a mesh, for states of the shapes of `state`."""
+    return make_train_step(
+        score(config, model, mesh),
+        method,
+        loss(config),
+        rule,
+        accumulation=config.data.accumulation,
+        state_sharding=sharding.state_shardings(state, mesh),
+    )
+
+
+def eval_step(config, model: Model, method: Transform, mesh: Mesh) -> Callable[[Params, Params, Batch], Metrics]:
+    """Return `evaluate(trainable, frozen, batch) -> metrics` of the config on a mesh."""
+    return make_eval_step(score(config, model, mesh), method, loss(config))
+
+
 def optimizer(config) -> optax.GradientTransformation:
     """Return the optimiser and schedule of `config.optimizer`."""
     options = plain(config.optimizer)
@@ -227,7 +244,7 @@ def on_mesh(batch: Any, mesh: Mesh) -> Any:
 
 def plain(block) -> dict[str, Any]:
     """Return a block of the config as a dict of plain values."""
-    return block.to_dict() if hasattr(block, "to_dict") else dict(block)
+    return block.to_dict() if isinstance(block, ConfigDict) else dict(block)
 
 
 def _named(field: str, function, name: str):

@@ -30,7 +30,7 @@ from ftjax.cli import adapter, build, measure, runtime, show
 from ftjax.cli import config as configs
 from ftjax.cli.loop import EARLY, FINISHED, Loop, Memory, run
 from ftjax.cli.stop import Stop
-from ftjax.train import init_state, make_eval_step, make_train_step
+from ftjax.train import init_state
 from ftjax.types import TrainState
 
 
@@ -96,14 +96,14 @@ def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool 
     terminal.say(show.preview(loader.sequences, loaded.tokenizer, count=2, console=terminal.console))
 
     # ---- step ----
-    optimizer, loss_fn, score = build.optimizer(config), build.loss(config), build.score(config, loaded.model, mesh)
+    optimizer = build.optimizer(config)
     flops = partial(logs.flops_per_batch, frozen, jax.eval_shape(lambda tree: tree, trainable), loaded.model.config)
     make_state = partial(init_state, optimizer=optimizer)
     state = sharding.init_on_mesh(make_state, jax.random.fold_in(key, 1), trainable, mesh=mesh)
     del trainable  # the state's, and donated with it
     shardings = sharding.state_shardings(state, mesh)
-    step = make_train_step(score, method, loss_fn, optimizer, accumulation=config.data.accumulation, state_sharding=shardings)
-    evaluate_step = make_eval_step(score, method, loss_fn)
+    step = build.train_step(config, loaded.model, method, optimizer, mesh, state)
+    evaluate_step = build.eval_step(config, loaded.model, method, mesh)
 
     # ---- where the run stands ----
     memory, start = Memory(), 0

@@ -38,7 +38,8 @@ def placement(mesh: Mesh, rules: Rules = RULES) -> Callable[[str, Any], jax.Arra
 
 def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
     """Make the array from its blocks; devices that hold the same block share one reading of it."""
-    read = leaf.read if hasattr(leaf, "read") else lambda index: np.asarray(leaf[index])
+    in_memory = isinstance(leaf, (np.ndarray, np.generic, jax.Array))
+    read = (lambda index: np.asarray(leaf[index])) if in_memory else leaf.read
     blocks: dict[str, np.ndarray] = {}
 
     def block(index: tuple[slice, ...]) -> np.ndarray:

@@ -1,18 +1,17 @@
-"""Every config in configs/: locked, built abstractly at its full size, and run for a few steps with a tiny model of its family."""
+"""Every config in configs/: locked, its steps traced at their full size, and run for a few steps with a tiny model of its family."""
 
 import ast
 import json
 import pathlib
-from functools import partial
 
 import jax
 import pytest
 
-from ftjax import sharding, tree
+from ftjax import tree
 from ftjax.cli import build, main
 from ftjax.cli import config as configs
 from ftjax.logs.writers import read_jsonl
-from ftjax.train import init_state
+from tests import abstract
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base")
@@ -40,20 +39,15 @@ def test_a_config_is_a_lab_note_and_locked(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_config_is_built_at_its_full_size_without_an_array(name):
+def test_a_config_traces_its_steps_at_full_size_without_an_array(name):
     config = configs.load(spec(name))
-    model, _ = build.architecture(config)
-    params = jax.eval_shape(model.init, jax.random.key(0))
-    method, optimizer = build.method(config), build.optimizer(config)
-    build.loss(config)
-    frozen, trainable = jax.eval_shape(method.init, jax.random.key(0), params)
-    assert any(row.method in trainable for row in method.plan(params))
-    state = jax.eval_shape(partial(init_state, optimizer=optimizer), jax.random.key(0), trainable)
-    mesh = sharding.make_mesh(data=1, fsdp=8)
-    sharding.shardings(frozen, mesh)
-    everywhere = sharding.state_shardings(state, mesh)
-    assert len(jax.tree.leaves(everywhere.trainable)) == len(jax.tree.leaves(state.trainable))
-    assert 0 < tree.size(trainable)
+    config.mesh.update({"data": 1, "fsdp": 4, "tensor": 1, "context": 1})
+    step = abstract.built(config, build.mesh(config))
+    state, metrics = jax.eval_shape(step.train_step, step.state, step.frozen, step.batch)
+    assert tree.size(state.trainable) > 0 and jax.tree.structure(state) == jax.tree.structure(step.state)
+    assert [(x.shape, x.dtype) for x in jax.tree.leaves(state)] == [(x.shape, x.dtype) for x in jax.tree.leaves(step.state)]
+    values = jax.eval_shape(step.eval_step, step.state.trainable, step.frozen, step.batch)
+    assert {"loss", "grad_norm", "skipped"} <= set(metrics) and config.checkpoint.best_metric in {*values, "perplexity"}
 
 
 @pytest.mark.parametrize("name", NAMES)
