@@ -5,17 +5,34 @@ A method is a `Transform` (see `ftjax.types`). `METHODS` lists them once: for co
 """
 
 from ftjax.peft.chain import chain
+from ftjax.peft.dora import DORA, dora
 from ftjax.peft.format import Format, Tensor
 from ftjax.peft.full import full
 from ftjax.peft.ia3 import ia3
 from ftjax.peft.layers import on_layers
 from ftjax.peft.lora import LORA, lora
+from ftjax.peft.lora_fa import LORA_FA, lora_fa
 from ftjax.peft.merge import merge
 from ftjax.peft.neftune import neftune
 from ftjax.peft.vera import vera
 
-METHODS = {"full": full, "ia3": ia3, "lora": lora, "neftune": neftune, "vera": vera}
+METHODS = {"dora": dora, "full": full, "ia3": ia3, "lora": lora, "lora_fa": lora_fa, "neftune": neftune, "vera": vera}
 
-FORMATS: dict[str, Format] = {"lora": LORA}
+FORMATS: dict[str, Format] = {"lora": LORA, "dora": DORA, "lora_fa": LORA_FA}
 
-__all__ = ["FORMATS", "METHODS", "Format", "Tensor", "chain", "full", "ia3", "lora", "merge", "neftune", "on_layers", "vera"]
+__all__ = [
+    "FORMATS",
+    "METHODS",
+    "Format",
+    "Tensor",
+    "chain",
+    "dora",
+    "full",
+    "ia3",
+    "lora",
+    "lora_fa",
+    "merge",
+    "neftune",
+    "on_layers",
+    "vera",
+]

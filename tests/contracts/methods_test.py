@@ -16,6 +16,11 @@ EXAMPLES = {
         partial(peft.lora, "all-linear", rank=2, alpha=4),
         partial(peft.lora, "everything", rank=2, init="a_zero", exclude="norms", dropout=0.3),
     ],
+    "dora": [
+        partial(peft.dora, "all-linear", rank=2, alpha=4),
+        partial(peft.dora, "everything", rank=2, init="a_zero", exclude="norms", dropout=0.3),
+    ],
+    "lora_fa": [partial(peft.lora_fa, "all-linear", rank=4), partial(peft.lora_fa, "everything", rank=4, exclude="norms", dropout=0.3)],
     "full": [partial(peft.full, "everything"), partial(peft.full, "norms")],
     "ia3": [partial(peft.ia3, "all-linear"), partial(peft.ia3, "everything", exclude="norms", feedforward=".*(down_proj|tokens)/kernel")],
     "vera": [partial(peft.vera, rank=5), partial(peft.vera, "everything", exclude="norms", rank=9)],
