@@ -9,6 +9,7 @@ ftjax export --workdir=runs/mine --step=best …         the checkpoint with the
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -44,8 +45,8 @@ def define_flags(flags: absl_flags.FlagValues, argv) -> None:
     runtime.define_flags(flags)
 
 
-def main(flags: absl_flags.FlagValues) -> None:
-    """Export."""
+def main(flags: absl_flags.FlagValues, *, check: Callable[[Found, str | None], None] = lambda found, dtype: None) -> None:
+    """Export; `check(found, dtype)` sees what will be written, and raises if it should not be."""
     if not flags.output:
         raise ValueError("export: --output=FOLDER is needed.")
     if flags.workdir and (flags.model or flags.adapter):
@@ -54,6 +55,7 @@ def main(flags: absl_flags.FlagValues) -> None:
     runtime.start(flags)
     found = trained(epath.Path(flags.workdir), flags.step) if flags.workdir else pretrained_model(flags.model, flags.adapter)
     dtype = None if flags.dtype == "auto" else flags.dtype
+    check(found, dtype)
     folder = hf_export.export_model(
         output, found.loaded.model, found.params, found.loaded.tokenizer, dtype=dtype, base_name=found.loaded.name
     )

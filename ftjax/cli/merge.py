@@ -1,22 +1,146 @@
-"""Fold an adapter into its model and write the result as a Hugging Face folder.
+"""Fold an adapter into its model, or several models into one, and write the result as a Hugging Face folder.
 
-  ftjax merge --model=… --adapter=DIR --output=DIR
-
-It is `ftjax export` where an adapter (or the workdir of a run) must be named.
+ftjax merge --model=… --adapter=DIR --output=DIR                          base + adapter, as `ftjax export`, and how much that changed
+ftjax merge --models=A,B --recipe=linear --factors=0.7,0.3 --output=DIR   a weighted average
+ftjax merge --models=A,B --recipe=ties --base=C --density=0.2 --output=DIR
+ftjax merge --models=A,B --recipe=passthrough --layers=0:16,8:24 --output=DIR
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import flags as absl_flags
 
-from ftjax.cli import export
-from ftjax.cli.export import define_flags
+from ftjax import hub, weights
+from ftjax.cli import export, runtime
+from ftjax.hf import load, mix, tokenizer
+from ftjax.hf.folder import Checkpoint
+from ftjax.types import Params, pytree, static
+from ftjax.weights import Leaf, Wrapper
 
-__all__ = ["define_flags", "main"]
+PROBES = (
+    "The capital of France is Paris, and the capital of Japan is Tokyo.",
+    "def add(a, b):\n    return a + b\n",
+    "Natalia sold 48 clips in April and half as many in May. How many did she sell in all?",
+    "请用一句话介绍你自己。",
+)
+"""Texts on which the merged model is compared with the adapted one, unless `--probe` names a file of others."""
+
+
+def define_flags(flags: absl_flags.FlagValues, argv) -> None:
+    """Define the flags of `ftjax merge`."""
+    export.define_flags(flags, argv)
+    absl_flags.DEFINE_string("probe", "", "a text file, a probe a line, to compare adapted and merged model on", flags)
+    absl_flags.DEFINE_float(
+        "max_change", 0.05, "refuse to merge an adapter if logits change by more, in their standard deviations", flag_values=flags
+    )
+    absl_flags.DEFINE_list("models", [], "folders (or .gguf files, hub ids, known names) to mix", flag_values=flags)
+    absl_flags.DEFINE_enum("recipe", "linear", [*mix.RECIPES, "passthrough"], "how models are mixed", flag_values=flags)
+    absl_flags.DEFINE_string("base", "", f"the model they were tuned from, for {', '.join(mix.NEED_BASE)}", flags)
+    absl_flags.DEFINE_list("factors", [], "a number for each model (default: equal shares, or 1 each over a base)", flag_values=flags)
+    absl_flags.DEFINE_float("density", 0.5, "the share of each change that ties and dare keep", flag_values=flags)
+    absl_flags.DEFINE_integer("seed", 0, "of what dare drops", flag_values=flags)
+    absl_flags.DEFINE_list("layers", [], "for passthrough: first:end for each model", flag_values=flags)
 
 
 def main(flags: absl_flags.FlagValues) -> None:
     """Merge."""
+    if not flags.output:
+        raise ValueError("merge: --output=FOLDER is needed.")
+    if flags.models:
+        if flags.model or flags.adapter or flags.workdir:
+            raise ValueError("merge: --models mixes whole models; leave --model, --adapter and --workdir out, or merge the adapter first.")
+        return mix_models(flags)
     if not flags.adapter and not flags.workdir:
-        raise ValueError("merge: name what to fold in: --adapter=FOLDER or --workdir=RUN. `ftjax export` writes a model as it is.")
-    export.main(flags)
+        raise ValueError("merge: name what to fold in: --adapter=FOLDER, --workdir=RUN or --models=A,B.")
+    return export.main(flags, check=lambda found, dtype: report_change(found, dtype, flags.probe, flags.max_change))
+
+
+def mix_models(flags: absl_flags.FlagValues) -> None:
+    """Write the mixture of `--models`."""
+    output = runtime.local_path("output", flags.output)
+    models = [_checkpoint(name) for name in flags.models]
+    words = tokenizer.load(models[0].path)
+    if flags.recipe == "passthrough":
+        folder = mix.passthrough(output, [(model, *bounds) for model, bounds in zip(models, _bounds(flags), strict=True)], words)
+    else:
+        folder = mix.mix(
+            output,
+            models,
+            words,
+            recipe=flags.recipe,
+            base=_checkpoint(flags.base) if flags.base else None,
+            factors=[_number(text) for text in flags.factors] or None,
+            density=flags.density,
+            seed=flags.seed,
+        )
+    print(f"wrote {folder}")
+
+
+def _checkpoint(name: str) -> Checkpoint:
+    return load.read(hub.find(name))
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--factors: {text!r} is not a number.") from None
+
+
+def _bounds(flags: absl_flags.FlagValues) -> list[tuple[int, int]]:
+    if len(flags.layers) != len(flags.models):
+        raise ValueError(f"--layers: {len(flags.models)} models need as many slices (first:end), not {len(flags.layers)}.")
+    pairs = [text.split(":") for text in flags.layers]
+    for text, pair in zip(flags.layers, pairs, strict=True):
+        if len(pair) != 2 or not all(bound.isdigit() for bound in pair):
+            raise ValueError(f"--layers: {text!r} is not like 0:16 (the first layer, and the one to stop before).")
+    return [(int(start), int(stop)) for start, stop in pairs]
+
+
+def report_change(found: export.Found, dtype: Any, probe: str, bound: float) -> None:
+    """Print how much merging moves the logits, and refuse beyond `bound` (mean change over the standard deviation of the logits).
+
+    Merging is exact but for one rounding of each weight to the dtype of the file; the base of a float32 run, or one whose weights are
+    quantised, may lose more. The merged weights are made layer by layer, so there is no second model.
+    """
+    texts = runtime.local_path("probe", probe).read_text(encoding="utf-8").splitlines() if probe else PROBES
+    model, words = found.loaded.model, found.loaded.tokenizer
+    merged = rounded(found.params, dtype)
+    worst, total, count, squares = 0.0, 0.0, 0, 0.0
+    logits = jax.jit(lambda params, tokens: model.unembed(model.head(params), model.apply(params, tokens)[0]))
+    for text in filter(None, texts):
+        tokens = jnp.asarray([words.encode(text)], jnp.int32)
+        before, after = (np.asarray(logits(params, tokens), np.float64) for params in (found.params, merged))
+        difference = np.abs(after - before)
+        worst, total, count = max(worst, difference.max()), total + difference.sum(), count + difference.size
+        squares += np.square(before - before.mean()).sum()
+    if not count:
+        raise ValueError(f"--probe: {probe} holds no text.")
+    mean, spread = total / count, float(np.sqrt(squares / count))
+    print(f"merging changes the logits by {mean:.2g} on average and {worst:.2g} at most; their standard deviation is {spread:.2g}")
+    if not mean <= bound * spread:
+        raise ValueError(
+            f"merge: the merged model is not the adapted one: logits change by {mean / spread:.1%} of their standard deviation, the bound "
+            f"is {bound:.1%}. Write more exact files with --dtype=float32, keep the adapter apart, or raise --max_change."
+        )
+
+
+@pytree
+class Rounded(Wrapper):
+    """The base's dense array in the dtype that it will be written in."""
+
+    base: Leaf
+    stored: Any = static()
+
+    def materialize(self) -> jax.Array:
+        return weights.materialize(self.base).astype(self.stored)
+
+
+def rounded(params: Params, dtype: Any) -> Params:
+    """Return the parameters as they will read back from the file: each leaf in `dtype`, or in its own if None."""
+    return jax.tree.map(lambda leaf: Rounded(leaf, jnp.dtype(dtype or leaf.dtype)), params, is_leaf=lambda x: isinstance(x, weights.Weight))

@@ -15,11 +15,8 @@ import numpy as np
 
 from ftjax import models, tree, weights
 from ftjax.hf import names
-from ftjax.hf.folder import INDEX
-from ftjax.hf.write import Entry, new_folder, write_json, write_safetensors, write_tokenizer
+from ftjax.hf.write import SHARD_BYTES, Entry, new_folder, write_json, write_shards, write_tokenizer
 from ftjax.types import Model, Params
-
-SHARD_BYTES = 4_000_000_000
 
 
 def export_model(
@@ -83,29 +80,7 @@ def _write_weights(folder: Path, leaves: dict[str, Any], dtypes: dict[str, np.dt
         for path, leaf in leaves.items()
         for name in names.tensors(path, leaf.shape)
     ]
-    shards = _shards(entries, shard_bytes)
-    arrays = _arrays(leaves, dtypes)
-    files = (
-        [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)] if len(shards) > 1 else ["model.safetensors"]
-    )
-    for file, shard in zip(files, shards, strict=True):
-        write_safetensors(folder / file, shard, (next(arrays) for _ in shard))
-    if len(shards) > 1:
-        weight_map = {entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard}
-        total = sum(entry.num_bytes for entry in entries)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-
-
-def _shards(entries: list[Entry], shard_bytes: int) -> list[list[Entry]]:
-    shards: list[list[Entry]] = [[]]
-    size = 0
-    for entry in entries:
-        if shards[-1] and size + entry.num_bytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += entry.num_bytes
-    return shards
+    write_shards(folder, entries, _arrays(leaves, dtypes), shard_bytes=shard_bytes)
 
 
 def _arrays(leaves: dict[str, Any], dtypes: dict[str, np.dtype]) -> Iterator[np.ndarray]:

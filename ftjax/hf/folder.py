@@ -12,8 +12,8 @@ import safetensors
 
 from ftjax.hf import names
 from ftjax.hf.lazy import Index, LazyTensor
+from ftjax.hf.write import INDEX
 
-INDEX = "model.safetensors.index.json"
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),

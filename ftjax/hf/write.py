@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4_000_000_000
+"""The size of one file of weights, unless a single tensor is larger."""
 _CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -81,3 +84,28 @@ def write_safetensors(path: Path, entries: Iterable[Entry], arrays: Iterable[np.
         for entry, array in zip(entries, arrays, strict=True):
             assert array.shape == entry.shape and array.dtype == entry.dtype, f"{entry} came as {array.dtype} {array.shape}"
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def write_shards(folder: Path, entries: Iterable[Entry], arrays: Iterable[np.ndarray], *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a model's tensors as Hugging Face does: one file, or several and an index that says which tensor is where."""
+    shards, arrays = _shards(entries, shard_bytes), iter(arrays)
+    many = len(shards) > 1
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" if many else "model.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards, strict=True):
+        write_safetensors(folder / file, shard, (next(arrays) for _ in shard))
+    if many:
+        weight_map = {entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard}
+        total = sum(entry.num_bytes for shard in shards for entry in shard)
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _shards(entries: Iterable[Entry], shard_bytes: int) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.num_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.num_bytes
+    return shards

@@ -63,10 +63,30 @@ def test_a_step_that_is_not_there_is_an_error_that_lists_the_others(step, folder
     assert STEPS[step] in capsys.readouterr().err
 
 
+def test_merging_says_how_much_it_changes_and_refuses_too_much(folders, capsys):
+    argv = ["merge", f"--model={folders / 'base'}", f"--adapter={folders / 'run' / 'adapter'}"]
+    assert main.main([*argv, f"--output={folders / 'exact'}"]) == 0
+    assert "changes the logits by" in capsys.readouterr().out
+    assert main.main([*argv, f"--output={folders / 'coarse'}", "--dtype=float16", "--max_change=1e-9"]) == 1
+    assert "logits change by" in capsys.readouterr().err and not (folders / "coarse").exists()
+
+
+def test_models_are_mixed_from_the_command_line(folders):
+    both = f"--models={folders / 'base'},{folders / 'merged'}"
+    assert main.main(["merge", both, "--factors=1,3", f"--output={folders / 'mixed'}"]) == 0
+    base, merged, mixed = (load_file(folders / name / "model.safetensors") for name in ("base", "merged", "mixed"))
+    for name, got in mixed.items():
+        np.testing.assert_allclose(got, 0.25 * base[name] + 0.75 * merged[name], rtol=1e-5, atol=1e-6)
+    assert (folders / "mixed" / "tokenizer.json").is_file()
+    assert main.main(["merge", both, "--recipe=passthrough", "--layers=0:1,0:2", f"--output={folders / 'deep'}"]) == 0
+    assert json.loads((folders / "deep" / "config.json").read_text())["num_hidden_layers"] == 3
+
+
 WRONG = {
     ("export",): "--output=FOLDER is needed",
     ("merge", "--output=x"): "name what to fold in",
     ("export", "--output=x", "--workdir=y", "--model=z"): "by itself",
+    ("merge", "--output=x", "--models=a,b", "--adapter=c"): "mixes whole models",
     ("export", "--output=x", "--workdir=nowhere"): "holds no run",
 }
 
