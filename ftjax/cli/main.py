@@ -28,8 +28,20 @@ _EXPECTED = (ValueError, OSError, ImportError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return the exit code: 0 done, 1 an error, 2 a wrong command line, 130 aborted by a second Ctrl-C."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Run the command line and return the exit code.
+
+    It is 0 done, 1 an error, 2 a wrong command line, 130 aborted by a second Ctrl-C, 141 the reader of a pipe has gone, as `head` does.
+    """
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more when it ends
+        return 141
+
+
+def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
@@ -104,7 +116,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _fail(error: Exception) -> int:
-    if os.environ.get("FTJAX_TRACEBACK"):
+    if os.environ.get("FTJAX_TRACEBACK") or isinstance(error, BrokenPipeError):
         raise error
     return _complain(f"{error}\n(FTJAX_TRACEBACK=1 shows where this came from)", 1)
 

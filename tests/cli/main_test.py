@@ -1,5 +1,6 @@
 """The command line reads well, is quick, and knows what a user meant."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -25,6 +26,15 @@ def test_help_lists_every_command_and_imports_nothing_heavy():
     for name, line in main.COMMANDS.items():
         assert f"  {name}" in done.stdout and line in done.stdout and len(line) < 80
     assert main.START in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]])
+def test_a_reader_that_goes_away_is_no_error(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "ftjax", *arguments], cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("name", main.COMMANDS)
