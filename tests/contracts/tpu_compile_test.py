@@ -4,25 +4,24 @@ libtpu compiles for a described topology on a CPU host. It tells how much memory
 runs; it tells nothing of speed. The lowest optimisation level is six times faster to compile and needs slightly more memory.
 """
 
-import dataclasses
 import math
 import os
+import pathlib
 import re
-from functools import partial
 
 import jax
-import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
-from ftjax import losses, models, optimizers, peft, scoring, sharding
-from ftjax.train import init_state, make_train_step
-from ftjax.types import Batch
+from ftjax import models, sharding
+from ftjax.cli import config as configs
+from tests import abstract
 
+FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 HBM = 15.75 * 2**30  # of a v5e chip, as libtpu has it
 CASES = {
-    "quickstart": dict(name="smollm2-135m", axes={}, rows=16, time=512, remat="none"),
-    "llama_8b": dict(name="llama-3-8b", axes={"data": 1, "fsdp": 4, "tensor": 4}, rows=16, time=2048, remat="full"),
+    "quickstart": {"data.batch_size": 64},  # on each chip what the config has on one device
+    "sft_llama3_8b_lora": {"mesh.fsdp": 4, "mesh.tensor": 4},
 }
 
 
@@ -38,21 +37,13 @@ def v5e():
     jax.config.update("jax_optimization_level", "UNKNOWN")
 
 
-def compiled_step(mesh, *, name, rows, time, remat):
-    """Return the compiled LoRA step of a preset in bfloat16, and its config; only shapes exist."""
-    config = dataclasses.replace(models.preset(name), dtype="bfloat16")
-    model = sharding.on_mesh(models.build(config, remat=remat), mesh)
-    method = peft.lora("all-linear", rank=16)
-    optimizer = optimizers.build("adamw", learning_rate=1e-4, steps=10)
-    key = jax.random.key(0)
-    frozen, trainable = jax.eval_shape(lambda key: method.init(key, model.init(key)), key)
-    state = jax.eval_shape(partial(init_state, optimizer=optimizer), key, trainable)
-    where = sharding.state_shardings(state, mesh)
-    shards = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
-    step = make_train_step(partial(scoring.score, model, batch_shards=shards), method, losses.sft, optimizer, state_sharding=where)
-    ids, mask = (jax.ShapeDtypeStruct((rows, time), dtype, sharding=sharding.batch_sharding(mesh)) for dtype in (jnp.int32, jnp.float32))
-    frozen = sharding.abstract(frozen, sharding.shardings(frozen, mesh))
-    return step.lower(sharding.abstract(state, where), frozen, Batch(ids, mask, ids, ids)).compile(), config
+def compiled_step(spec, fields, devices):
+    """Return the compiled step that `ftjax train` takes with a config, the config, and its mesh."""
+    config = configs.load(str(FOLDER / spec))
+    config.update_from_flattened_dict({"model.dtype": "bfloat16", **fields})  # what "auto" is on a TPU: this process runs on a CPU
+    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+    step = abstract.built(config, mesh)
+    return step.train_step.lower(step.state, step.frozen, step.batch).compile(), config, mesh
 
 
 def shapes(hlo: str, pattern: str = "") -> set[tuple[int, ...]]:
@@ -64,27 +55,26 @@ def shapes(hlo: str, pattern: str = "") -> set[tuple[int, ...]]:
     return {tuple(map(int, match.split(","))) for match in found}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_step_fits_and_moves_only_what_it_must(case, v5e, capsys):
-    options = dict(CASES[case])
-    mesh = sharding.make_mesh(**options.pop("axes"), devices=v5e)
-    compiled, config = compiled_step(mesh, **options)
+@pytest.mark.parametrize("name", CASES)
+def test_the_step_of_a_config_fits_and_moves_only_what_it_must(name, v5e, capsys):
+    compiled, config, mesh = compiled_step(f"{name}.py", CASES[name], v5e)
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     with capsys.disabled():
         parts = {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes, "peak": memory.peak_memory_in_bytes}
-        print(f"\n{case} on v5e 4x4, per device: " + ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in parts.items()))
+        print(f"\n{name} on v5e 4x4, per device: " + ", ".join(f"{part} {size / 2**30:.2f} GiB" for part, size in parts.items()))
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < HBM
 
-    vocabulary = {config.vocab_size, config.vocab_size // mesh.shape["tensor"]}
-    my_tokens = options["rows"] // math.prod(mesh.shape[axis] for axis in sharding.ROWS) * options["time"]
-    of_tokens = [s for s in shapes(hlo) if s[-1] in vocabulary and math.prod(s[:-1]) >= my_tokens and config.hidden_size not in s]
+    model, rows, tokens = models.preset(config.model.preset), config.data.batch_size, config.data.max_tokens
+    vocabulary = {model.vocab_size, model.vocab_size // mesh.shape["tensor"]}
+    my_tokens = rows // math.prod(mesh.shape[axis] for axis in sharding.ROWS) * tokens
+    of_tokens = [s for s in shapes(hlo) if s[-1] in vocabulary and math.prod(s[:-1]) >= my_tokens and model.hidden_size not in s]
     assert not of_tokens, "the logits of all tokens are held at once"
 
     moved = shapes(hlo, r" (all-gather|all-reduce|all-to-all|reduce-scatter)(-start)?\(")
-    matrices = {config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim}
-    stacked = {s for s in moved if len(s) == 3 and s[0] == config.num_hidden_layers and set(s[1:]) <= matrices}
+    matrices = {model.hidden_size, model.intermediate_size, model.num_key_value_heads * model.head_dim}
+    stacked = {s for s in moved if len(s) == 3 and s[0] == model.num_hidden_layers and set(s[1:]) <= matrices}
     assert not stacked, "a stack of layers is gathered whole"
-    assert not {s for s in moved if s[:2] == (options["rows"], options["time"])}, "rows leave their device"
+    assert not {s for s in moved if s[:2] == (rows, tokens)}, "rows leave their device"
     # Two scans over layers and one over chunks: attention has its accelerator form, without a loop over heads.
     assert len(re.findall(r" while\(", hlo)) == 3
 
@@ -92,6 +82,6 @@ def test_the_step_fits_and_moves_only_what_it_must(case, v5e, capsys):
 def test_without_gathering_leaves_rows_do_leave_their_device(v5e, monkeypatch):
     """What `on_mesh` is for: by itself the compiler splits activations over `fsdp` and moves every row everywhere."""
     monkeypatch.setattr(sharding, "on_mesh", lambda model, mesh: model)
-    mesh = sharding.make_mesh(data=1, fsdp=4, tensor=4, devices=v5e)
-    hlo = compiled_step(mesh, name="tiny-qwen3", rows=16, time=128, remat="none")[0].as_text()
+    fields = {"mesh.fsdp": 4, "mesh.tensor": 4, "data.batch_size": 16}
+    hlo = compiled_step("sft_qwen3_4b_lora.py:smoke", fields, v5e)[0].as_text()
     assert {s for s in shapes(hlo, r" (all-gather|all-reduce)(-start)?\(") if s[:2] == (16, 128)}
