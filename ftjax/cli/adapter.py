@@ -16,24 +16,29 @@ from ftjax.hf import peft as hf_peft
 from ftjax.types import Params, Plan
 
 
-def export(folder: epath.Path, loaded: Loaded, trainable: Params, plans: Sequence[Plan], *, say: Callable) -> epath.Path | None:
+def export(
+    folder: epath.Path, loaded: Loaded, trainable: Params, plans: Sequence[Plan], *, say: Callable, frozen: Params | None = None
+) -> epath.Path | None:
     """Write what was trained and the tokenizer, in place of an earlier export; return the folder, or None where it is no adapter to PEFT.
 
     A local folder appears when everything in it is written.
 
-    All processes take part; process 0 writes. `say` tells the user why nothing was written.
+    All processes take part; process 0 writes. `say` tells the user why nothing was written. `frozen` is needed by methods that keep arrays
+    of their own in the frozen tree.
     """
-    if not any("rank" in row.options for row in plans if row.method in trainable):
+    own = {row.method for row in plans}
+    frozen = {name: branch for name, branch in (frozen or {}).items() if name in own}
+    if not hf_peft.exportable(plans):
         return None
     if jax.process_count() > 1:
-        trainable = multihost_utils.process_allgather(trainable, tiled=True)
+        trainable, frozen = multihost_utils.process_allgather((trainable, frozen), tiled=True)
     if jax.process_index() != 0:
         return None
     remote = "://" in str(folder)
     with tempfile.TemporaryDirectory(prefix=".adapter.", dir=None if remote else folder.parent) as temporary:
         written = Path(temporary) / "adapter"
         try:
-            hf_peft.save_adapter(written, loaded.model, trainable, plans, base_name=loaded.name, tokenizer=loaded.tokenizer)
+            hf_peft.save_adapter(written, loaded.model, trainable, plans, base_name=loaded.name, tokenizer=loaded.tokenizer, frozen=frozen)
         except ValueError as error:
             say(f"no adapter folder was written: {error}")
             return None

@@ -165,7 +165,7 @@ def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool 
             )
 
     # ---- result ----
-    exported = adapter.export(workdir / "adapter", loaded, state.trainable, plans, say=terminal.say)
+    exported = adapter.export(workdir / "adapter", loaded, state.trainable, plans, say=terminal.say, frozen=frozen)
     if first:
         show.ending(terminal, workdir, config, memory.before, after, reason=reason, exported=exported, seconds=time.monotonic() - began)
 

@@ -86,6 +86,11 @@ def save_adapter(
     leaves = _model_leaves(model)
     _check_exportable(trainable, full_rows, adapter_rows, full_paths, leaves)
     form, own = peft.FORMATS[_kind(adapter_rows[0])], tree.flatten((frozen or {}).get(adapter_rows[0].method, {}))
+    untrained = [
+        f"{path}/{field}" for row in adapter_rows for path in row.paths for field, tensor in form.tensors.items() if not tensor.trained
+    ]
+    if absent := [field for field in (*form.shared, *untrained) if field not in own]:
+        raise ValueError(f"peft: {adapter_rows[0].method} keeps {absent[0]!r} in the frozen tree, which was not given: pass frozen=frozen")
     config = _config(form, adapter_rows, full_paths, leaves, flat[adapter_rows[0].method]) | {"base_model_name_or_path": base_name or None}
     found = {tensor.key: tensors.theirs(np.asarray(own[field]), tensor.axes) for field, tensor in form.shared.items() if field in own}
     for row in adapter_rows:
@@ -123,9 +128,11 @@ def _check_exportable(
         form = peft.FORMATS[_kind(row)]
         if tensors.EMBEDDING in row.paths and not form.embeddings:
             problems.append(f"PEFT has no {form.peft_type} on embeddings")
+        for option, value in form.only.items():
+            if row.options.get(option, value) != value:
+                problems.append(f"PEFT has {form.peft_type} with {option}={value!r} only, not {row.options[option]!r}")
         for option, field in form.options.items():
-            patterned = PATTERNS.get(option) in form.defaults
-            if not patterned and row.options.get(option) != adapter_rows[0].options.get(option):
+            if option not in form.patterns and row.options.get(option) != adapter_rows[0].options.get(option):
                 problems.append(f"PEFT has one {field} for all modules")
     saved = {path.rpartition("/")[0] for path in full_paths}
     problems += [
@@ -140,15 +147,14 @@ def _config(
 ) -> dict[str, Any]:
     config = fields(form) | dict(form.constants)
     paths = [path for row in rows for path in row.paths]
-    patterned = [option for option in form.options if PATTERNS.get(option) in form.defaults]
     counts = Counter()
     for row in rows:
-        counts[tuple(row.options[option] for option in patterned)] += len(row.paths)
-    common = dict(rows[0].options) | dict(zip(patterned, counts.most_common(1)[0][0], strict=True))
+        counts[tuple(row.options[option] for option in form.patterns)] += len(row.paths)
+    common = dict(rows[0].options) | dict(zip(form.patterns, counts.most_common(1)[0][0], strict=True))
     for option, field in form.options.items():
         if option in common:
             config[field] = to_peft(form, option, common[option])
-    for option in patterned:
+    for option in form.patterns:
         others = [row for row in rows if row.options[option] != common[option]]
         config[PATTERNS[option]] = {name: to_peft(form, option, row.options[option]) for row in others for name in short(row.paths, leaves)}
     for field, mark in form.lists.values():

@@ -27,7 +27,7 @@ COMMON: dict[str, Any] = {
 PATTERNS = {"rank": "rank_pattern", "alpha": "alpha_pattern"}
 """The config field that gives an option another value for some modules."""
 
-_HONOURED = ("exclude_modules", "layers_to_transform", *PATTERNS.values())
+_HONOURED = ("exclude_modules", "layers_to_transform")
 
 
 def fields(form: Format) -> dict[str, Any]:
@@ -72,8 +72,9 @@ def check(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _not_yet(config: Mapping[str, Any], form: Format) -> list[str]:
     """Return the fields that change what the adapter computes in a way that the method does not know."""
-    mapped = {*form.options.values(), *(field for field, _ in form.lists.values())}
-    expected = {field: v for field, v in form.defaults.items() if field not in {*mapped, *form.ignored, *_HONOURED}} | dict(form.constants)
+    lists, patterns = (field for field, _ in form.lists.values()), (PATTERNS[option] for option in form.patterns)
+    spoken_of = {*form.options.values(), *lists, *patterns, *form.ignored, *_HONOURED}
+    expected = {field: v for field, v in form.defaults.items() if field not in spoken_of} | dict(form.constants)
     problems = [f"not yet: {field}={config[field]!r}" for field, v in expected.items() if (config[field] or None) != (v or None)]
     for field, beginnings in form.refused.items():
         if str(config[field]).startswith(beginnings):

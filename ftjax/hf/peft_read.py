@@ -85,15 +85,15 @@ def _assign(by_module: Mapping[str, tensors.Found], config: Mapping[str, Any], o
 
 def _value(form: peft.Format, config: Mapping[str, Any], option: str, module: str) -> Any:
     """Return what a config says of an option for one module."""
-    return from_peft(form, option, value_of(config.get(PATTERNS[option], {}), module, config[form.options[option]]))
+    others = config[PATTERNS[option]] if option in form.patterns else {}
+    return from_peft(form, option, value_of(others, module, config[form.options[option]]))
 
 
 def leaves_and_options(parts: Parts, config: Mapping[str, Any], leaves: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Return `{path/field: array}` and the method's arguments."""
     form, arrays = peft.FORMATS[kind_of(config)], {}
     options = {option: from_peft(form, option, config[field]) for option, field in form.options.items()}
-    patterned = [option for option in form.options if PATTERNS.get(option) in form.defaults]
-    for option in patterned:
+    for option in form.patterns:
         options[PATTERNS[option]] = {}
     for path, layers in parts.layers.items():
         shape = leaves[path].shape
@@ -105,7 +105,7 @@ def leaves_and_options(parts: Parts, config: Mapping[str, Any], leaves: Mapping[
             scales = {module: scale[module] / scale[first] for module in layers}
         for field, value in tensors.stack(path, shape, layers, form, scales).items():
             arrays[f"{path}/{field}"] = value
-        for option in patterned:
+        for option in form.patterns:
             if local[first][option] != options[option]:
                 options[PATTERNS[option]][path] = local[first][option]
     for option, (_, mark) in form.lists.items():

@@ -67,7 +67,8 @@ def write_leaf(
     for field, array in arrays.items():
         tensor = form.tensors[field]
         for module, one in zip(chosen, array if names.is_stacked(path) else array[None], strict=True):
-            found[f"{PREFIX}{module}.{key_of(tensor, path)}"] = theirs(one, tensor.axes)
+            turned = tensor.turn[0](one, *shape[-2:]) if tensor.turn else theirs(one, tensor.axes)
+            found[f"{PREFIX}{module}.{key_of(tensor, path)}"] = turned
     return found
 
 
@@ -140,7 +141,8 @@ def stack(path: str, shape: Shape, layers: Mapping[str, Found], form: Format, sc
     arrays = {}
     for field in layers[next(iter(layers))]:
         tensor = form.tensors[field]
-        values = {module: ours(fields[field].read(), tensor.axes) for module, fields in layers.items()}
+        read = {module: fields[field].read() for module, fields in layers.items()}
+        values = {m: tensor.turn[1](array, *shape[-2:]) if tensor.turn else ours(array, tensor.axes) for m, array in read.items()}
         _check_stackable(path, field, values, form, absent=len(modules) - len(values))
         largest = [max(sizes) for sizes in zip(*(value.shape for value in values.values()), strict=True)]
         dtype = np.float32 if tensor.trained else next(iter(values.values())).dtype

@@ -8,17 +8,17 @@ from ftjax.peft.chain import chain
 from ftjax.peft.dora import DORA, dora
 from ftjax.peft.format import Format, Tensor
 from ftjax.peft.full import full
-from ftjax.peft.ia3 import ia3
+from ftjax.peft.ia3 import IA3, ia3
 from ftjax.peft.layers import on_layers
 from ftjax.peft.lora import LORA, lora
 from ftjax.peft.lora_fa import LORA_FA, lora_fa
 from ftjax.peft.merge import merge
 from ftjax.peft.neftune import neftune
-from ftjax.peft.vera import vera
+from ftjax.peft.vera import VERA, vera
 
 METHODS = {"dora": dora, "full": full, "ia3": ia3, "lora": lora, "lora_fa": lora_fa, "neftune": neftune, "vera": vera}
 
-FORMATS: dict[str, Format] = {"lora": LORA, "dora": DORA, "lora_fa": LORA_FA}
+FORMATS: dict[str, Format] = {"lora": LORA, "dora": DORA, "lora_fa": LORA_FA, "ia3": IA3, "vera": VERA}
 
 __all__ = [
     "FORMATS",

@@ -25,6 +25,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+
+Turn = Callable[[np.ndarray, int, int], np.ndarray]
+"""`(array of one layer, i, o) -> array`."""
+
 
 class Tensor(NamedTuple):
     """Where PEFT keeps one field of a leaf, and in which order of axes."""
@@ -40,6 +45,8 @@ class Tensor(NamedTuple):
     """What fills a layer of a stack that has no adapter, so that it stays as it is; None: no constant would."""
     optional: bool = False
     """A file need not hold it."""
+    turn: tuple[Turn, Turn] | None = None
+    """To PEFT's and back where an order of axes cannot say it, instead of `axes`; those then name PEFT's sizes."""
     trained: bool = True
     """False: it is in the frozen tree, under the method's name and the leaf's path."""
 
@@ -51,8 +58,12 @@ class Format(NamedTuple):
     tensors: Mapping[str, Tensor]
     """By field, the last part of a path in the trainable tree. Fields with one key are told apart by their shapes."""
     options: Mapping[str, str] = {}
-    """`{our option: PEFT's config field}`, of what both have. `rank` and `alpha` differ by module where `defaults` has `rank_pattern` and
-    `alpha_pattern`; of every other option a file has one value."""
+    """`{our option: PEFT's config field}`, of what both have."""
+    patterns: tuple[str, ...] = ()
+    """Those of `rank` and `alpha` that may differ by module, by PEFT's `rank_pattern` and ours. Of every other option a file has one
+    value."""
+    only: Mapping[str, Any] = {}
+    """`{our option: value}` of options that PEFT has not: a method with another value is not written."""
     lists: Mapping[str, tuple[str, str]] = {}
     """`{our option: (PEFT's config field, our field)}`: PEFT lists the modules whose leaf has this field, and the option is a filter."""
     values: Mapping[str, Mapping[Any, Any]] = {}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import tree, weights
+from ftjax.peft.format import Format, Tensor
 from ftjax.peft.layers import Layers
 from ftjax.peft.riding import riding
 from ftjax.types import Transform, pytree
@@ -90,3 +91,12 @@ def ia3(
     neutral = {"inputs": 1.0, "outputs": 1.0}
     options = {"feedforward": None if feedforward is None else tree.describe(feedforward)}
     return riding(make, Rescaled, name=name, targets=targets, exclude=exclude, layers=layers, neutral=neutral, options=options)
+
+
+IA3 = Format(
+    peft_type="IA3",
+    tensors={"inputs": Tensor("ia3_l", "i->1i", neutral=1.0), "outputs": Tensor("ia3_l", "o->o1", neutral=1.0)},
+    lists={"feedforward": ("feedforward_modules", "inputs")},
+    defaults={"exclude_modules": None, "feedforward_modules": None, "fan_in_fan_out": False, "init_ia3_weights": True},
+    ignored=("init_ia3_weights",),
+)

@@ -204,6 +204,7 @@ LORA = Format(
         "b": Tensor("lora_B.weight", "ro->or", embedding="lora_embedding_B"),
     },
     options={"rank": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dropout": "lora_dropout"},
+    patterns=("rank", "alpha"),
     defaults={
         "r": 8,
         "exclude_modules": None,

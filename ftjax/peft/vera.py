@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import tree, weights
+from ftjax.peft.format import Format, Tensor
 from ftjax.peft.layers import Layers
 from ftjax.peft.projections import TorchGenerator
 from ftjax.peft.riding import Added, check_range, riding
@@ -117,3 +118,24 @@ def vera(
 
     options = {"rank": rank, "d_initial": d_initial, "seed": seed}
     return riding(make, VeraWeight, name=name, targets=targets, exclude=exclude, layers=layers, freeze=freeze, options=options)
+
+
+VERA = Format(
+    peft_type="VERA",
+    tensors={"lambda_b": Tensor("vera_lambda_b", "o->o"), "lambda_d": Tensor("vera_lambda_d", "r->r")},
+    shared={"a": Tensor("base_model.vera_A", "xr->rx", optional=True), "b": Tensor("base_model.vera_B", "ry->yr", optional=True)},
+    options={"rank": "r", "d_initial": "d_initial", "seed": "projection_prng_key"},
+    defaults={
+        "r": 256,
+        "projection_prng_key": 0,
+        "save_projection": True,
+        "vera_dropout": 0.0,
+        "d_initial": 0.1,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "init_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    },
+    ignored=("save_projection", "vera_dropout", "init_weights"),
+)

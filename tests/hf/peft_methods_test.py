@@ -1,0 +1,190 @@
+"""Methods beyond LoRA in PEFT's folders: PEFT's numbers from PEFT's files, and ours back bitwise. A method joins by a line in a table."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from ftjax import models, peft, tree, weights
+from ftjax.hf import folder, load, peft_config
+from ftjax.hf import names as hf_names
+from ftjax.hf import peft as hf_peft
+
+GOLDENS = Path(__file__).parents[1] / "goldens" / "peft"  # third_party/peft/folder_golden.py
+FOLDERS = {"dora": "dora", "ia3": "ia3", "vera": "vera", "vera_drawn": "vera"}
+METHODS = {
+    "dora": partial(peft.dora, ["q_proj", "lm_head"], rank=3, alpha=6, rank_pattern={"lm_head": 2}, dropout=0.25),
+    "lora_fa": partial(peft.lora_fa, ["q_proj", "embed_tokens"], rank=3, rslora=True),
+    "ia3": partial(peft.ia3),
+    "ia3 without": partial(peft.ia3, ["q_proj"], feedforward=None),
+    "vera": partial(peft.vera, ["q_proj", "down_proj"], rank=5, seed=3),
+}
+LAYERS = {
+    "vera": (partial(peft.vera, ["q_proj"], rank=5, layers=[0, 2]), {"layers_to_transform": [0, 2], "target_modules": ["q_proj"]}),
+    "ia3": (
+        partial(peft.ia3, ["k_proj"], layers="last 1"),
+        {"target_modules": ["model.layers.2.self_attn.k_proj"], "feedforward_modules": []},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def base():
+    checkpoint = folder.read(GOLDENS / "base")
+    model = models.build(models.config_from_hf(checkpoint.config))
+    return model, load.load_params(checkpoint, model)
+
+
+def logits(model, params):
+    hidden, _ = model.apply(params, jnp.asarray((np.arange(10, dtype=np.int32) * 11 % 61)[None]))
+    return model.unembed(model.head(params), hidden)[0]
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_logits_gradients_and_merged_weights_are_those_of_peft(base, name):
+    model, params = base
+    adapter, golden = hf_peft.load_adapter(GOLDENS / name, model), safetensors.numpy.load_file(GOLDENS / name / "check.safetensors")
+    assert adapter.kind == FOLDERS[name]
+    frozen = adapter.join(params)
+
+    def loss(trainable):
+        got = logits(model, adapter.method.attach(frozen, trainable))
+        return jnp.sum(got * golden["G"]), got
+
+    gradient, got = jax.grad(loss, has_aux=True)(adapter.trainable)
+    close(got, np.load(GOLDENS / name / "logits.npy"), 1e-5)
+    form = peft.FORMATS[adapter.kind]
+    theirs = {}
+    for row in adapter.method.plan(params):
+        flat = tree.flatten(gradient[row.method])
+        for path in row.paths:
+            arrays = {field: np.asarray(flat[f"{path}/{field}"]) for field in form.tensors if f"{path}/{field}" in flat}
+            theirs |= hf_peft.tensors.write_leaf(path, tree.flatten(params)[path].shape, arrays, form)
+    wanted = {key.removeprefix("grad|"): value for key, value in golden.items() if key.startswith("grad|")}
+    assert theirs.keys() == wanted.keys()
+    for key, value in wanted.items():
+        close(theirs[key], value, 5e-5, key)
+    merged = tree.flatten(weights.dense(adapter.method.attach(frozen, adapter.trainable)))
+    for key in [key for key in golden if key.startswith("merged|")]:
+        path, layer = hf_names.path(key.removeprefix("merged|") + ".weight")
+        ours = merged[path] if layer is None else merged[path][layer]
+        close(ours.T if hf_names.is_transposed(path) else ours, golden[key], 1e-5, key)
+
+
+def close(got, want, tolerance, what=""):
+    assert np.abs(np.asarray(got) - want).max() <= tolerance * np.abs(want).max(), what
+
+
+def trained(method, params):
+    rng = np.random.default_rng(0)
+    frozen, start = method.init(jax.random.key(0), params)
+    return frozen, jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)), start)
+
+
+def save(target, model, method, params, frozen, trainable):
+    hf_peft.save_adapter(target, model, trainable, method.plan(params), base_name="org/base", frozen=frozen)
+    return json.loads((target / hf_peft.CONFIG).read_text()), (target / hf_peft.WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_round_trip_is_bitwise_and_computes_the_same(tmp_path, base, name):
+    model, params = base
+    method = METHODS[name]()
+    frozen, trainable = trained(method, params)
+    config, data = save(tmp_path / "a", model, method, params, frozen, trainable)
+    adapter = hf_peft.load_adapter(tmp_path / "a", model)
+    joined = adapter.join(params)
+    np.testing.assert_array_equal(
+        logits(model, adapter.method.attach(joined, adapter.trainable)), logits(model, method.attach(frozen, trainable))
+    )
+    assert save(tmp_path / "b", model, adapter.method, params, joined, adapter.trainable) == (config, data)
+
+
+@pytest.mark.parametrize("name", [name for name in FOLDERS if "_" not in name])
+def test_the_fields_and_tensors_are_those_that_peft_writes(tmp_path, base, name):
+    model, params = base
+    adapter = hf_peft.load_adapter(GOLDENS / name, model)
+    ours, _ = save(tmp_path / "a", model, adapter.method, params, adapter.join(params), adapter.trainable)
+    theirs = json.loads((GOLDENS / name / hf_peft.CONFIG).read_text())
+    lists = {field: sorted(theirs[field]) for field in ("target_modules", "feedforward_modules") if field in theirs}
+    assert ours == {**theirs, **lists, "base_model_name_or_path": "org/base"}
+    files = [safetensors.numpy.load_file(path / hf_peft.WEIGHTS) for path in (tmp_path / "a", GOLDENS / name)]
+    assert files[0].keys() == files[1].keys()
+    for key, value in files[1].items():
+        np.testing.assert_array_equal(files[0][key], value, err_msg=key)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_adapter_of_some_layers_names_them(tmp_path, base, name):
+    model, params = base
+    make, fields = LAYERS[name]
+    frozen, trainable = trained(make(), params)
+    config, _ = save(tmp_path / "a", model, make(), params, frozen, trainable)
+    assert {field: config[field] for field in fields} == fields
+    adapter = hf_peft.load_adapter(tmp_path / "a", model)
+    got, want = (
+        logits(model, m.attach(f, t))
+        for m, f, t in ((adapter.method, adapter.join(params), adapter.trainable), (make(), frozen, trainable))
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_dora_on_some_layers_of_a_leaf_is_refused(tmp_path, base):
+    model, params = base
+    method = peft.on_layers(peft.dora(["q_proj"], rank=2), [1])
+    save(tmp_path / "a", model, method, params, *trained(method, params))
+    with pytest.raises(
+        ValueError, match="not yet: LORA with 'magnitude' on some layers of 'layers/self_attn/q_proj/kernel' only, 2 have none"
+    ):
+        hf_peft.load_adapter(tmp_path / "a", model)
+
+
+@pytest.mark.parametrize(("name", "field"), [("vera", "a"), ("lora_fa", "embed_tokens/kernel/a")])
+def test_what_is_kept_in_the_frozen_tree_is_asked_for(tmp_path, base, name, field):
+    model, params = base
+    method = METHODS[name]()
+    with pytest.raises(ValueError, match=f"keeps '{field}' in the frozen tree, which was not given: pass frozen=frozen"):
+        save(tmp_path / "a", model, method, params, None, trained(method, params)[1])
+
+
+def test_lora_fa_is_a_lora_to_those_who_read_it(tmp_path, base):
+    model, params = base
+    method = METHODS["lora_fa"]()
+    frozen, trainable = trained(method, params)
+    save(tmp_path / "a", model, method, params, frozen, trainable)
+    adapter = hf_peft.load_adapter(tmp_path / "a", model)
+    assert adapter.kind == "lora"
+    for path, leaf in tree.flatten(tree.combine(frozen["lora_fa"], trainable["lora_fa"])).items():
+        np.testing.assert_array_equal(tree.flatten(adapter.trainable["lora"])[path], leaf)
+
+
+def test_half_a_dora_is_listed(tmp_path, base):
+    path = tmp_path / "a"
+    path.mkdir()
+    config = json.loads((GOLDENS / "plain" / hf_peft.CONFIG).read_text())
+    (path / hf_peft.CONFIG).write_text(json.dumps(config | {"use_dora": True}))
+    (path / hf_peft.WEIGHTS).write_bytes((GOLDENS / "plain" / hf_peft.WEIGHTS).read_bytes())
+    with pytest.raises(ValueError, match=r"missing: base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector \[24\]"):
+        hf_peft.load_adapter(path, base[0])
+
+
+@pytest.mark.parametrize("kind", peft.FORMATS)
+def test_a_format_speaks_of_what_its_method_has(kind):
+    """Every name in a record exists: arguments of the method, config fields among the defaults."""
+    form, fields = peft.FORMATS[kind], peft_config.fields(peft.FORMATS[kind])
+    arguments = peft.METHODS[kind].__kwdefaults__.keys()
+    assert {*form.options, *form.lists, *form.only} <= arguments and {peft_config.PATTERNS[o] for o in form.patterns} <= arguments
+    assert {
+        *form.options.values(),
+        *form.constants,
+        *form.ignored,
+        *form.refused,
+        *(field for field, _ in form.lists.values()),
+    } <= fields.keys()
+    assert form.values.keys() <= form.options.keys() and (not form.scaled or form.scaled in form.tensors)
+    assert all(set(here) - {"1"} == set(there) - {"1"} for here, there in (t.axes.split("->") for t in form.tensors.values() if not t.turn))

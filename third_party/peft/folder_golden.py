@@ -1,0 +1,74 @@
+"""Make golden PEFT folders of methods beyond LoRA over the base of lora_golden.py, with logits, gradients and merged weights.
+
+    python third_party/peft/folder_golden.py [NAME …]
+
+Reference: peft 0.21.2, transformers 5.23.0, torch 2.13.0 (CPU), seed 0. Writes tests/goldens/peft/<name>: the adapter as PEFT saves it,
+`logits.npy` of TOKENS, and `check.safetensors` with `grad|<name in the folder>` of loss = Σ G ⊙ logits for every trainable tensor and
+`merged|<module>` for the targeted modules of layer 0 and outside the layers.
+"""
+
+import shutil
+import sys
+
+import numpy as np
+import peft
+import torch
+import transformers
+from lora_golden import GOLDENS, TOKENS
+from safetensors.torch import save_file
+
+ADAPTERS = {
+    "dora": peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        use_dora=True,
+        r=2,
+        lora_alpha=3,
+        target_modules=["q_proj", "down_proj", "lm_head", "embed_tokens"],
+        rank_pattern={"q_proj": 3},
+    ),
+    "ia3": peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "vera": peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj", "up_proj"], r=5),
+    "vera_drawn": peft.VeraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=5, save_projection=False, projection_prng_key=3
+    ),
+}
+
+
+def targets(model):
+    """Return the modules that an adapter rides on, by the base's name of them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+
+
+def make(name, config):
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM.from_pretrained(GOLDENS / "base", attn_implementation="eager").float().eval()
+    model = peft.get_peft_model(base, config).eval()
+    trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    folder = GOLDENS / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    logits = model(torch.tensor(TOKENS)).logits[0]
+    weight = torch.randn_like(logits)
+    (logits * weight).sum().backward()
+    np.save(folder / "logits.npy", logits.detach().numpy())
+    found = {"G": weight}
+    for key, parameter in trained.items():
+        short = key.replace(".default", "").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+        found[f"grad|{short}"] = parameter.grad
+    modules = [key for key in targets(model) if "layers." not in key or "layers.0." in key]
+    merged = model.merge_and_unload()
+    found |= {f"merged|{key}": merged.get_submodule(key).weight.detach() for key in modules}
+    save_file({key: tensor.contiguous().clone() for key, tensor in found.items()}, folder / "check.safetensors")
+    text = (folder / "adapter_config.json").read_text()
+    (folder / "adapter_config.json").write_text(text.replace(str(GOLDENS / "base"), "base"))
+    (folder / "README.md").unlink()
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ADAPTERS:
+        make(name, ADAPTERS[name])
