@@ -89,6 +89,21 @@ class Checkpoints:
         stored = self._stored_record(step)
         return Record(**{name: stored[name] for name in Record._fields})
 
+    def last_record(self, *, fall_back: bool = False) -> Record | None:
+        """Read what stands beside the last state, or with `fall_back` beside the last whose record is not damaged; None if there is none.
+
+        Raises:
+          CheckpointError: the record, or with `fall_back` the record of every checkpoint, is damaged.
+        """
+        for candidate in reversed(steps := self.steps()):
+            try:
+                self.verify(candidate, only=RECORD)
+                return self.record(candidate)
+            except CheckpointError:
+                if not fall_back or candidate == steps[0]:
+                    raise
+        return None
+
     def save(self, state: TrainState, record: Record) -> None:
         """Start saving; return as soon as the state may change again. A checkpoint of this step that is there already is left alone."""
         self.wait()
@@ -152,11 +167,11 @@ class Checkpoints:
                     aside.rmtree()
                 self._path(step).rename(aside)
 
-    def verify(self, step: int) -> None:
-        """Compare every file of a checkpoint with its manifest."""
+    def verify(self, step: int, *, only: str | None = None) -> None:
+        """Compare every file of a checkpoint with its manifest, or `only` the one of that name."""
         path = self._path(step)
         try:
-            manifest.verify(path)
+            manifest.verify(path, only=only)
         except manifest.Damaged as error:
             remedy = f"Remove {path} or set --config.checkpoint.fall_back to go on from the one before."
             raise CheckpointError(f"checkpoint: {error} {remedy}") from error

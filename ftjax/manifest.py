@@ -23,17 +23,18 @@ def write(folder: epath.Path) -> None:
     _write_whole(folder / MANIFEST, json.dumps({"files": files}, indent=1))
 
 
-def verify(folder: epath.Path) -> None:
-    """Compare every file of a folder with its manifest.
+def verify(folder: epath.Path, *, only: str | None = None) -> None:
+    """Compare every file of a folder with its manifest, or `only` the one of that name.
 
     Raises:
       Damaged: one differs or is missing, or the manifest itself cannot be read.
     """
     try:
         digests = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        named = digests.items() if only is None else [(only, digests[only])]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{folder / MANIFEST} cannot be read: {error}.") from error
-    for name, digest in digests.items():
+    for name, digest in named:
         if not (folder / name).exists():
             raise Damaged(f"{folder / name} is missing.")
         if (found := _sha256(folder / name)) != digest:

@@ -152,6 +152,23 @@ def test_falling_back_happens_only_when_told(saved, key, capsys):
         assert saved.restore(make_state(key))[1].step == 20
 
 
+@pytest.mark.parametrize("name", [checkpoint.RECORD, manifest.MANIFEST])
+def test_the_last_record_is_the_last_that_its_manifest_vouches_for(saved, name):
+    assert saved.last_record() == record(20, loss=0.05)
+    path = saved.folder / "00000020" / name
+    path.write_text(path.read_text().replace("0", "1"))  # JSON still, of other numbers
+    with pytest.raises(checkpoint.CheckpointError, match=r"00000020/record.json was changed .* set --config.checkpoint.fall_back"):
+        saved.last_record()
+    assert saved.last_record(fall_back=True) == record(10, loss=0.1)
+    (saved.folder / "00000010" / checkpoint.RECORD).unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="00000010/record.json is missing"):
+        saved.last_record(fall_back=True)
+
+
+def test_a_run_without_a_checkpoint_has_no_last_record(tmp_path):
+    assert Checkpoints(tmp_path).last_record() is None
+
+
 def test_reading_changes_nothing_on_the_disk(saved, key, tmp_path):
     flip(largest_file(saved, 20))
     reader = Checkpoints(saved.folder)

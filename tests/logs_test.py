@@ -48,6 +48,15 @@ def test_tensorboard_writes_an_event_file(tmp_path):
     assert b"train/loss" in file.read_bytes() and b"hello" in file.read_bytes()
 
 
+@pytest.mark.parametrize(("resume_step", "kept"), [(0, {"notes"}), (3, {"notes", "events.out.tfevents.1.host"})])
+def test_the_event_files_of_a_start_that_left_no_checkpoint_go(resume_step, kept, tmp_path):
+    for name in ("events.out.tfevents.1.host", "notes"):
+        (tmp_path / name).write_text("")
+    writers.TensorBoard(tmp_path, resume_step=resume_step).close()
+    files = {path.name for path in tmp_path.iterdir()}
+    assert kept < files and len(files) == len(kept) + 1
+
+
 def test_wandb_that_is_not_installed_is_an_error_that_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(ImportError, match=r"pip install 'ftjax\[wandb\]'"):

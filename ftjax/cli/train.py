@@ -65,8 +65,8 @@ def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool 
     build.check_best_metric(config)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
     runtime.agree("workdir: the last checkpoint", (checkpoints.steps() or [0])[-1])  # asked before anything is loaded
-    if checkpoints.steps():
-        configs.check_unchanged(checkpoints.record(checkpoints.steps()[-1]).config, config_json, allowed=allow_config_change)
+    if last := checkpoints.last_record(fall_back=config.checkpoint.fall_back):
+        configs.check_unchanged(last.config, config_json, allowed=allow_config_change)
 
     # ---- mesh ----
     mesh = build.mesh(config)

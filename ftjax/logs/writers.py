@@ -96,11 +96,19 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 class TensorBoard:
-    """Event files for TensorBoard, through tensorboardX."""
+    """Event files for TensorBoard, through tensorboardX; each start of a run adds one.
+
+    Args:
+      folder: of the files.
+      resume_step: the step that the run goes on from; TensorBoard forgets what lies beyond it. 0 begins anew: the files of starts that
+        left no checkpoint are removed.
+    """
 
     def __init__(self, folder: str | os.PathLike, *, resume_step: int = 0):
         from tensorboardX import SummaryWriter
 
+        for abandoned in [] if resume_step else list(epath.Path(folder).glob("events.out.tfevents.*")):
+            abandoned.unlink()
         self._writer = SummaryWriter(os.fspath(folder), purge_step=resume_step + 1 if resume_step else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

@@ -98,6 +98,19 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_file(arguments, tmp_pat
     assert largest.name in capsys.readouterr().err
 
 
+def test_a_damaged_record_stops_the_run_or_is_gone_back_before(arguments, tmp_path, capsys):
+    assert main.main(arguments(tmp_path, "--config.steps=3", "--config.checkpoint.every_steps=2")) == 0
+    record = tmp_path / "checkpoints" / "00000003" / "record.json"
+    record.write_text(record.read_text().replace('"rank": 4', '"rank": 5'))
+    capsys.readouterr()
+    assert main.main(arguments(tmp_path)) == 1
+    err = capsys.readouterr().err
+    assert f"{record} was changed" in err and "--config.checkpoint.fall_back" in err
+    assert main.main(arguments(tmp_path, "--config.checkpoint.fall_back=True")) == 0
+    assert "going on from step 2" in capsys.readouterr().out
+    assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == 6 and record.parent.with_name("00000003.damaged").is_dir()
+
+
 def test_steps_that_are_not_finite_change_nothing_and_end_the_run_by_name(arguments, tmp_path, capsys):
     more = ["--config.methods=lora", "--config.methods=neftune", "--config.neftune.alpha=inf", "--config.max_skipped_steps=3"]
     assert main.main(arguments(tmp_path, *more)) == 1
