@@ -18,6 +18,7 @@ from ftjax.types import Batch
 ROWS, TIME, STEPS = 16, 12, 3
 LORA_AND_FULL = peft.chain(peft.lora("all-linear", rank=4, init="gaussian"), peft.full("norms", name="norms"))
 FULL = peft.full("everything")
+DORA_AND_FA = peft.chain(peft.lora_fa("mlp", rank=4), peft.dora("attention", rank=4, init="gaussian"))
 
 
 class Run(NamedTuple):

@@ -1,9 +1,12 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax import optimizers
+from ftjax import losses, optimizers, peft, scoring, tree
+from tests import toy
 
 PARAMS = {"lora": {"q": {"a": jnp.ones(3), "b": jnp.ones(3)}}, "full": {"norm": {"scale": jnp.ones(3)}}}
 GRADS = {
@@ -64,6 +67,21 @@ def test_groups_multiply_the_rate_of_what_they_match():
     np.testing.assert_allclose(b["lora"]["q"]["b"], 16 * a["lora"]["q"]["b"], rtol=1e-6)
     np.testing.assert_allclose(b["lora"]["q"]["a"], 2 * a["lora"]["q"]["a"], rtol=1e-6)
     np.testing.assert_array_equal(b["full"]["norm"]["scale"], a["full"]["norm"]["scale"])
+
+
+def test_lora_plus_is_one_group(key):
+    """Hayou et al., 2024, arXiv 2402.12354: B learns 16 times as fast as A. Under SGD an update is the rate times the gradient."""
+    method = peft.lora(rank=2, init="gaussian")
+    frozen, trainable = method.init(key, toy.init(key))
+    trainable = jax.tree.map(lambda x: x + 0.1, trainable)
+    batch, score = toy.batch(key), partial(scoring.score, toy.MODEL)
+    gradient = jax.grad(lambda t: losses.sft(score(method.attach(frozen, t), batch), batch)[0].total)(trainable)
+    optimizer = optimizers.build("sgd", learning_rate=0.1, steps=1, clip_norm=None, groups=((".*/b", 16.0),))
+    updates, _ = optimizer.update(gradient, optimizer.init(trainable), trainable)
+    for path, update in tree.flatten(updates).items():
+        rate = 1.6 if path.endswith("/b") else 0.1
+        assert float(jnp.abs(update).max()) > 0
+        np.testing.assert_allclose(update, -rate * tree.flatten(gradient)[path], rtol=1e-6)
 
 
 def test_clipping_is_by_the_global_norm():

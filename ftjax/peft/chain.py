@@ -28,13 +28,16 @@ def chain(*transforms: Transform) -> Transform:
     """
 
     def init(key: jax.Array, params: Params) -> tuple[Params, Params]:
-        frozen, trainable = params, {}
+        model, own, trainable = params, {}, {}
         for index, transform in enumerate(transforms):
-            frozen, new = transform.init(jax.random.fold_in(key, index), frozen)
+            frozen, new = transform.init(jax.random.fold_in(key, index), model)
+            # What a method keeps in the frozen tree for itself is nothing that the next one may train.
+            model = {name: branch for name, branch in frozen.items() if name in params}
+            own |= {name: branch for name, branch in frozen.items() if name not in params}
             if twice := trainable.keys() & new.keys():
                 raise ValueError(f"chain: two methods are named {sorted(twice)[0]!r}; give one of them another name (name=...).")
             trainable |= new
-        return frozen, trainable
+        return {**model, **own}, trainable
 
     def attach(frozen: Params, trainable: Params, *, key: jax.Array | None = None) -> Params:
         params = frozen

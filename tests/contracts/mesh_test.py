@@ -53,6 +53,11 @@ def test_full_tuning_on_a_mesh_trains_to_the_weights_of_one_device():
     assert_equal(meshed.train(mesh, meshed.FULL, chunk_tokens=5), meshed.train(method=meshed.FULL))
 
 
+def test_column_norms_and_frozen_factors_on_a_mesh_train_to_the_weights_of_one_device():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    assert_equal(meshed.train(mesh, meshed.DORA_AND_FA, chunk_tokens=5), meshed.train(method=meshed.DORA_AND_FA))
+
+
 def test_accumulation_and_rematerialisation_change_nothing_on_a_mesh(alone):
     assert_equal(meshed.train(sharding.make_mesh(data=2, fsdp=2, tensor=2), accumulation=2, remat="full"), alone)
 

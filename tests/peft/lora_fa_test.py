@@ -55,6 +55,14 @@ def test_the_same_key_makes_the_same_a_and_another_key_another(params, key):
     assert not np.array_equal(a[0], a[2])
 
 
+def test_a_later_method_may_not_train_a(params, key):
+    method = peft.chain(peft.lora_fa(rank=2), peft.full(".*", exclude=["q_proj"]))
+    params["norm"] = {"scale": jnp.ones(WIDE)}
+    frozen, trainable = method.init(key, params)
+    assert list(tree.flatten(trainable)) == ["full/norm/scale", "lora_fa/layers/q_proj/kernel/b"]
+    assert set(method.attach(frozen, trainable)) == set(params)
+
+
 def test_what_cannot_learn_or_was_not_made_by_init_is_refused(params, key):
     with pytest.raises(ValueError, match="'a_zero' the frozen A would be zero"):
         peft.lora_fa(init="a_zero")
