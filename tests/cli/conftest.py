@@ -1,10 +1,16 @@
 """What the tests of the command line share: short runs of a tiny model, compiled once."""
 
 import pathlib
+from typing import NamedTuple
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+
+from ftjax import models
+from ftjax.hf import export
+from ftjax.hf.tokenizer import byte_tokenizer
+from ftjax.types import Model, Params
 
 CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py") + ":smoke"
 SHORT = (
@@ -40,3 +46,21 @@ def arguments(compiled):
         return ["train", f"--config={CONFIG}", f"--workdir={workdir}", f"--compile_cache={compiled}", *SHORT, *more]
 
     return make
+
+
+class Base(NamedTuple):
+    """A tiny random model, and the Hugging Face folder that it is in."""
+
+    folder: pathlib.Path
+    model: Model
+    params: Params
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A base model for the commands that load one."""
+    model = models.build(models.preset("tiny-llama"))
+    params = jax.jit(model.init)(jax.random.key(1))
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    export.export_model(folder, model, params, byte_tokenizer())
+    return Base(folder, model, params)

@@ -9,34 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax import data, models
+from ftjax import data
 from ftjax.cli import eval as evaluation
 from ftjax.cli.main import main
-from ftjax.hf import export
 from ftjax.hf.tokenizer import byte_tokenizer
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, compiled):
-    model = models.build(models.preset("tiny-llama"))
-    params = jax.jit(model.init)(jax.random.key(1))
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    export.export_model(folder, model, params, byte_tokenizer())
-    return folder, model, params, compiled
+@pytest.fixture
+def run(base, compiled):
+    def command(*arguments):
+        common = [f"--compile_cache={compiled}", "--max_tokens=3", "--dtype=float32", "--row_tokens=64"]
+        return main(["eval", f"--model={base.folder}", *common, *arguments])
+
+    return command
 
 
-def run(base, *arguments):
-    common = [f"--compile_cache={base[3]}", "--max_tokens=3", "--dtype=float32", "--row_tokens=64"]
-    return main(["eval", f"--model={base[0]}", *common, *arguments])
-
-
-def test_loss_and_accuracy_are_those_of_each_answer_by_itself(base, tmp_path, capsys):
-    _, model, params, _ = base
+def test_loss_and_accuracy_are_those_of_each_answer_by_itself(base, run, tmp_path, capsys):
+    _, model, params = base
     rows = [{"prompt": "a", "completion": "bcd"}, {"prompt": "ef", "completion": "g"}]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert run(base, f"--data={tmp_path}/d.jsonl", f"--output={tmp_path}/r.json") == 0
+    assert run(f"--data={tmp_path}/d.jsonl", f"--output={tmp_path}/r.json") == 0
     found = json.loads((tmp_path / "r.json").read_text())
     encoder = data.make_encoder(byte_tokenizer(), max_tokens=64)
     losses, hits = [], []
@@ -62,11 +56,11 @@ def test_loss_and_accuracy_are_those_of_each_answer_by_itself(base, tmp_path, ca
         ([("a", "1 + 1 is #### 2"), ("b", "#### 3"), ("c", "#### 4")], ["so 2", "it is 3.", "5"], "numeric_match", 2),
     ],
 )
-def test_right_answers_are_counted(rows, completions, metric, right, base, tmp_path, monkeypatch):
+def test_right_answers_are_counted(rows, completions, metric, right, run, tmp_path, monkeypatch):
     text = "\n".join(json.dumps({"question": question, "answer": answer}) for question, answer in rows)
     (tmp_path / "d.jsonl").write_text(text)
     monkeypatch.setattr(evaluation.measure.rollout, "generate_text", lambda *_, **__: completions)
-    assert run(base, f"--data={tmp_path}/d.jsonl", f"--output={tmp_path}/r.json") == 0
+    assert run(f"--data={tmp_path}/d.jsonl", f"--output={tmp_path}/r.json") == 0
     found = json.loads((tmp_path / "r.json").read_text())[metric]
     assert (found["right"], found["n"]) == (right, len(rows))
     assert found["share"] == right / len(rows)
@@ -82,7 +76,7 @@ def test_right_answers_are_counted(rows, completions, metric, right, base, tmp_p
     ],
 )
 def test_an_answer_ends_where_the_template_of_the_encoder_ends_it(template, ends, base, monkeypatch):
-    _, model, params, _ = base
+    _, model, params = base
     tokenizer, found = byte_tokenizer(), []
     encoder = data.make_encoder(tokenizer, max_tokens=64, template=template)
     monkeypatch.setattr("ftjax.rollout.text.start", lambda *_, eos_ids, **__: found.append(eos_ids))

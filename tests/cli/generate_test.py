@@ -11,80 +11,73 @@ import pytest
 from ftjax import models, peft
 from ftjax.cli import generate
 from ftjax.cli.main import main
-from ftjax.hf import export
 from ftjax.hf import peft as hf_peft
 from ftjax.hf.tokenizer import byte_tokenizer
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, compiled):
-    """A Hugging Face folder of a tiny random model, and the model."""
-    model = models.build(models.preset("tiny-llama"))
-    params = jax.jit(model.init)(jax.random.key(1))
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    export.export_model(folder, model, params, byte_tokenizer())
-    return folder, model, params, compiled
+@pytest.fixture
+def run(base, compiled):
+    def command(*arguments):
+        common = [f"--compile_cache={compiled}", "--max_tokens=4", "--dtype=float32"]
+        return main(["generate", f"--model={base.folder}", *common, *arguments])
 
-
-def run(base, *arguments):
-    return main(["generate", f"--model={base[0]}", f"--compile_cache={base[3]}", "--max_tokens=4", "--dtype=float32", *arguments])
+    return command
 
 
 def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_file_of_prompts_becomes_a_line_each(base, tmp_path):
+def test_a_file_of_prompts_becomes_a_line_each(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("one\n\nand another\n")
-    assert run(base, f"--prompts={tmp_path}/prompts.txt", f"--output={tmp_path}/out.jsonl") == 0
+    assert run(f"--prompts={tmp_path}/prompts.txt", f"--output={tmp_path}/out.jsonl") == 0
     found = rows(tmp_path / "out.jsonl")
     assert [row["prompt"] for row in found] == ["one", "and another"]
     assert all(set(row) == {"prompt", "completion"} and isinstance(row["completion"], str) for row in found)
     assert {path.name for path in tmp_path.iterdir()} == {"prompts.txt", "out.jsonl"}
 
 
-def test_one_prompt_streams_what_a_file_gets(base, tmp_path, capsys):
-    assert run(base, "--prompt=one", f"--output={tmp_path}/out.jsonl") == 0
+def test_one_prompt_streams_what_a_file_gets(run, tmp_path, capsys):
+    assert run("--prompt=one", f"--output={tmp_path}/out.jsonl") == 0
     capsys.readouterr()
-    assert run(base, "--prompt=one") == 0
+    assert run("--prompt=one") == 0
     assert capsys.readouterr().out == rows(tmp_path / "out.jsonl")[0]["completion"] + "\n"
 
 
-def test_an_adapter_of_a_workdir_is_found_and_acts(base, tmp_path, capsys):
-    folder, model, params, _ = base
+def test_an_adapter_of_a_workdir_is_found_and_acts(base, run, compiled, tmp_path, capsys):
+    folder, model, params = base
     method = peft.lora("all-linear", rank=4, alpha=256)
     _, trainable = method.init(jax.random.key(2), params)
     trainable = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(3), x.shape), trainable)
     hf_peft.save_adapter(tmp_path / "run" / "adapter", model, trainable, method.plan(params), base_name=str(folder))
-    run(base, "--prompt=one")
+    run("--prompt=one")
     plain = capsys.readouterr().out
-    run(base, "--prompt=one", f"--adapter={tmp_path}/run")
+    run("--prompt=one", f"--adapter={tmp_path}/run")
     adapted = capsys.readouterr().out
     # Without --model the adapter's own base is taken.
-    main(
-        ["generate", f"--compile_cache={base[3]}", "--max_tokens=4", "--dtype=float32", "--prompt=one", f"--adapter={tmp_path}/run/adapter"]
-    )
+    common = [f"--compile_cache={compiled}", "--max_tokens=4", "--dtype=float32"]
+    main(["generate", *common, "--prompt=one", f"--adapter={tmp_path}/run/adapter"])
     assert capsys.readouterr().out == adapted != plain
 
 
-def test_the_template_of_the_adapters_tokenizer_is_used(base, tmp_path, monkeypatch):
-    folder, model, params, _ = base
+def test_the_template_of_the_adapters_tokenizer_is_used(base, run, tmp_path, monkeypatch):
+    folder, model, params = base
     method, tokenizer = peft.lora(["q_proj"], rank=1), byte_tokenizer()
     tokenizer.chat_template = "Q: {{ messages[0]['content'] }} A:"
     trainable = method.init(jax.random.key(2), params)[1]
     hf_peft.save_adapter(tmp_path / "adapter", model, trainable, method.plan(params), base_name=str(folder), tokenizer=tokenizer)
     given = []
     monkeypatch.setattr(generate.rollout, "stream_text", lambda _m, _p, encoder, prompt, **_: given.append(encoder.encode(prompt)) or [])
-    assert run(base, "--prompt=one", f"--adapter={tmp_path}/adapter") == 0
+    assert run("--prompt=one", f"--adapter={tmp_path}/adapter") == 0
     assert tokenizer.decode(given[0]) == "Q: one A:"
 
 
-def test_a_chat_remembers_until_reset(base, capsys, monkeypatch):
+def test_a_chat_remembers_until_reset(run, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(generate.rollout, "stream_text", lambda model, params, encoder, prompt, **_: asked.append(prompt) or iter(["ok"]))
     monkeypatch.setattr(sys, "stdin", io.StringIO("first\nsecond\n/reset\n\nthird\n"))
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    assert run(base) == 0
+    assert run() == 0
     assert [[message["content"] for message in prompt] for prompt in asked] == [["first"], ["first", "ok", "second"], ["third"]]
     assert "(forgotten)" in capsys.readouterr().out
 
@@ -145,27 +138,27 @@ def test_a_wrong_command_line_is_explained(arguments, code, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_prompt_beyond_the_context_is_named_by_its_line(base, tmp_path, capsys):
+def test_a_prompt_beyond_the_context_is_named_by_its_line(run, tmp_path, capsys):
     (tmp_path / "p.txt").write_text("fine\n" + "x" * 5000)
-    assert run(base, f"--prompts={tmp_path}/p.txt", f"--output={tmp_path}/out.jsonl") == 1
+    assert run(f"--prompts={tmp_path}/p.txt", f"--output={tmp_path}/out.jsonl") == 1
     assert "p.txt:2: 5,0" in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_an_adapter_of_another_base_is_refused(base, tmp_path, capsys):
-    other = models.build(dataclasses.replace(base[1].config, intermediate_size=48))
+def test_an_adapter_of_another_base_is_refused(base, run, tmp_path, capsys):
+    other = models.build(dataclasses.replace(base.model.config, intermediate_size=48))
     params = jax.jit(other.init)(jax.random.key(0))
     method = peft.lora("all-linear", rank=4)
     _, trainable = method.init(jax.random.key(1), params)
     hf_peft.save_adapter(tmp_path / "adapter", other, trainable, method.plan(params))
-    assert run(base, "--prompt=a", f"--adapter={tmp_path}/adapter") == 1
+    assert run("--prompt=a", f"--adapter={tmp_path}/adapter") == 1
     assert "does not fit this base model" in capsys.readouterr().err
 
 
-def test_an_adapter_that_names_another_base_is_noted(base, tmp_path, capsys):
-    folder, model, params, _ = base
+def test_an_adapter_that_names_another_base_is_noted(base, run, tmp_path, capsys):
+    folder, model, params = base
     method = peft.lora(["q_proj"], rank=1)
     _, trainable = method.init(jax.random.key(1), params)
     hf_peft.save_adapter(tmp_path / "adapter", model, trainable, method.plan(params), base_name="org/twin")
-    assert run(base, "--prompt=one", f"--adapter={tmp_path}/adapter") == 0
+    assert run("--prompt=one", f"--adapter={tmp_path}/adapter") == 0
     assert f"names 'org/twin' as its base and is put on '{folder}'" in capsys.readouterr().err
