@@ -24,6 +24,8 @@ def sft() -> ConfigDict:
 
     config.methods = ("lora",)  # applied in this order; each reads the block of its name
     config.lora = lora()
+    config.dora = lora()
+    config.lora_fa = lora()
     config.full = ConfigDict({"targets": text(".*"), "exclude": config_dict.placeholder(object)})
     config.neftune = ConfigDict({"alpha": 5.0})
     config.ia3 = rider(("k_proj", "v_proj", "down_proj"), feedforward=text(("down_proj",)))
@@ -66,7 +68,7 @@ def text(value: str) -> config_dict.FieldReference:
 
 
 def lora(rank: int = 16, alpha: float = 32.0) -> ConfigDict:
-    """LoRA's block: see `ftjax.peft.lora`."""
+    """The block of LoRA, DoRA and LoRA-FA: see `ftjax.peft.lora`."""
     config = ConfigDict()
     config.targets = text("all-linear")  # a named filter, a regex over whole paths, or a list of module names
     config.exclude = config_dict.placeholder(object)
@@ -142,7 +144,7 @@ def optimizer() -> ConfigDict:
     config.eps = 1e-8
     config.momentum = 0.0
     config.clip_norm = 1.0  # 0: no clipping
-    config.groups = ()  # ((regex over the trainable paths, multiplier of the learning rate), …)
+    config.groups = ()  # ((regex over the trainable paths, multiplier of the learning rate), …); LoRA+: ((".*/b", 16.0),)
     return config
 
 
@@ -163,7 +165,8 @@ def _shrink(config: ConfigDict, tiny: str) -> None:
     for sources, split in ((config.data.sources, "train[:64]"), (config.data.eval_sources, "test[:8]")):
         for one in sources.values():
             one.update({"path": "tasks:compare", "format": "auto", "split": split, "name": "", "columns": None, "end_marker": ""})
-    config.lora.update({"rank": 4, "alpha": 8.0})
+    for block in (config.lora, config.dora, config.lora_fa):
+        block.update({"rank": 4, "alpha": 8.0})
     config.optimizer.warmup_steps = 1
     config.eval.update({"every_steps": 2, "batches": 1, "samples": min(2, config.eval.samples)})
     config.eval.generate.update({"examples": min(2, config.eval.generate.examples), "max_tokens": 4, "batch_size": 2})
