@@ -211,6 +211,13 @@ def _check_rows(config, mesh: Mesh, *, accumulation: int) -> None:
         )
 
 
+def first_examples(config, count: int, *, held_out: bool = False) -> list[data.Example]:
+    """Return the first `count` examples of each source."""
+    sources = config.data.eval_sources if held_out else config.data.sources
+    found = (data.read(plain(source), bad_rows=config.data.bad_rows) for source in sources.values())
+    return [example for examples in found for example in itertools.islice(examples, count)]
+
+
 def held_out_examples(config, count: int) -> list[data.Example]:
     """Return the first `count` held-out examples that have an answer to compare with, taken in turn from each source.
 

@@ -16,6 +16,9 @@ from ftjax.cli import build, runtime, show
 from ftjax.cli import config as configs
 from ftjax.data import inspect
 
+PROMPTS = 1000
+"""Examples of each source whose prompts are rendered alone and compared."""
+
 
 def define_flags(flags: absl_flags.FlagValues, argv) -> None:
     """Define the flags of `ftjax inspect`."""
@@ -32,14 +35,16 @@ def main(flags: absl_flags.FlagValues) -> None:
     runtime.start(flags)
     config, terminal = flags.config, logs.Terminal(console=Console(highlight=False))
     tokenizer = build.tokenizer(config)
-    loader, reports = build.loader(config, build.encoder(config, tokenizer), build.mesh(config), held_out=flags.held_out)
+    encoder = build.encoder(config, tokenizer)
+    loader, reports = build.loader(config, encoder, build.mesh(config), held_out=flags.held_out)
     terminal.heading("Sources")
     terminal.say(show.sources(reports, loader))
     terminal.heading("Lengths in tokens")
     terminal.say(show.histogram(inspect.histogram(loader.sequences.lengths)))
     terminal.heading("Problems")
     whole = sum(reports.values(), start=type(next(iter(reports.values())))())
-    found = inspect.problems(whole, loader.sequences, tokenizer) + whole.first_errors
+    first = build.first_examples(config, PROMPTS, held_out=flags.held_out)
+    found = inspect.problems(whole, loader.sequences, tokenizer) + inspect.prompt_problems(encoder, first) + whole.first_errors
     terminal.say("\n".join(f"- {problem}" for problem in found) or "none found")
     terminal.heading("Sequences")
     terminal.say(show.preview(loader.sequences, tokenizer, count=flags.rows, console=terminal.console))

@@ -10,7 +10,8 @@ import numpy as np
 from ftjax.data.corpus import Report, Sequences
 from ftjax.data.formats import Example
 from ftjax.data.rows import RowError
-from ftjax.data.tokenize import Encoder
+from ftjax.data.template import TemplateError
+from ftjax.data.tokenize import Encoder, answer
 
 
 def runs(tokenizer: Any, tokens: np.ndarray, loss_mask: np.ndarray) -> list[tuple[str, bool]]:
@@ -66,17 +67,38 @@ def problems(report: Report, sequences: Sequences, tokenizer: Any) -> list[str]:
     return found
 
 
-def prompt_mismatches(encoder: Encoder, examples: Sequence[Example]) -> int:
-    """Return how many of the last prompts have other tokens alone than with their answer.
+def prompt_problems(encoder: Encoder, examples: Sequence[Example]) -> list[str]:
+    """Return what a person should know of the prompts of some examples: that the model will meet another than it was trained after."""
+    rendered, merged = prompt_mismatches(encoder, examples)
+    found, of = [], f"of the first {len(examples):,} examples"
+    if rendered:
+        found.append(
+            f"{rendered:,} {of} have something else before the answer than the template's generation prompt, which the model is given"
+        )
+    if merged:
+        found.append(f"{merged:,} {of} have a token that runs from the prompt into the answer, which the prompt alone cannot end with")
+    return found
 
-    There the model meets at inference what it was not trained on; a generation prompt that ends with a special token avoids it.
+
+def prompt_mismatches(encoder: Encoder, examples: Sequence[Example]) -> tuple[int, int]:
+    """Return how many of the last prompts are another text alone than before their answer, and how many the same text in other tokens.
+
+    There the model meets at inference what it was not trained on: the template's generation prompt differs from what it writes before an
+    answer, or a token runs over the border (a generation prompt that ends with a special token avoids that).
     """
-    count = 0
+    rendered = merged = 0
     for example, sequence in zip(examples, encoder.encode(examples), strict=True):
-        if not isinstance(sequence, RowError) and not sequence.cut and example.messages:
+        if isinstance(sequence, RowError) or sequence.cut or len(example.messages) < 2 or not answer(example):
+            continue
+        try:
             prompt = encoder.prompt(example)
-            count += len(prompt) > len(sequence.tokens) or bool((sequence.tokens[: len(prompt)] != prompt).any())
-    return count
+        except TemplateError:  # it renders the whole conversation alone
+            rendered += 1
+            continue
+        if not np.array_equal(sequence.tokens[: len(prompt)], prompt):
+            same = encoder.tokenizer.decode(sequence.tokens.tolist()).startswith(encoder.tokenizer.decode(prompt.tolist()))
+            rendered, merged = rendered + (not same), merged + same
+    return rendered, merged
 
 
 def _special_inside(sequences: Sequences, tokenizer: Any) -> int:

@@ -24,6 +24,15 @@ def test_inspect_names_the_problems_of_the_data(tmp_path, capsys):
     assert "rows.jsonl" in out and "exact copies" in out and "responses were cut" in out
 
 
+def test_inspect_counts_prompts_that_the_template_ends_otherwise_than_it_begins_an_answer(capsys):
+    template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant:({% endif %}"
+    )
+    assert main.main(["inspect", f"--config={CONFIG}", f"--config.data.template={template}", "--compile_cache=off"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "64 of the first 64 examples have something else before the answer than the template's generation prompt" in out
+
+
 def test_inspect_stops_at_a_bad_row_unless_told_to_skip(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
     more = [f"--config.data.sources.tasks.path={tmp_path / 'rows.jsonl'}", "--config.data.sources.tasks.split=train"]

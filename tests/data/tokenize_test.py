@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftjax.data import Example, RowError, answer, inspect, make_encoder, parse
+from ftjax.data import CHATML, Example, RowError, answer, inspect, make_encoder, parse
 from ftjax.data.tokenize import Encoded, _token_mask, cut
 from tests.data.families import FAMILIES, byte_tokenizer, word_tokenizer
 
@@ -63,11 +63,11 @@ def test_the_prompt_at_inference_is_what_stands_before_the_trained_turn(name, ma
     (sequence,) = encoder.encode([example])
     assert answer(example) == "Two."
     if (name, make) == ("llama3", word_tokenizer):  # GPT-2's pattern reads "\n\n" as two tokens before a letter and as one at the end
-        assert inspect.prompt_mismatches(encoder, [example]) == 1
+        assert inspect.prompt_mismatches(encoder, [example]) == (0, 1)
         return
     first = int(np.argmax(sequence.loss_mask))
     assert first == len(prompt) and list(sequence.tokens[:first]) == list(prompt)
-    assert inspect.prompt_mismatches(encoder, [example]) == 0
+    assert inspect.prompt_mismatches(encoder, [example]) == (0, 0)
 
 
 @EVERY
@@ -98,6 +98,14 @@ def test_thinking_that_the_template_strips_is_an_error_and_not_a_wrong_target():
 def test_what_the_generation_prompt_holds_is_not_trained():
     tokenizer = byte_tokenizer("qwen3")
     assert trained(tokenizer, encode(tokenizer, [USER, TWO], enable_thinking=False)) == ["Two.<|im_end|>"]
+
+
+def test_a_prompt_that_the_template_ends_otherwise_than_it_begins_an_answer_is_counted():
+    template = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    encoder = make_encoder(byte_tokenizer("qwen2.5"), max_tokens=99, template=template)
+    examples = [Example((USER, ONE)), Example((USER,)), Example((ONE,)), Example((), text="One.")]
+    assert inspect.prompt_mismatches(encoder, examples) == (1, 0)
+    assert "1 of the first 4 examples have something else before the answer" in inspect.prompt_problems(encoder, examples)[0]
 
 
 def test_a_template_that_refuses_the_conversation_names_the_row():
