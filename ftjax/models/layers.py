@@ -64,9 +64,13 @@ class Linear(nnx.Module):
         return linears(x, (self,))[0]
 
 
-def linears(x: jax.Array, modules: Sequence[Linear]) -> tuple[jax.Array, ...]:
-    """Return `[m(x) for m in modules]`; weights that share their input may share work."""
-    ys = [checkpoint_name(y, weights.PRODUCT) for y in weights.dots(x, [m.kernel.get_value() for m in modules])]
+def linears(x: jax.Array, modules: Sequence[Linear], *, keep: bool = True) -> tuple[jax.Array, ...]:
+    """Return `[m(x) for m in modules]`; weights that share their input may share work.
+
+    `keep` has the products stored for the backward pass, and not computed again, where `decoder.REMAT` chooses between the two.
+    """
+    ys = weights.dots(x, [m.kernel.get_value() for m in modules])
+    ys = [checkpoint_name(y, weights.PRODUCT) for y in ys] if keep else ys
     return tuple(_add_bias(y, m.bias.get_value()) if "bias" in vars(m) else y for y, m in zip(ys, modules, strict=True))
 
 
@@ -141,10 +145,12 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, scene: Scene, cached: KeysValues) -> tuple[jax.Array, KeysValues]:
         b, t, _ = x.shape
-        q, k, v = (y.reshape(b, t, -1, self.head_dim) for y in linears(x, (self.q_proj, self.k_proj, self.v_proj)))
+        # Attention's gradient needs q and k as they are turned; as they come from the product only a norm's does.
+        q, k, v = (y.reshape(b, t, -1, self.head_dim) for y in linears(x, (self.q_proj, self.k_proj, self.v_proj), keep=self.normed))
         if self.normed:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope.rotate(q, scene.cos, scene.sin), rope.rotate(k, scene.cos, scene.sin)
+        q, k, v = (checkpoint_name(y, weights.PRODUCT) for y in (q, k, v))
         kv_positions, kv_segment_ids = scene.positions, scene.segment_ids
         if cached is not None:
             all_k, k = cache_lib.write(cached[0], scene.layer, scene.start, k)

@@ -114,9 +114,10 @@ def _head(form: _Form, row: _Row, q: jax.Array, k: jax.Array, v: jax.Array) -> t
     for queries, keys in _blocks(form, q.shape[1], k.shape[0]):
         scores, _ = _scores(form, row, q, k, queries, keys)
         top = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - top)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = _product(weights.astype(v.dtype), v[keys]) / total
+        # Rounded, then summed: the product is divided by what it adds up. Without the barrier each reader takes the exponential again.
+        weights = jax.lax.optimization_barrier(jnp.exp(scores - top).astype(v.dtype))
+        total = jnp.sum(weights.astype(jnp.float32), axis=-1, keepdims=True)
+        out = _product(weights, v[keys]) / total
         outs.append(out.astype(q.dtype))
         normalizers.append((top + jnp.log(total))[..., 0])
     return jnp.concatenate(outs, axis=1), jnp.concatenate(normalizers, axis=1)
