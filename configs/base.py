@@ -30,6 +30,12 @@ def sft() -> ConfigDict:
     config.neftune = ConfigDict({"alpha": 5.0})
     config.ia3 = rider(("k_proj", "v_proj", "down_proj"), feedforward=text(("down_proj",)))
     config.vera = rider(rank=256, d_initial=0.1, seed=0)
+    config.hira = rider(rank=32)
+    config.loha = rider(rank=8, alpha=8.0)
+    config.lokr = rider(rank=8, alpha=8.0, decompose_factor=-1, decompose_both=False)
+    config.miss = rider(rank=64, form="even", mini_rank=1)
+    config.shira = rider(rank=32, seed=0)
+    config.randlora = rider(rank=32, alpha=640.0, bases="uniform", seed=0)
 
     config.loss = ConfigDict({"label_smoothing": 0.0})
     config.data = data()

@@ -8,15 +8,28 @@ from ftjax.peft.chain import chain
 from ftjax.peft.dora import DORA, dora
 from ftjax.peft.format import Format, Tensor
 from ftjax.peft.full import full
+from ftjax.peft.hira import hira
 from ftjax.peft.ia3 import IA3, ia3
 from ftjax.peft.layers import on_layers
+from ftjax.peft.loha import loha
+from ftjax.peft.lokr import lokr
 from ftjax.peft.lora import LORA, lora
 from ftjax.peft.lora_fa import LORA_FA, lora_fa
 from ftjax.peft.merge import merge
+from ftjax.peft.miss import miss
 from ftjax.peft.neftune import neftune
+from ftjax.peft.randlora import randlora
+from ftjax.peft.shira import shira
 from ftjax.peft.vera import VERA, vera
 
-METHODS = {"dora": dora, "full": full, "ia3": ia3, "lora": lora, "lora_fa": lora_fa, "neftune": neftune, "vera": vera}
+METHODS = {"dora": dora, "full": full, "ia3": ia3, "lora": lora, "lora_fa": lora_fa, "neftune": neftune, "vera": vera} | {
+    "hira": hira,
+    "loha": loha,
+    "lokr": lokr,
+    "miss": miss,
+    "randlora": randlora,
+    "shira": shira,
+}
 
 FORMATS: dict[str, Format] = {"lora": LORA, "dora": DORA, "lora_fa": LORA_FA, "ia3": IA3, "vera": VERA}
 
@@ -28,11 +41,17 @@ __all__ = [
     "chain",
     "dora",
     "full",
+    "hira",
     "ia3",
+    "loha",
+    "lokr",
     "lora",
     "lora_fa",
     "merge",
+    "miss",
     "neftune",
     "on_layers",
+    "randlora",
+    "shira",
     "vera",
 ]

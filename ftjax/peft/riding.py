@@ -7,6 +7,7 @@ nor the model's (a random projection, the places of sparse entries) goes into th
 from __future__ import annotations
 
 import abc
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -43,6 +44,10 @@ class Added(Wrapper):
         """Return `x @ delta()ᵀ`, float32 `[..., o] -> [..., i]`."""
         return weights.dot_transposed(x, self.delta())
 
+    def rows(self, ids: jax.Array) -> jax.Array:
+        """Return `delta()[ids]`, float32 `[...] -> [..., o]`."""
+        return weights.embed(ids, self.delta())
+
     def materialize(self) -> jax.Array:
         return _add(weights.materialize(self.base), self.delta())
 
@@ -53,7 +58,7 @@ class Added(Wrapper):
         return _add(weights.dot_transposed(x, self.base), self.pull(x.astype(jnp.float32)))
 
     def embed(self, ids: jax.Array) -> jax.Array:
-        return _add(weights.embed(ids, self.base), weights.embed(ids, self.delta()))
+        return _add(weights.embed(ids, self.base), self.rows(ids))
 
 
 def _add(y: jax.Array, delta: jax.Array) -> jax.Array:
@@ -143,3 +148,24 @@ def check_range(name: str, what: str, value: int, largest: int, path: str, shape
     """Refuse a size that is not from 1 to `largest`."""
     if not 1 <= value <= largest:
         raise ValueError(f"{name}: {what} {value} does not fit {path!r} with shape {list(shape)}: expected 1 to {largest}.")
+
+
+def check_rank(name: str, rank: int, path: str, shape: tuple[int, ...]) -> None:
+    """Refuse a rank that is not from 1 to the smaller side of the matrix."""
+    check_range(name, "rank", rank, min(shape[-2:]), path, shape)
+
+
+def scale_of(rank: int, alpha: float | None) -> float:
+    """Return alpha / rank; 1 without an alpha."""
+    return 1.0 if alpha is None else alpha / rank
+
+
+def uniform(key: jax.Array, shape: tuple[int, ...], fan: int) -> jax.Array:
+    """Return U(-1/√fan, 1/√fan): PyTorch's Kaiming uniform with a = √5, the start of a `Linear`."""
+    bound = 1 / math.sqrt(fan)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def as_last(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """Return the vector with as many axes as `like`, to be multiplied into its last."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)

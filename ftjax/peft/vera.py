@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ftjax import tree, weights
 from ftjax.peft.format import Format, Tensor
 from ftjax.peft.layers import Layers
-from ftjax.peft.projections import TorchGenerator
-from ftjax.peft.riding import Added, check_range, riding
+from ftjax.peft.projections import TorchGenerator, kaiming
+from ftjax.peft.riding import Added, as_last, check_range, riding
 from ftjax.peft.shared import Shared
 from ftjax.types import Params, Transform, pytree, static
 from ftjax.weights import Leaf
@@ -43,21 +40,17 @@ class VeraWeight(Added):
 
     def push(self, x: jax.Array) -> jax.Array:
         a, b = self._sliced()
-        return weights.dot(weights.dot(x, a) * _like(self.lambda_d, x), b) * _like(self.lambda_b, x)
+        return weights.dot(weights.dot(x, a) * as_last(self.lambda_d, x), b) * as_last(self.lambda_b, x)
 
     def pull(self, x: jax.Array) -> jax.Array:
         a, b = self._sliced()
-        return weights.dot_transposed(weights.dot_transposed(x * _like(self.lambda_b, x), b) * _like(self.lambda_d, x), a)
+        return weights.dot_transposed(weights.dot_transposed(x * as_last(self.lambda_b, x), b) * as_last(self.lambda_d, x), a)
 
-    def embed(self, ids: jax.Array) -> jax.Array:
-        rows = weights.embed(ids, self.base)
+    def rows(self, ids: jax.Array) -> jax.Array:
         a, b = self._sliced()
-        low = a[ids] * _like(self.lambda_d, rows)
-        return (rows.astype(jnp.float32) + weights.dot(low, b) * _like(self.lambda_b, rows)).astype(rows.dtype)
-
-
-def _like(vector: jax.Array, x: jax.Array) -> jax.Array:
-    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+        low = a[ids]
+        rows = weights.dot(low * as_last(self.lambda_d, low), b)
+        return rows * as_last(self.lambda_b, rows)
 
 
 def vera(
@@ -112,9 +105,8 @@ def vera(
     def freeze(shapes: dict[str, tuple[int, ...]]) -> Params:
         i, o = (max(shape[axis] for shape in shapes.values()) for axis in (-2, -1))
         generator = TorchGenerator(seed)
-        a = generator.uniform((rank, i), math.sqrt(3) * (math.sqrt(2) / math.sqrt(i)))
-        b = generator.uniform((o, rank), math.sqrt(3) * (math.sqrt(2) / math.sqrt(rank)))
-        return {"a": jnp.asarray(np.ascontiguousarray(a.T)), "b": jnp.asarray(np.ascontiguousarray(b.T))}
+        a, b = kaiming(generator, (rank, i)), kaiming(generator, (o, rank))
+        return {"a": jnp.asarray(a.T), "b": jnp.asarray(b.T)}
 
     options = {"rank": rank, "d_initial": d_initial, "seed": seed}
     return riding(make, VeraWeight, name=name, targets=targets, exclude=exclude, layers=layers, freeze=freeze, options=options)

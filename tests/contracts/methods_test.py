@@ -24,6 +24,12 @@ EXAMPLES = {
     "full": [partial(peft.full, "everything"), partial(peft.full, "norms")],
     "ia3": [partial(peft.ia3, "all-linear"), partial(peft.ia3, "everything", exclude="norms", feedforward=".*(down_proj|tokens)/kernel")],
     "vera": [partial(peft.vera, rank=5), partial(peft.vera, "everything", exclude="norms", rank=9)],
+    "hira": [partial(peft.hira, "everything", exclude="norms", rank=2)],
+    "loha": [partial(peft.loha, "everything", exclude="norms", rank=3)],
+    "lokr": [partial(peft.lokr, "everything", exclude="norms", rank=1, decompose_both=True)],
+    "miss": [partial(peft.miss, rank=3), partial(peft.miss, rank=4, form="bat")],
+    "shira": [partial(peft.shira, "everything", exclude="norms", rank=1)],
+    "randlora": [partial(peft.randlora, "everything", exclude="norms", rank=3, bases="sparse")],
     "neftune": [lambda: peft.chain(peft.neftune(), peft.lora("all-linear", rank=1))],
 }
 CASES = [pytest.param(make(), id=f"{name}{n}") for name, makes in EXAMPLES.items() for n, make in enumerate(makes)]

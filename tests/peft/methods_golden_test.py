@@ -1,4 +1,7 @@
-"""PEFT's own numbers for every method that it has: outputs, and the gradient of every trained tensor (third_party/peft/methods_golden.py)."""
+"""PEFT's own numbers for every method that it has: outputs, and the gradient of every trained tensor.
+
+They are made by third_party/peft/methods_golden.py.
+"""
 
 import pathlib
 
@@ -22,10 +25,36 @@ def same(tensor):
     return tensor
 
 
+def turned(tensor):
+    return np.swapaxes(tensor, -1, -2)
+
+
+def low_rank(prefix):
+    return {f"{prefix}_A": ("a", turned), f"{prefix}_B": ("b", turned)}
+
+
+LOHA = {"hada_w1_b": ("a1", turned), "hada_w1_a": ("b1", turned), "hada_w2_b": ("a2", turned), "hada_w2_a": ("b2", turned)}
+LOKR = {f"lokr_w{n}_{x}": (f"w{n}_{y}", turned) for n in "12" for x, y in ("ab", "ba")} | {f"lokr_w{n}": (f"w{n}", turned) for n in "12"}
+RANDLORA = {"randlora_lambda": ("lambdas", same), "randlora_gamma": ("gammas", same)}
+MISS = {"miss_block": ("block", same)}
+
+
 # case -> the method, and {PEFT's name: (ours, how to turn theirs into ours)}
 CASES = {
     "ia3": (peft.ia3(BOTH, feedforward=["down"]), {"up.ia3_l": ("up/outputs", flat), "down.ia3_l": ("down/inputs", flat)}),
     "vera": (peft.vera(BOTH, rank=5), {"vera_lambda_b": ("lambda_b", same), "vera_lambda_d": ("lambda_d", same)}),
+    "hira": (peft.hira(BOTH, rank=3), low_rank("hira")),
+    "loha": (peft.loha(BOTH, rank=3, alpha=6), LOHA),
+    "lokr": (peft.lokr(BOTH, rank=1, alpha=2), LOKR),
+    "lokr_both": (peft.lokr(BOTH, rank=1, alpha=2, decompose_both=True, decompose_factor=4), LOKR),
+    "lokr_full": (peft.lokr(BOTH, rank=4, alpha=2), LOKR),
+    "miss": (peft.miss(BOTH, rank=4), MISS),
+    "miss_uneven": (peft.miss(BOTH, rank=5), MISS),
+    "miss_mini": (peft.miss(BOTH, rank=4, form="mini", mini_rank=2), MISS),
+    "miss_bat": (peft.miss(BOTH, rank=4, form="bat"), {"miss_block": ("blocks", turned)}),
+    "shira": (peft.shira(BOTH, rank=2), {"shira_weight": ("values", same)}),
+    "randlora": (peft.randlora(BOTH, rank=3, alpha=6), RANDLORA),
+    "randlora_sparse": (peft.randlora(BOTH, rank=3, alpha=6, bases="sparse"), RANDLORA),
 }
 
 
@@ -51,6 +80,8 @@ def test_outputs_and_gradients_are_those_of_peft(case, key):
     x, g = jnp.asarray(GOLDEN["x"]), jnp.asarray(GOLDEN["g"])
     frozen, trainable = method.init(key, {name: {"kernel": jnp.asarray(GOLDEN[name].T)} for name in BOTH})
     (name,) = trainable
+    if case == "shira":
+        frozen = {**frozen, name: places()}
     values = theirs(case, "value", table)
     assert {path: a.shape for path, a in values.items()} == {path: a.shape for path, a in tree.flatten(trainable[name]).items()}
     loss = lambda trained: jnp.sum(apply(method.attach(frozen, {name: trained}), x) * g)  # noqa: E731
@@ -61,8 +92,16 @@ def test_outputs_and_gradients_are_those_of_peft(case, key):
         np.testing.assert_allclose(got[path], gradient, rtol=1e-4, atol=1e-5, err_msg=path)
 
 
-@pytest.mark.parametrize("case", ["vera"])
+def places():
+    """PEFT's indices [2, n] of (output, input)."""
+    rows = {name: GOLDEN[f"shira|frozen|{name}"] for name in BOTH}
+    return {name: {"kernel": {"places": jnp.asarray(inp * len(GOLDEN[name]) + out)}} for name, (out, inp) in rows.items()}
+
+
+@pytest.mark.parametrize("case", ["vera", "randlora", "randlora_sparse"])
 def test_random_projections_are_the_ones_that_peft_draws(case, key):
     frozen, _ = CASES[case][0].init(key, {name: {"kernel": jnp.asarray(GOLDEN[name].T)} for name in BOTH})
-    np.testing.assert_allclose(frozen[case]["a"].T, GOLDEN[f"{case}|frozen|A"], rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(frozen[case]["b"].T, GOLDEN[f"{case}|frozen|B"], rtol=1e-6, atol=1e-7)
+    a, b = frozen[case.split("_")[0]].values()
+    want_a, want_b = (GOLDEN[f"{case}|frozen|{name}"] for name in "AB")
+    np.testing.assert_array_equal(*((a.T, want_a) if case == "vera" else (a, want_a[:, 0])))
+    np.testing.assert_array_equal(b.T if case == "vera" else b, want_b)
