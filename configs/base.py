@@ -110,6 +110,7 @@ def data() -> ConfigDict:
     config.shuffle = True
     config.bad_rows = "raise"  # or "skip": count the rows that cannot be read
     config.template = "auto"  # the tokenizer's chat template; or "chatml", "none", or the Jinja text itself
+    config.template_variables = config_dict.placeholder(object)  # what it reads beside the messages, as {"enable_thinking": False}
     config.train_on = "assistant"  # every answer; "last": the last of a conversation; "all": prompts too
     return config
 

@@ -89,7 +89,7 @@ def tokenizer(config) -> Any:
 
 def _with_template(config, tokenizer: Any) -> Any:
     """Return the tokenizer with the template of `config.data` as its own, so that who gets it asks the model as it was trained."""
-    if config.data.template not in ("auto", "none"):
+    if config.data.template not in ("auto", "none") or config.data.template_variables:
         tokenizer.chat_template = encoder(config, tokenizer).template.source
     return tokenizer
 
@@ -174,7 +174,8 @@ def learning_rate(config) -> optax.Schedule:
 
 def encoder(config, tokenizer: Any) -> data.Encoder:
     """Return how examples become tokens."""
-    return data.make_encoder(tokenizer, max_tokens=config.data.max_tokens, template=config.data.template, train_on=config.data.train_on)
+    fields = ("max_tokens", "template", "train_on", "template_variables")
+    return data.make_encoder(tokenizer, **{name: config.data[name] for name in fields})
 
 
 def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False) -> tuple[data.Loader, dict[str, data.Report]]:

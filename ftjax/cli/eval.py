@@ -61,6 +61,7 @@ def define_flags(flags: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     absl_flags.DEFINE_string("format", "auto", "of the rows: see `ftjax inspect`", flags)
     absl_flags.DEFINE_string("split", "test", "of the data; may end in a slice, as in test[:200]", flags)
     absl_flags.DEFINE_string("template", "auto", "how messages become text: auto, chatml, none, or the Jinja text", flags)
+    absl_flags.DEFINE_string("template_variables", "", 'JSON: what the template reads, as in {"enable_thinking": false}', flags)
     absl_flags.DEFINE_integer("row_tokens", 1024, "tokens of a row of the loss's batches; longer examples are cut", flag_values=flags)
     absl_flags.DEFINE_integer("batches", 0, "batches that the loss is measured on; 0: all", flag_values=flags, lower_bound=0)
     absl_flags.DEFINE_integer("examples", None, "answers to complete (default: the config's, else 200); 0: none", 0, flag_values=flags)
@@ -86,7 +87,7 @@ def main(flags: absl_flags.FlagValues) -> None:
         write_json(output, found)
 
 
-_OF_DATA = ("dtype", "format", "split", "template", "row_tokens")
+_OF_DATA = ("dtype", "format", "split", "template", "template_variables", "row_tokens")
 
 
 def _check_unused(flags: absl_flags.FlagValues) -> None:
@@ -101,9 +102,10 @@ def _check_unused(flags: absl_flags.FlagValues) -> None:
 def from_flags(flags: absl_flags.FlagValues) -> Setting:
     """Return the setting of a command line without a config."""
     source = {"path": flags.data, "format": flags.format, "split": flags.split}
+    variables = runtime.json_object("template_variables", flags.template_variables)
     examples = list(data.read(source))  # before the model: a bad row should not have to wait for it
     adapted = pretrained.load(flags)
-    encoder = data.make_encoder(adapted.tokenizer, max_tokens=flags.row_tokens, template=flags.template)
+    encoder = data.make_encoder(adapted.tokenizer, max_tokens=flags.row_tokens, template=flags.template, template_variables=variables)
     loader, _ = data.load({"data": source}, encoder, batch_size=8, shuffle=False)
     count = 200 if flags.examples is None else flags.examples
     return Setting(

@@ -51,6 +51,7 @@ def define_flags(flags: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     absl_flags.DEFINE_string("output", None, "a .jsonl file for the completions (default: the terminal)", flags)
     absl_flags.DEFINE_string("system", None, "a system message before every prompt that is a text", flags)
     absl_flags.DEFINE_bool("raw", False, "continue texts as they are, without the chat template", flags)
+    absl_flags.DEFINE_string("template_variables", "", 'JSON: what the chat template reads, as in {"enable_thinking": false}', flags)
     absl_flags.DEFINE_integer("max_tokens", 256, "the most tokens of a completion", flag_values=flags, lower_bound=1)
     absl_flags.DEFINE_float("temperature", 0.0, "0: always the most likely token", flag_values=flags)
     absl_flags.DEFINE_integer("top_k", 0, "how many tokens to choose among; 0: all", flag_values=flags)
@@ -73,9 +74,10 @@ def main(flags: absl_flags.FlagValues) -> None:
         runtime.local_path("output", flags.output)
     _sampling(flags)  # a wrong setting should not have to wait for the model
     asked = _asked(flags)
+    variables = runtime.json_object("template_variables", flags.template_variables)
     runtime.start(flags)
     adapted = pretrained.load(flags)
-    encoder = rollout.Encoder(adapted.model, adapted.tokenizer)
+    encoder = rollout.Encoder(adapted.model, adapted.tokenizer, template_variables=variables)
     if chatting:
         chat(adapted, encoder, flags)
     elif flags.prompts is None and not flags.output:

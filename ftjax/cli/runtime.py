@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from absl import flags as absl_flags
 
@@ -47,6 +49,17 @@ def local_path(flag: str, value: str) -> Path:
     if "://" in value:
         raise ValueError(f"--{flag}: {value} is not on this machine; a local path is needed (copy from or to the store yourself).")
     return Path(value).expanduser()
+
+
+def json_object(flag: str, value: str) -> dict[str, Any]:
+    """Return the object that a flag holds as JSON; an empty one for an empty text."""
+    try:
+        found = json.loads(value or "{}")
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"--{flag}: a JSON object is expected, not {value!r}.")
+    return found
 
 
 def set_compile_cache(folder: str) -> None:

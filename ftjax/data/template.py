@@ -16,15 +16,21 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes as nodes
 import jinja2.sandbox
 import jinja2.visitor
+
+from ftjax import tree
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 """The built-in template, for a model that has none."""
+
+GIVEN = ("messages", "tools", "add_generation_prompt", "bos_token", "eos_token", "unk_token", "pad_token")
+"""What every template is given: not to be set by a config."""
 
 MAX_TEMPLATE_CHARS = 2**18
 MAX_WORK = 2**24
@@ -80,6 +86,10 @@ class ChatTemplate:
         except (jinja2.TemplateError, RecursionError, SyntaxError, MemoryError, OverflowError, ValueError, TypeError) as error:
             raise TemplateError(f"chat template: {getattr(error, 'message', None) or error!r}") from error
 
+    def reads(self) -> set[str]:
+        """Return the names that the template reads and does not make itself, `messages` among them."""
+        return jinja2.meta.find_undeclared_variables(self._environment.parse(self.source)) - set(self._environment.globals)
+
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, tools: Sequence[Any] | None = None
     ) -> str:
@@ -104,6 +114,29 @@ class ChatTemplate:
         except Exception as error:  # whatever the template's own arithmetic or indexing raises
             raise TemplateError(f"chat template: {type(error).__name__}: {error}") from error
         return "".join(pieces)
+
+
+def with_variables(source: str, variables: Mapping[str, Any]) -> str:
+    """Return the template with values for names that it reads, such as `{"enable_thinking": False}`.
+
+    They stand in its text, so that whoever gets it renders as it was trained; a caller that gives a name itself is still heard.
+
+    Raises:
+      TemplateError: `variables` is no dict of plain data, or the template reads no such name.
+    """
+    if not isinstance(variables, Mapping):
+        raise TemplateError(f"template_variables: a dict is expected, such as {{'enable_thinking': False}}, not {variables!r}")
+    known = sorted(ChatTemplate(source).reads() - set(GIVEN))
+    for name in variables:
+        if name not in known:
+            raise TemplateError(f"template_variables: the chat template reads no {name!r}; nearest: {tree.nearest(str(name), known)}")
+    try:
+        plain = json.loads(json.dumps(dict(variables), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise TemplateError(f"template_variables: {error}; plain data is expected, not {dict(variables)!r}") from error
+    sets = [f"{{% if {name} is not defined %}}{{% set {name} = {value!r} %}}{{% endif %}}" for name, value in plain.items()]
+    head = "".join(sets) + "\n"  # the newline after a block is not rendered, and the template begins a line as before
+    return head + source.removeprefix(head)
 
 
 class _Budget:

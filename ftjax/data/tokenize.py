@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy as np
 from ftjax import tree
 from ftjax.data.formats import Example, Message
 from ftjax.data.rows import RowError
-from ftjax.data.template import CHATML, ChatTemplate, TemplateError
+from ftjax.data.template import CHATML, ChatTemplate, TemplateError, with_variables
 
 TRAIN_ON = ("assistant", "last", "all")
 TEMPLATES = ("auto", "chatml", "none")
@@ -179,7 +179,14 @@ class Encoder:
         return sequence if drawn.whole else cut(sequence, max_tokens=self.max_tokens, keep=keep)
 
 
-def make_encoder(tokenizer: Any, *, max_tokens: int, template: str = "auto", train_on: str = "assistant", **variables: Any) -> Encoder:
+def make_encoder(
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    template: str = "auto",
+    train_on: str = "assistant",
+    template_variables: Mapping[str, Any] | None = None,
+) -> Encoder:
     """Return the encoder of a tokenizer.
 
     Args:
@@ -189,11 +196,11 @@ def make_encoder(tokenizer: Any, *, max_tokens: int, template: str = "auto", tra
         with EOS as the end of a turn if `<|im_end|>` is no token of this tokenizer),
         "none" (join prompt and completion, whatever the tokenizer has), or the Jinja text itself.
       train_on: "assistant" (every assistant message whose weight is not 0), "last" (the last one only) or "all" (prompts too).
-      **variables: what the template reads beside the messages, such as `enable_thinking=False`.
+      template_variables: what the template reads beside the messages, such as `{"enable_thinking": False}`: see `template.with_variables`.
 
     Raises:
       ValueError: an unknown `train_on` or `template`, or `max_tokens` below 2.
-      TemplateError: the template cannot be compiled.
+      TemplateError: the template cannot be compiled, reads no such variable, or there is none to read it.
     """
     if train_on not in TRAIN_ON:
         raise ValueError(f"data: train_on is {train_on!r}; nearest: {tree.nearest(train_on, TRAIN_ON)}")
@@ -207,7 +214,11 @@ def make_encoder(tokenizer: Any, *, max_tokens: int, template: str = "auto", tra
     source = {"auto": getattr(tokenizer, "chat_template", None), "chatml": chatml, "none": None}.get(template, template)
     if isinstance(source, dict):  # several named templates
         source = source.get("default")
-    chat = ChatTemplate(source, variables={**special, **variables}) if source else None
+    if template_variables and not source:
+        raise TemplateError(f"template_variables: there is no chat template to read {', '.join(template_variables)}; set one")
+    if template_variables:
+        source = with_variables(source, template_variables)
+    chat = ChatTemplate(source, variables=special) if source else None
     ends = tuple(sorted(added - {"", special["bos_token"]}, key=len, reverse=True))
     end_of_turn = re.compile(rf"\s*({'|'.join(map(re.escape, ends))})" if ends else "(?!)")
     starts = tokenizer("a")["input_ids"][:1]

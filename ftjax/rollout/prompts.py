@@ -23,12 +23,13 @@ class Encoder:
       model: whose context bounds a prompt.
       tokenizer: of the model.
       template: how messages become text: see `data.make_encoder`.
+      template_variables: what the template reads beside the messages: see there too.
     """
 
-    def __init__(self, model: Model, tokenizer: Any, *, template: str = "auto"):
+    def __init__(self, model: Model, tokenizer: Any, *, template: str = "auto", template_variables: Mapping[str, Any] | None = None):
         self.tokenizer = tokenizer
         self.context = int(model.config.max_position_embeddings)
-        self._encoder = data.make_encoder(tokenizer, max_tokens=self.context, template=template)
+        self._encoder = data.make_encoder(tokenizer, max_tokens=self.context, template=template, template_variables=template_variables)
         self.chats = self._encoder.template is not None
         configured = model.config.eos_token_id
         self.eos_ids = tuple(sorted({*_as_tuple(configured), *_as_tuple(tokenizer.eos_token_id), *self._end_of_turn()}))

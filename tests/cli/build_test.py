@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from ftjax import sharding
+from ftjax import data, sharding
 from ftjax.cli import build
 from ftjax.cli import config as configs
 
@@ -55,6 +55,18 @@ def test_the_tokenizer_carries_the_template_that_is_trained(config, template):
     tokenizer = build.tokenizer(config)
     trained = build.encoder(config, tokenizer).template
     assert tokenizer.chat_template == (before if template in ("auto", "none") else trained.source)
+
+
+def test_the_tokenizer_carries_the_template_variables_that_are_trained(config):
+    config.data.template = "{{ messages[0].content }}{% if thinking %}<think>{% endif %}{% if add_generation_prompt %}:{% endif %}"
+    config.data.template_variables = {"thinking": True}
+    tokenizer = build.tokenizer(config)
+    prompt = build.encoder(config, tokenizer).prompt(data.Example(({"role": "user", "content": "a"},)))
+    assert (
+        tokenizer.decode(prompt)
+        == "a<think>:"
+        == data.ChatTemplate(tokenizer.chat_template).render([{"role": "user", "content": "a"}], add_generation_prompt=True)
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -72,6 +72,18 @@ def test_the_template_of_the_adapters_tokenizer_is_used(base, run, tmp_path, mon
     assert tokenizer.decode(given[0]) == "Q: one A:"
 
 
+def test_template_variables_reach_the_template(base, run, tmp_path, monkeypatch):
+    folder, model, params = base
+    method, tokenizer = peft.lora(["q_proj"], rank=1), byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{% if enable_thinking %} thinks{% endif %}"
+    trainable = method.init(jax.random.key(2), params)[1]
+    hf_peft.save_adapter(tmp_path / "adapter", model, trainable, method.plan(params), base_name=str(folder), tokenizer=tokenizer)
+    given = []
+    monkeypatch.setattr(generate.rollout, "stream_text", lambda _m, _p, encoder, prompt, **_: given.append(encoder.encode(prompt)) or [])
+    assert run("--prompt=one", f"--adapter={tmp_path}/adapter", '--template_variables={"enable_thinking": true}') == 0
+    assert tokenizer.decode(given[0]) == "one thinks"
+
+
 def test_a_chat_remembers_until_reset(run, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(generate.rollout, "stream_text", lambda model, params, encoder, prompt, **_: asked.append(prompt) or iter(["ok"]))
@@ -128,6 +140,7 @@ def test_what_cannot_be_read_is_named(name, text, message, tmp_path, capsys):
         (["--prompts=nowhere.txt"], 1, "no file 'nowhere.txt'"),
         (["--prompt=a", "--temperature=-1"], 1, "temperature is at least 0"),
         (["--prompt=a", "--max_tokens=0"], 2, "max_tokens"),
+        (["--prompt=a", "--template_variables={thinking: no}"], 1, "--template_variables: a JSON object is expected, not '{thinking: no}'"),
         (["--prompt=a", "--adapter=nowhere"], 1, "no folder 'nowhere'"),
         (["--prompt=a", "--adapter=gs://b/run"], 1, "--adapter: gs://b/run is not on this machine"),
         (["--prompt=a", "--output=gs://b/out.jsonl"], 1, "--output: gs://b/out.jsonl is not on this machine"),

@@ -129,11 +129,13 @@ def test_a_config_is_found_and_finds_its_base_from_any_folder(tmp_path, monkeypa
 
 def test_overrides_have_the_types_of_their_fields(capsys):
     arguments = ["--config", f"{QUICKSTART}:smoke", "--config.methods=full", "--config.methods=lora", "--config.lora.targets=['q_proj']"]
+    arguments += ["--config.data.template_variables={'enable_thinking': False}"]
     arguments += ["--config.optimizer.groups=(('lora/.*/b',16.0),)", "--noconfig.data.shuffle", "--help"]
     code, out, _ = run(capsys, "train", *arguments)
     lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in out.splitlines() if line.startswith("  ") and len(line.split()) > 1}
     assert code == 0
     assert lines["methods"] == "('full', 'lora')" and lines["optimizer.groups"] == "(('lora/.*/b', 16.0),)"
+    assert lines["data.template_variables.enable_thinking"] == "False"
     assert lines["lora.targets"] == "['q_proj']" and lines["data.shuffle"] == "False"
 
 

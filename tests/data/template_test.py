@@ -3,6 +3,7 @@ import time
 import pytest
 
 from ftjax.data import CHATML, ChatTemplate, TemplateError
+from ftjax.data.template import with_variables
 from tests.data.families import FAMILIES, byte_tokenizer
 
 MESSAGES = [{"role": "user", "content": "Hi & <bye>"}, {"role": "assistant", "content": "Ho"}]
@@ -131,3 +132,12 @@ def test_a_refusal_and_a_mistake_say_so():
 def test_tools_reach_the_template():
     text = ChatTemplate("{% if tools %}{{ tools | tojson }}{% else %}none{% endif %}")
     assert text.render(MESSAGES, tools=[{"name": "é"}]) == '[{"name": "é"}]' and text.render(MESSAGES) == "none"
+
+
+@pytest.mark.parametrize("source", ["{{ a }}{{ b }}", "\n{{ a }}{{ b }}", "  {% if true %}{{ a }}{% endif %}{{ b }}"])
+def test_a_template_carries_its_variables_and_hears_a_caller(source):
+    values = {"a": "it's %} {{ é\n", "b": [1, -2.5e-05, None, True, {"k": "v"}]}
+    carried = with_variables(source, values)
+    assert ChatTemplate(carried).render([]) == ChatTemplate(source, variables=values).render([])
+    assert ChatTemplate(carried, variables={"b": 7}).render([]) == ChatTemplate(source, variables={**values, "b": 7}).render([])
+    assert with_variables(carried, values) == carried

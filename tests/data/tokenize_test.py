@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftjax.data import CHATML, Example, RowError, answer, inspect, make_encoder, parse
+from ftjax.data import CHATML, Example, RowError, TemplateError, answer, inspect, make_encoder, parse
 from ftjax.data.tokenize import Encoded, _token_mask, cut
 from tests.data.families import FAMILIES, byte_tokenizer, word_tokenizer
 
@@ -97,7 +97,22 @@ def test_thinking_that_the_template_strips_is_an_error_and_not_a_wrong_target():
 
 def test_what_the_generation_prompt_holds_is_not_trained():
     tokenizer = byte_tokenizer("qwen3")
-    assert trained(tokenizer, encode(tokenizer, [USER, TWO], enable_thinking=False)) == ["Two.<|im_end|>"]
+    assert trained(tokenizer, encode(tokenizer, [USER, TWO], template_variables={"enable_thinking": False})) == ["Two.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "variables", "message"),
+    [
+        ("auto", {"enable_thinkin": False}, "reads no 'enable_thinkin'; nearest: 'enable_thinking'"),
+        ("auto", {"bos_token": "x"}, "reads no 'bos_token'"),
+        ("auto", {"enable_thinking": {1, 2}}, "plain data is expected"),
+        ("auto", "enable_thinking", "a dict is expected"),
+        ("none", {"enable_thinking": False}, "there is no chat template to read enable_thinking"),
+    ],
+)
+def test_variables_that_no_template_reads_or_of_a_wrong_type_are_refused(template, variables, message):
+    with pytest.raises(TemplateError, match=message):
+        make_encoder(byte_tokenizer("qwen3"), max_tokens=9, template=template, template_variables=variables)
 
 
 def test_a_prompt_that_the_template_ends_otherwise_than_it_begins_an_answer_is_counted():
