@@ -97,7 +97,9 @@ def save_adapter(
         values = own | flat[row.method]
         for path in row.paths:
             arrays = {field: np.asarray(values[f"{path}/{field}"]) for field in form.tensors if f"{path}/{field}" in values}
-            found |= tensors.write_leaf(path, leaves[path].shape, arrays, form, layers=row.options.get("layers"))
+            if (layers := row.options.get("layers")) is not None:  # what is not trained is there for all layers
+                arrays = {field: array if form.tensors[field].trained else array[list(layers)] for field, array in arrays.items()}
+            found |= tensors.write_leaf(path, leaves[path].shape, arrays, form, layers=layers)
     for row in full_rows:
         for path in row.paths:
             found |= tensors.write_whole(path, leaves[path].shape, np.asarray(flat[row.method][path]))

@@ -117,13 +117,13 @@ def fits(tensor: Tensor, shape: Shape, sizes: Mapping[str, int]) -> bool:
     """Return whether PEFT's tensor may have this shape where these axes are known."""
     letters = tensor.axes.split("->")[1]
     return len(letters) == len(shape) and all(
-        size == (1 if letter == "1" else sizes.get(letter, size)) for letter, size in zip(letters, shape, strict=True)
+        size == (int(letter) if letter.isdigit() else sizes.get(letter, size)) for letter, size in zip(letters, shape, strict=True)
     )
 
 
 def shown(tensor: Tensor, sizes: Mapping[str, int]) -> str:
     """Return the shape that PEFT's tensor should have, with a `?` for a size that is not known."""
-    return "[" + ", ".join("1" if letter == "1" else str(sizes.get(letter, "?")) for letter in tensor.axes.split("->")[1]) + "]"
+    return "[" + ", ".join(letter if letter.isdigit() else str(sizes.get(letter, "?")) for letter in tensor.axes.split("->")[1]) + "]"
 
 
 def stack(path: str, shape: Shape, layers: Mapping[str, Found], form: Format, scales: Mapping[str, float]) -> dict[str, np.ndarray]:

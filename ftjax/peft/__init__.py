@@ -8,18 +8,18 @@ from ftjax.peft.chain import chain
 from ftjax.peft.dora import DORA, dora
 from ftjax.peft.format import Format, Tensor
 from ftjax.peft.full import full
-from ftjax.peft.hira import hira
+from ftjax.peft.hira import HIRA, hira
 from ftjax.peft.ia3 import IA3, ia3
 from ftjax.peft.layers import on_layers
-from ftjax.peft.loha import loha
-from ftjax.peft.lokr import lokr
+from ftjax.peft.loha import LOHA, loha
+from ftjax.peft.lokr import LOKR, lokr
 from ftjax.peft.lora import LORA, lora
 from ftjax.peft.lora_fa import LORA_FA, lora_fa
 from ftjax.peft.merge import merge
-from ftjax.peft.miss import miss
+from ftjax.peft.miss import MISS, miss
 from ftjax.peft.neftune import neftune
 from ftjax.peft.randlora import randlora
-from ftjax.peft.shira import shira
+from ftjax.peft.shira import SHIRA, shira
 from ftjax.peft.vera import VERA, vera
 
 METHODS = {"dora": dora, "full": full, "ia3": ia3, "lora": lora, "lora_fa": lora_fa, "neftune": neftune, "vera": vera} | {
@@ -31,7 +31,13 @@ METHODS = {"dora": dora, "full": full, "ia3": ia3, "lora": lora, "lora_fa": lora
     "shira": shira,
 }
 
-FORMATS: dict[str, Format] = {"lora": LORA, "dora": DORA, "lora_fa": LORA_FA, "ia3": IA3, "vera": VERA}
+FORMATS: dict[str, Format] = {"lora": LORA, "dora": DORA, "lora_fa": LORA_FA, "ia3": IA3, "vera": VERA} | {
+    "hira": HIRA,
+    "loha": LOHA,
+    "lokr": LOKR,
+    "miss": MISS,
+    "shira": SHIRA,
+}
 
 __all__ = [
     "FORMATS",

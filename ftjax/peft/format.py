@@ -38,7 +38,7 @@ class Tensor(NamedTuple):
     """What follows the module's name, as `lora_A.weight`; the whole name of a tensor that stands once in a file."""
     axes: str
     """Our axes and PEFT's, of one layer: `"ir->ri"` is a transpose, `"o->o1"` adds an axis of one. `i` and `o` are the matrix's, `r` is the
-    module's rank; any other letter is a size that the tensors of a module share."""
+    module's rank, a digit is itself; any other letter is a size that the tensors of a module share."""
     embedding: str = ""
     """The key on an embedding where it is another."""
     neutral: float | None = 0.0

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import tree, weights
+from ftjax.peft.format import Format, Tensor
 from ftjax.peft.layers import Layers
 from ftjax.peft.riding import Added, check_rank, riding, uniform
 from ftjax.types import Transform, pytree
@@ -69,3 +70,21 @@ def hira(
         return {"a": uniform(key, (*stack, i, rank), i), "b": jnp.zeros((*stack, rank, o))}
 
     return riding(make, HiraWeight, name=name, targets=targets, exclude=exclude, layers=layers, options={"rank": rank})
+
+
+HIRA = Format(
+    peft_type="HIRA",
+    tensors={"a": Tensor("hira_A", "ir->ri"), "b": Tensor("hira_B", "ro->or")},
+    options={"rank": "r"},
+    defaults={
+        "r": 32,
+        "exclude_modules": None,
+        "hira_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "init_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "rank_pattern": {},
+    },
+    ignored=("hira_dropout", "init_weights"),
+)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import tree, weights
+from ftjax.peft.format import Format, Tensor
 from ftjax.peft.layers import Layers
 from ftjax.peft.riding import Added, check_rank, riding, scale_of, uniform
 from ftjax.types import Transform, pytree, static
@@ -79,3 +80,29 @@ def loha(
     leaf = functools.partial(LohaWeight, scale=scale_of(rank, alpha))
     options = {"rank": rank, "alpha": rank if alpha is None else alpha}
     return riding(make, leaf, name=name, targets=targets, exclude=exclude, layers=layers, options=options)
+
+
+LOHA = Format(
+    peft_type="LOHA",
+    tensors={
+        "a1": Tensor("hada_w1_b", "ir->ri"),
+        "b1": Tensor("hada_w1_a", "ro->or"),
+        "a2": Tensor("hada_w2_b", "ir->ri"),
+        "b2": Tensor("hada_w2_a", "ro->or"),
+    },
+    options={"rank": "r", "alpha": "alpha"},
+    defaults={
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "r": 8,
+        "alpha": 8,
+        "rank_dropout": 0.0,
+        "module_dropout": 0.0,
+        "use_effective_conv2d": False,
+        "exclude_modules": None,
+        "init_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    },
+    ignored=("rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"),
+)

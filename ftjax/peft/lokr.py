@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import tree, weights
+from ftjax.peft.format import Format, Tensor
 from ftjax.peft.layers import Layers
 from ftjax.peft.riding import Added, check_rank, riding, scale_of, uniform
 from ftjax.types import Transform, pytree, static
@@ -126,3 +127,34 @@ def lokr(
         "decompose_both": decompose_both,
     }
     return riding(make, leaf, name=name, targets=targets, exclude=exclude, layers=layers, options=options)
+
+
+LOKR = Format(
+    peft_type="LOKR",
+    tensors={
+        "w1": Tensor("lokr_w1", "xy->yx", optional=True),
+        "w1_a": Tensor("lokr_w1_b", "xr->rx", optional=True),
+        "w1_b": Tensor("lokr_w1_a", "ry->yr", optional=True),
+        "w2": Tensor("lokr_w2", "zw->wz", optional=True),
+        "w2_a": Tensor("lokr_w2_b", "zr->rz", optional=True),
+        "w2_b": Tensor("lokr_w2_a", "rw->wr", optional=True),
+    },
+    options={"rank": "r", "alpha": "alpha", "decompose_factor": "decompose_factor", "decompose_both": "decompose_both"},
+    defaults={
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "r": 8,
+        "alpha": 8,
+        "rank_dropout": 0.0,
+        "module_dropout": 0.0,
+        "use_effective_conv2d": False,
+        "decompose_both": False,
+        "decompose_factor": -1,
+        "rank_dropout_scale": False,
+        "exclude_modules": None,
+        "init_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    },
+    ignored=("rank_dropout", "module_dropout", "rank_dropout_scale", "use_effective_conv2d", "init_weights"),
+)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import tree, weights
+from ftjax.peft.format import Format, Tensor
 from ftjax.peft.layers import Layers
 from ftjax.peft.riding import Added, check_range, riding
 from ftjax.types import Transform, pytree
@@ -118,3 +119,22 @@ def miss(
     leaf = BatWeight if form == "bat" else MissWeight
     options = {"rank": rank, "form": form, "mini_rank": mini_rank}
     return riding(make, leaf, name=name, targets=targets, exclude=exclude, layers=layers, options=options)
+
+
+MISS = Format(
+    peft_type="MISS",
+    tensors={"block": Tensor("miss_block", "rc->rc"), "blocks": Tensor("miss_block", "nrs->nsr")},
+    options={"rank": "r", "mini_rank": "mini_r", "form": "init_weights"},
+    values={"form": {"even": True, "bat": "bat", "mini": "mini"}},
+    defaults={
+        "r": 64,
+        "miss_dropout": 0.0,
+        "mini_r": 1,
+        "exclude_modules": None,
+        "init_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "bias": "none",
+    },
+    ignored=("miss_dropout",),
+)

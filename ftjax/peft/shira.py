@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import tree
+from ftjax.peft.format import Format, Tensor
 from ftjax.peft.layers import Layers
 from ftjax.peft.riding import Added, check_range, riding
 from ftjax.types import Params, Transform, pytree
@@ -87,3 +88,24 @@ def _places(seed: int, path: str, shape: tuple[int, ...], rank: int) -> jax.Arra
     random = np.random.default_rng((seed, zlib.crc32(path.encode())))
     layers = [np.sort(random.choice(i * o, rank * (i + o), replace=False, shuffle=False)) for _ in range(int(np.prod(stack)))]
     return jnp.asarray(np.array(layers, np.int32).reshape(*stack, rank * (i + o)))
+
+
+def _to_indices(places: np.ndarray, i: int, o: int) -> np.ndarray:
+    """Return PEFT's `[2, n]`: the output of each place, and its input."""
+    return np.stack([places % o, places // o]).astype(np.int32)
+
+
+def _from_indices(indices: np.ndarray, i: int, o: int) -> np.ndarray:
+    return (indices[1].astype(np.int64) * o + indices[0].astype(np.int64)).astype(np.int32)
+
+
+SHIRA = Format(
+    peft_type="SHIRA",
+    tensors={
+        "values": Tensor("shira_weight", "n->n"),
+        "places": Tensor("shira_indices", "n->2n", turn=(_to_indices, _from_indices), trained=False),
+    },
+    options={"rank": "r"},
+    defaults={"r": 32, "mask_type": "random", "random_seed": None, "fan_in_fan_out": False, "init_weights": True},
+    ignored=("mask_type", "random_seed", "init_weights"),
+)

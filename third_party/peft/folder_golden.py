@@ -28,6 +28,14 @@ ADAPTERS = {
     ),
     "ia3": peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "vera": peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj", "up_proj"], r=5),
+    "hira": peft.HiraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=3),
+    "loha": peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=3, alpha=6),
+    "lokr": peft.LoKrConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=2, alpha=3, decompose_factor=4),
+    "lokr_both": peft.LoKrConfig(task_type="CAUSAL_LM", target_modules=["o_proj"], r=1, alpha=3, decompose_both=True, decompose_factor=4),
+    "miss": peft.MissConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=4),
+    "miss_bat": peft.MissConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"], r=4, init_weights="bat"),
+    "miss_mini": peft.MissConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, mini_r=3, init_weights="mini"),
+    "shira": peft.ShiraConfig(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], r=2, random_seed=7),
     "vera_drawn": peft.VeraConfig(
         task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=5, save_projection=False, projection_prng_key=3
     ),
