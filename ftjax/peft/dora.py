@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ftjax import tree, weights
-from ftjax.peft import low_rank
+from ftjax.peft import inits, low_rank
 from ftjax.peft.format import Tensor
-from ftjax.peft.lora import LORA, Init, dropped, named_init, thin, thins
+from ftjax.peft.inits import Init
+from ftjax.peft.lora import LORA, dropped, thin, thins
 from ftjax.types import Params, Transform, pytree, static
 from ftjax.weights import Leaf, Wrapper
 
@@ -134,7 +135,7 @@ def dora(
       >>> {path.rpartition("/")[2]: leaf.shape for path, leaf in tree.flatten(trainable).items()}
       {'a': (2, 4, 2), 'b': (2, 2, 6), 'magnitude': (2, 6)}
     """
-    make = named_init(init, name)
+    make = inits.blind(init, name)
     spec = low_rank.LowRank("dora", name, targets, rank, alpha, rslora, dropout, exclude, rank_pattern, alpha_pattern)
 
     def init_fn(key: jax.Array, params: Params) -> tuple[Params, Params]:

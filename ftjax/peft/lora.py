@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,13 +11,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ftjax import tree, weights
-from ftjax.peft import low_rank
+from ftjax.peft import inits, low_rank
 from ftjax.peft.format import Format, Tensor
-from ftjax.types import Params, Transform, pytree, static
+from ftjax.peft.inits import FromWeight, Init
+from ftjax.types import Params, Plan, Transform, pytree, static
 from ftjax.weights import Leaf, Wrapper
-
-Init = Callable[[jax.Array, tuple[int, ...], int], tuple[jax.Array, jax.Array]]
-"""`(key, shape [..., i, o], rank) -> (a [..., i, r], b [..., r, o])`, float32, with `a @ b == 0`."""
 
 
 @pytree
@@ -106,29 +103,6 @@ def _add(y: jax.Array, delta: jax.Array) -> jax.Array:
     return (y.astype(jnp.float32) + delta).astype(y.dtype)
 
 
-def uniform(key: jax.Array, shape: tuple[int, ...], rank: int) -> tuple[jax.Array, jax.Array]:
-    """A ~ U(-1/√i, 1/√i), B = 0: what PEFT does by default (Kaiming uniform with a = √5)."""
-    *layers, i, o = shape
-    bound = 1 / math.sqrt(i)
-    return jax.random.uniform(key, (*layers, i, rank), jnp.float32, -bound, bound), jnp.zeros((*layers, rank, o), jnp.float32)
-
-
-def gaussian(key: jax.Array, shape: tuple[int, ...], rank: int) -> tuple[jax.Array, jax.Array]:
-    """A ~ N(0, 1/r²), B = 0: PEFT's `init_lora_weights="gaussian"`."""
-    *layers, i, o = shape
-    return jax.random.normal(key, (*layers, i, rank), jnp.float32) / rank, jnp.zeros((*layers, rank, o), jnp.float32)
-
-
-def a_zero(key: jax.Array, shape: tuple[int, ...], rank: int) -> tuple[jax.Array, jax.Array]:
-    """A = 0, B ~ U(-1/√r, 1/√r): the first Adam step then does not hang on the sign of tiny gradients of B."""
-    *layers, i, o = shape
-    bound = 1 / math.sqrt(rank)
-    return jnp.zeros((*layers, i, rank), jnp.float32), jax.random.uniform(key, (*layers, rank, o), jnp.float32, -bound, bound)
-
-
-INITS: dict[str, Init] = {"uniform": uniform, "gaussian": gaussian, "a_zero": a_zero}
-
-
 def lora(
     targets: tree.Filter = "all-linear",
     *,
@@ -136,7 +110,7 @@ def lora(
     alpha: float | None = None,
     rslora: bool = False,
     dropout: float = 0.0,
-    init: Init | str = "uniform",
+    init: Init | FromWeight | str = "uniform",
     exclude: tree.Filter | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
@@ -156,7 +130,8 @@ def lora(
       alpha: numerator of the scale; `rank` if None, which makes the scale 1 (or √rank).
       rslora: divide by √rank instead of rank.
       dropout: probability, in [0, 1), of zeroing an entry of x on the low-rank path; it acts only where `attach` is given a key.
-      init: how A and B start, with A B = 0: a function or one of `INITS`.
+      init: how A and B start: one of `ftjax.peft.inits`, by name or as a function. Those that start from the weight ("pissa", "olora")
+        keep A₀ and B₀ in the frozen tree under `name`, and leave the function unchanged to rounding.
       exclude: matrices to leave out among the targets.
       rank_pattern: other ranks for some of them, `{regex or module name: rank}`; the first match wins.
       alpha_pattern: other alphas likewise.
@@ -172,29 +147,73 @@ def lora(
       >>> {path: leaf.shape for path, leaf in tree.flatten(trainable).items()}
       {'lora/layers/q_proj/kernel/a': (2, 4, 2), 'lora/layers/q_proj/kernel/b': (2, 2, 6)}
     """
-    make = named_init(init, name)
+    make = inits.named(init, name)
     spec = low_rank.LowRank("lora", name, targets, rank, alpha, rslora, dropout, exclude, rank_pattern, alpha_pattern)
 
     def init_fn(key: jax.Array, params: Params) -> tuple[Params, Params]:
         trained = {}
         for path, leaf, leaf_rank, leaf_key in spec.matrices(key, params):
-            trained[f"{path}/a"], trained[f"{path}/b"] = make(leaf_key, leaf.shape, leaf_rank)
-        return params, {name: tree.unflatten(trained)}
+            if isinstance(make, inits.FromWeight):
+                a, b = make.factors(leaf_key, weights.materialize(leaf).astype(jnp.float32), leaf_rank)
+                root = jnp.sqrt(spec.scales(path, leaf.shape))[..., None, None]
+                a, b = a / root, b / root
+            else:
+                a, b = make(leaf_key, leaf.shape, leaf_rank)
+            trained[f"{path}/a"], trained[f"{path}/b"] = a, b
+        if not isinstance(make, inits.FromWeight):
+            return params, {name: tree.unflatten(trained)}
+        start = tree.unflatten({path: jnp.copy(x) for path, x in trained.items()})  # the state is donated, the start must outlive it
+        return {**params, name: start}, {name: tree.unflatten(trained)}
 
     def attach(frozen: Params, trainable: Params, *, key: jax.Array | None = None) -> Params:
-        rows = spec.joined(frozen, trainable, key=key)
+        model = {part: branch for part, branch in frozen.items() if part != name}
+        rows = spec.joined(model, relative(frozen, trainable, name), key=key)
         return tree.replace(
-            frozen, {row.path: LoraWeight(row.base, row.fields["a"], row.fields["b"], row.scale, *row.dropout) for row in rows}
+            model, {row.path: LoraWeight(row.base, row.fields["a"], row.fields["b"], row.scale, *row.dropout) for row in rows}
         )
 
-    return Transform(init_fn, attach, spec.plan)
+    def plan(params: Params) -> tuple[Plan, ...]:
+        rows = spec.plan(params)
+        if not isinstance(make, inits.FromWeight):
+            return rows
+        return tuple(row._replace(options={**row.options, "init": init if isinstance(init, str) else "from weight"}) for row in rows)
+
+    return Transform(init_fn, attach, plan)
 
 
-def named_init(init: Init | str, name: str) -> Init:
-    """Return the function that `init` names among `INITS`, or `init` itself."""
-    if isinstance(init, str) and init not in INITS:
-        raise ValueError(f"{name}: there is no init {init!r}; nearest: {tree.nearest(init, INITS)}.")
-    return INITS[init] if isinstance(init, str) else init
+def plain(frozen: Params, trainable: Params, plans: Sequence[Plan]) -> tuple[Params, tuple[Plan, ...]]:
+    """Return trainable tree and plans with every LoRA that started from the weights as the plain one of rank 2r and the same scale.
+
+    Raises:
+      ValueError: where it started is not in the frozen tree.
+    """
+    for name in {row.method for row in plans if _from_weight(row)}:
+        if name not in frozen:
+            raise ValueError(f"{name}: it started from the weights, and where is in the frozen tree: pass frozen=frozen.")
+        trainable = trainable | relative(frozen, trainable, name)
+    return trainable, tuple(_doubled(row) if _from_weight(row) else row for row in plans)
+
+
+def _from_weight(row: Plan) -> bool:
+    return (row.kind or row.method) == "lora" and "init" in row.options
+
+
+def _doubled(row: Plan) -> Plan:
+    options = {name: value for name, value in row.options.items() if name != "init"}
+    factor = 2**0.5 if options["rslora"] else 2
+    return row._replace(options=options | {"rank": 2 * options["rank"], "alpha": factor * options["alpha"]})
+
+
+def relative(frozen: Params, trainable: Params, name: str = "lora") -> Params:
+    """Return `{name: tree}` of the plain LoRA on the frozen weights: that of rank 2r, s (A B - A₀ B₀), if it did not start at zero."""
+    if name not in frozen:
+        return {name: trainable[name]}
+    now, start = tree.flatten(trainable[name]), tree.flatten(frozen[name])
+    joined = {
+        path: jnp.concatenate([x, start[path]], -1) if path.endswith("/a") else jnp.concatenate([x, -start[path]], -2)
+        for path, x in now.items()
+    }
+    return {name: tree.unflatten(joined)}
 
 
 LORA = Format(

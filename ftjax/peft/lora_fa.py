@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import jax
 
 from ftjax import tree
-from ftjax.peft import low_rank
-from ftjax.peft.lora import LORA, Init, LoraWeight, named_init
+from ftjax.peft import inits, low_rank
+from ftjax.peft.inits import Init
+from ftjax.peft.lora import LORA, LoraWeight
 from ftjax.types import Params, Transform
 
 
@@ -58,7 +59,7 @@ def lora_fa(
     """
     if init == "a_zero":
         raise ValueError(f"{name}: with init 'a_zero' the frozen A would be zero and B get no gradient; use 'uniform' or 'gaussian'.")
-    make = named_init(init, name)
+    make = inits.blind(init, name)
     spec = low_rank.LowRank("lora_fa", name, targets, rank, alpha, rslora, dropout, exclude, rank_pattern, alpha_pattern)
 
     def init_fn(key: jax.Array, params: Params) -> tuple[Params, Params]:

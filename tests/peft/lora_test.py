@@ -5,7 +5,8 @@ import pytest
 
 from ftjax import tree, weights
 from ftjax.peft import lora
-from ftjax.peft.lora import INITS, LoraWeight
+from ftjax.peft.inits import INITS
+from ftjax.peft.lora import LoraWeight
 
 LAYERS, IN, OUT, R = 2, 6, 5, 3
 Q, K = "layers/self_attn/q_proj/kernel", "layers/self_attn/k_proj/kernel"
@@ -69,7 +70,7 @@ def test_the_scale_is_alpha_over_rank_or_its_root(key, params, options, scale):
     np.testing.assert_allclose(tree.flatten(method.attach(*method.init(key, params)))[Q].scale, np.full(LAYERS, scale), rtol=1e-6)
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", ["uniform", "gaussian", "a_zero"])
 def test_exactly_one_factor_starts_at_zero(key, params, init):
     method = lora(["q_proj"], rank=R, init=init)
     _, trainable = method.init(key, params)
