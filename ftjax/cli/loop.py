@@ -68,7 +68,7 @@ class Loop:
     memory: Memory
 
 
-def run(loop: Loop, state: TrainState, *, start: int) -> tuple[TrainState, int, str]:
+def take_steps(loop: Loop, state: TrainState, *, start: int) -> tuple[TrainState, int, str]:
     """Train from step `start` on.
 
     Returns:

@@ -17,21 +17,24 @@ import json
 import time
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import optax
 from absl import flags as absl_flags
 from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from rich.text import Text
 
-from ftjax import checkpoint, logs, sharding
+from ftjax import checkpoint, data, logs, sharding
 from ftjax.checkpoint import Checkpoints
 from ftjax.cli import adapter, build, measure, runtime, show
 from ftjax.cli import config as configs
-from ftjax.cli.loop import EARLY, FINISHED, Loop, Memory, run
+from ftjax.cli.loop import EARLY, FINISHED, Evaluate, Loop, Memory, take_steps
 from ftjax.cli.stop import Stop
 from ftjax.train import init_state
-from ftjax.types import TrainState
+from ftjax.types import Params, Plan, TrainState, Transform
 
 
 def define_flags(flags: absl_flags.FlagValues, argv) -> None:
@@ -53,134 +56,189 @@ def main(flags: absl_flags.FlagValues) -> None:
         train(flags.config, epath.Path(flags.workdir), stop, allow_config_change=flags.allow_config_change)
 
 
-def train(config, workdir: epath.Path, stop: Stop, *, allow_config_change: bool = False) -> None:
-    """Run a config in a workdir, from its last checkpoint if there is one."""
-    began, first = time.monotonic(), jax.process_index() == 0
-    terminal = logs.Terminal(quiet=not first)
-    key = jax.random.key(config.seed)
+class Run(NamedTuple):
+    """A run before anything is loaded."""
 
-    # ---- config ----
+    config: ConfigDict
+    config_json: Mapping[str, Any]
+    workdir: epath.Path
+    checkpoints: Checkpoints
+    mesh: Mesh
+    terminal: logs.Terminal
+    stop: Stop
+
+
+class Policy(NamedTuple):
+    """The model that is trained: what of it is frozen, and how the rest is."""
+
+    loaded: build.Loaded
+    """Without its parameters: what of them is frozen is in `frozen`."""
+    method: Transform
+    frozen: Params
+    plans: tuple[Plan, ...]
+    optimizer: optax.GradientTransformation
+
+
+class Lessons(NamedTuple):
+    """What the model learns from and is examined on."""
+
+    encoder: data.Encoder
+    loader: data.Loader
+    held_out: data.Loader | None
+
+
+def train(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_change: bool = False) -> None:
+    """Run a config in a workdir, from its last checkpoint if there is one."""
+    began = time.monotonic()
+    run = _begin(config, workdir, stop, allow_config_change=allow_config_change)
+    policy, trainable = _load(run)
+    lessons = _read(run, policy)
+    state = _state(run, policy, trainable)
+    del trainable  # the state's, and donated with it
+    with contextlib.closing(run.checkpoints):
+        state, memory, start = _resume(run, state)
+        with contextlib.closing(_writers(run, start)) as writers:
+            run.terminal.heading("Training")
+            quiz = build.quiz(
+                run.config, policy.loaded, lessons.encoder, lambda state: policy.method.attach(policy.frozen, state.trainable)
+            )
+            if not start and not memory.before:
+                memory.before = _measure(run, quiz, state, "before")
+            loop = _loop(run, policy, lessons, state, memory, writers, _examination(run, policy, lessons, quiz, writers))
+            state, done, reason = take_steps(loop, state, start=start)
+            if reason not in (FINISHED, EARLY):
+                run.terminal.say(f"{reason}: saved at step {done} of {run.config.steps}; the same command goes on from there.")
+                return
+            if reason == EARLY and (best := run.checkpoints.best()) is not None:
+                state = sharding.abstract(
+                    state, sharding.state_shardings(state, run.mesh)
+                )  # lets go of the last weights before the best come
+                state, _ = run.checkpoints.restore(state, step=best)
+                run.terminal.say(
+                    f"early stopping after step {done}: what follows is of step {best}, the best by {run.config.checkpoint.best_metric}"
+                )
+            after = _measure(run, quiz, state, "after")
+            if after:
+                scores = {"before": memory.before, "after": after}
+                writers.write(done, {f"eval/score_{when}": part.get("score", float("nan")) for when, part in scores.items()})
+    exported = adapter.export(run.workdir / "adapter", policy.loaded, state.trainable, policy.plans, say=run.terminal.say)
+    if jax.process_index() == 0:
+        seconds = time.monotonic() - began
+        show.ending(run.terminal, run.workdir, run.config, memory.before, after, reason=reason, exported=exported, seconds=seconds)
+
+
+def _begin(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_change: bool) -> Run:
+    """Return the run, once its config is one that the workdir may go on with: asked before anything is loaded."""
     config = build.resolved(config)
     config_json = configs.as_json(config)
     build.check_best_metric(config)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
-    runtime.agree("workdir: the last checkpoint", (checkpoints.steps() or [0])[-1])  # asked before anything is loaded
+    runtime.agree("workdir: the last checkpoint", (checkpoints.steps() or [0])[-1])
     if last := checkpoints.last_record(fall_back=config.checkpoint.fall_back):
         configs.check_unchanged(last.config, config_json, allowed=allow_config_change)
-
-    # ---- mesh ----
+    terminal = logs.Terminal(quiet=jax.process_index() != 0)
     mesh = build.mesh(config)
     terminal.say(show.machine(mesh))
+    return Run(config, config_json, workdir, checkpoints, mesh, terminal, stop)
 
-    # ---- model and weights ----
+
+def _load(run: Run) -> tuple[Policy, Params]:
+    """Return the model with its method, and what is trainable before the first step."""
+    config, mesh, terminal = run.config, run.mesh, run.terminal
     loaded = build.model(config, mesh)
     terminal.say(show.model(loaded))
-
-    # ---- method ----
-    method = build.method(config)
-    frozen, trainable = sharding.init_on_mesh(method.init, jax.random.fold_in(key, 0), loaded.params, mesh=mesh)
+    method, key = build.method(config), jax.random.fold_in(jax.random.key(config.seed), 0)
+    frozen, trainable = sharding.init_on_mesh(method.init, key, loaded.params, mesh=mesh)
     plans = method.plan(loaded.params)
     terminal.heading("What is trained")
     terminal.say(logs.plan_table(plans, loaded.params, trainable))
     if mesh.size > 1:
         terminal.heading("Where it lies")
         terminal.say(show.layout({"frozen": frozen, "trained": trainable}, mesh))
-    loaded = loaded._replace(params=None)  # what of it is frozen is in `frozen`
+    return Policy(loaded._replace(params=None), method, frozen, plans, build.optimizer(config)), trainable
 
-    # ---- data ----
-    encoder = build.encoder(config, loaded.tokenizer)
+
+def _read(run: Run, policy: Policy) -> Lessons:
+    """Return the batches to learn from and those held out."""
+    config, mesh, terminal, tokenizer = run.config, run.mesh, run.terminal, policy.loaded.tokenizer
+    encoder = build.encoder(config, tokenizer)
     loader, reports = build.loader(config, encoder, mesh)
     held_out = build.loader(config, encoder, mesh, held_out=True)[0] if config.data.eval_sources else None
     terminal.heading("What it learns from")
     terminal.say(show.sources(reports, loader))
-    terminal.say(show.preview(loader.sequences, loaded.tokenizer, count=2, console=terminal.console))
-
-    # ---- step ----
-    optimizer = build.optimizer(config)
-    flops = partial(logs.flops_per_batch, frozen, jax.eval_shape(lambda tree: tree, trainable), loaded.model.config)
-    make_state = partial(init_state, optimizer=optimizer)
-    state = sharding.init_on_mesh(make_state, jax.random.fold_in(key, 1), trainable, mesh=mesh)
-    del trainable  # the state's, and donated with it
-    shardings = sharding.state_shardings(state, mesh)
-    step = build.train_step(config, loaded.model, method, optimizer, mesh, state)
-    evaluate_step = build.eval_step(config, loaded.model, method, mesh)
-
-    # ---- where the run stands ----
-    memory, start = Memory(), 0
-    if checkpoints.steps():
-        state, record = checkpoints.restore(state, fall_back=config.checkpoint.fall_back)
-        memory, start = Memory(**record.memory), record.step
-        checkpoints.set_aside(after=start)
-        terminal.say(f"going on from step {start}, saved in {checkpoints.folder}")
-
-    # ---- loop ----
-    terminal.heading("Training")
-    quiz = build.quiz(config, loaded, encoder, lambda state: method.attach(frozen, state.trainable))
-    with contextlib.ExitStack() as open_until_the_end:
-        open_until_the_end.callback(checkpoints.close)
-        writers = logs.Writers(_writers(config, config_json, workdir, start) if first else ())
-        open_until_the_end.callback(writers.close)
-
-        def evaluate(state: TrainState, done: int) -> dict[str, float]:
-            batches = itertools.islice(held_out.epoch(), config.eval.batches or None)
-            put = (build.on_mesh(batch, mesh) for batch in batches)
-            values = measure.evaluate(partial(evaluate_step, state.trainable, frozen), put)
-            _log_samples(writers, quiz, state, done, config.eval.samples)
-            return values
-
-        loop = Loop(
-            config=config,
-            config_json=config_json,
-            step=step,
-            frozen=frozen,
-            batches=loader.iterate,
-            put=partial(build.on_mesh, mesh=mesh),
-            flops=flops,
-            parts=sharding.batch_share(mesh)[1],
-            learning_rate=build.learning_rate(config),
-            evaluate=evaluate if held_out and config.eval.every_steps else None,
-            evaluate_every=loader.steps_per_epoch if config.eval.every_steps < 0 else config.eval.every_steps,
-            checkpoints=checkpoints,
-            writers=writers,
-            terminal=terminal,
-            meter=logs.Meter(logs.peak_flops(build.dtype(config.model.dtype)) * jax.process_count()),
-            stop=stop,
-            memory=memory,
-        )
-        if not start and not memory.before:
-            memory.before = _measured(terminal, quiz, state, "before", config)
-        state, done, reason = run(loop, state, start=start)
-        if reason not in (FINISHED, EARLY):
-            terminal.say(f"{reason}: saved at step {done} of {config.steps}; the same command goes on from there.")
-            return
-        if reason == EARLY and (best := checkpoints.best()) is not None:
-            state = sharding.abstract(state, shardings)  # lets go of the last weights before the best come
-            state, _ = checkpoints.restore(state, step=best)
-            terminal.say(f"early stopping after step {done}: what follows is of step {best}, the best by {config.checkpoint.best_metric}")
-        after = _measured(terminal, quiz, state, "after", config)
-        if after:
-            writers.write(
-                done,
-                {f"eval/score_{when}": part.get("score", float("nan")) for when, part in (("before", memory.before), ("after", after))},
-            )
-
-    # ---- result ----
-    exported = adapter.export(workdir / "adapter", loaded, state.trainable, plans, say=terminal.say, frozen=frozen)
-    if first:
-        show.ending(terminal, workdir, config, memory.before, after, reason=reason, exported=exported, seconds=time.monotonic() - began)
+    terminal.say(show.preview(loader.sequences, tokenizer, count=2, console=terminal.console))
+    return Lessons(encoder, loader, held_out)
 
 
-def _measured(terminal: logs.Terminal, quiz: measure.Quiz, state: TrainState, when: str, config) -> dict[str, Any]:
-    """Return the score over the held-out prompts and two of the answers, as plain data; nothing where the config asks for none."""
-    count = config.eval.generate.examples
-    if not count:
-        return {}
-    with terminal.console.status(f"answering {count} held-out prompts {when} training"):
-        found = quiz(state, count)
-    judged = sum(score is not None for score in found.scores)
-    terminal.say(
-        Text.assemble(f"{config.eval.generate.metric.replace('_', ' ')} {when} training: ", (f"{found.score:.1%}", "bold"), f" of {judged}")
+def _state(run: Run, policy: Policy, trainable: Params) -> TrainState:
+    """Return the state before the first step."""
+    key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
+    return sharding.init_on_mesh(partial(init_state, optimizer=policy.optimizer), key, trainable, mesh=run.mesh)
+
+
+def _resume(run: Run, state: TrainState) -> tuple[TrainState, Memory, int]:
+    """Return the state of the last checkpoint, what the run remembered there and its step; the state as it is where there is none."""
+    if not run.checkpoints.steps():
+        return state, Memory(), 0
+    state, record = run.checkpoints.restore(state, fall_back=run.config.checkpoint.fall_back)
+    run.checkpoints.set_aside(after=record.step)
+    run.terminal.say(f"going on from step {record.step}, saved in {run.checkpoints.folder}")
+    return state, Memory(**record.memory), record.step
+
+
+def _loop(
+    run: Run, policy: Policy, lessons: Lessons, state: TrainState, memory: Memory, writers: logs.Writers, evaluate: Evaluate | None
+) -> Loop:
+    config, mesh, loaded = run.config, run.mesh, policy.loaded
+    shapes = jax.eval_shape(lambda tree: tree, state.trainable)
+    return Loop(
+        config=config,
+        config_json=run.config_json,
+        step=build.train_step(config, loaded.model, policy.method, policy.optimizer, mesh, state),
+        frozen=policy.frozen,
+        batches=lessons.loader.iterate,
+        put=partial(build.on_mesh, mesh=mesh),
+        flops=partial(logs.flops_per_batch, policy.frozen, shapes, loaded.model.config),
+        parts=sharding.batch_share(mesh)[1],
+        learning_rate=build.learning_rate(config),
+        evaluate=evaluate,
+        evaluate_every=lessons.loader.steps_per_epoch if config.eval.every_steps < 0 else config.eval.every_steps,
+        checkpoints=run.checkpoints,
+        writers=writers,
+        terminal=run.terminal,
+        meter=logs.Meter(logs.peak_flops(build.dtype(config.model.dtype)) * jax.process_count()),
+        stop=run.stop,
+        memory=memory,
     )
+
+
+def _examination(run: Run, policy: Policy, lessons: Lessons, quiz: measure.Quiz, writers: logs.Writers) -> Evaluate | None:
+    """Return what is done at each evaluation; None where the config asks for none."""
+    config, held_out = run.config, lessons.held_out
+    if held_out is None or not config.eval.every_steps:
+        return None
+    step = build.eval_step(config, policy.loaded.model, policy.method, run.mesh)
+
+    def evaluate(state: TrainState, done: int) -> dict[str, float]:
+        batches = itertools.islice(held_out.epoch(), config.eval.batches or None)
+        put = (build.on_mesh(batch, run.mesh) for batch in batches)
+        values = measure.evaluate(partial(step, state.trainable, policy.frozen), put)
+        _log_samples(writers, quiz, state, done, config.eval.samples)
+        return values
+
+    return evaluate
+
+
+def _measure(run: Run, quiz: measure.Quiz, state: TrainState, when: str) -> dict[str, Any]:
+    """Return the score over the held-out prompts and two of the answers, as plain data; nothing where the config asks for none."""
+    asked = run.config.eval.generate
+    if not asked.examples:
+        return {}
+    with run.terminal.console.status(f"answering {asked.examples} held-out prompts {when} training"):
+        found = quiz(state, asked.examples)
+    judged = sum(score is not None for score in found.scores)
+    name = asked.metric.replace("_", " ")
+    run.terminal.say(Text.assemble(f"{name} {when} training: ", (f"{found.score:.1%}", "bold"), f" of {judged}"))
     shown = {"completions": found.completions[:2], "prompts": found.prompts[:2], "wanted": found.wanted[:2]}
     return {"score": found.score, "count": judged, **shown}
 
@@ -191,11 +249,15 @@ def _log_samples(writers: logs.Writers, quiz: measure.Quiz, state: TrainState, d
         writers.text(done, "eval/sample", f"{prompt}\n→ {completion}")
 
 
-def _writers(config, config_json: Mapping[str, Any], workdir: epath.Path, start: int) -> list[logs.Writer]:
-    (workdir / "config.json").write_text(json.dumps(config_json, indent=1))
+def _writers(run: Run, start: int) -> logs.Writers:
+    """Return where the metrics of process 0 go from step `start` on; those of the others go nowhere."""
+    config, workdir = run.config, run.workdir
+    if jax.process_index() != 0:
+        return logs.Writers()
+    (workdir / "config.json").write_text(json.dumps(run.config_json, indent=1))
     writers: list[logs.Writer] = [logs.Jsonl(workdir / "metrics.jsonl", resume_step=start)]
     if config.logging.tensorboard:
         writers.append(logs.TensorBoard(workdir / "tensorboard", resume_step=start))
     if config.logging.wandb:
-        writers.append(logs.Wandb(project=config.logging.wandb_project, folder=workdir, config=config_json, name=workdir.name))
-    return writers
+        writers.append(logs.Wandb(project=config.logging.wandb_project, folder=workdir, config=run.config_json, name=workdir.name))
+    return logs.Writers(writers)

@@ -67,7 +67,7 @@ class Run:
             "memory": self.memory,
         }
         unused = dict.fromkeys(field.name for field in dataclasses.fields(loop.Loop))
-        _, done, reason = loop.run(loop.Loop(**{**unused, **given}), start, start=start)
+        _, done, reason = loop.take_steps(loop.Loop(**{**unused, **given}), start, start=start)
         return done, reason
 
     def resume(self) -> tuple[int, str]:

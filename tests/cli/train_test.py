@@ -141,13 +141,13 @@ def norm(arrays) -> float:
 
 
 def test_a_signal_after_the_last_step_does_not_take_the_result_away(whole, arguments, capsys, monkeypatch):
-    def run(loop, state, *, start):
-        ended = train.run_loop(loop, state, start=start)
+    def signalled(loop, state, *, start):
+        ended = take_steps(loop, state, start=start)
         loop.stop.reason = "SIGTERM"
         return ended
 
-    monkeypatch.setattr(train, "run_loop", train.run, raising=False)
-    monkeypatch.setattr(train, "run", run)
+    take_steps = train.take_steps
+    monkeypatch.setattr(train, "take_steps", signalled)
     assert main.main(arguments(whole)) == 0
     out = capsys.readouterr().out
     assert "goes on from there" not in out and "finished after" in out and "adapter" in out
