@@ -256,5 +256,6 @@ def test_on_one_device_a_model_is_left_alone():
 
 
 def test_a_leaf_that_no_rule_covers_is_named_when_the_model_runs(cube, key):
+    without_norms = [rule for rule in sharding.RULES if "norm" not in rule[0]]
     with pytest.raises(ValueError, match="'norm/scale' .* has no rule that fits"):
-        sharding.on_mesh(toy.MODEL, cube, sharding.RULES[:-1]).head(toy.init(key))
+        sharding.on_mesh(toy.MODEL, cube, without_norms).head(toy.init(key))
