@@ -133,9 +133,9 @@ def _check_exportable(
         for option, value in form.only.items():
             if row.options.get(option, value) != value:
                 problems.append(f"PEFT has {form.peft_type} with {option}={value!r} only, not {row.options[option]!r}")
-        for option, field in form.options.items():
+        for option in (*form.options, *form.reads):
             if option not in form.patterns and row.options.get(option) != adapter_rows[0].options.get(option):
-                problems.append(f"PEFT has one {field} for all modules")
+                problems.append(f"PEFT has one {form.options.get(option, option)} for all modules")
     saved = {path.rpartition("/")[0] for path in full_paths}
     problems += [
         f"PEFT saves whole modules: train {path!r} too" for path in leaves if path.rpartition("/")[0] in saved and path not in full_paths
@@ -156,6 +156,7 @@ def _config(
     for option, field in form.options.items():
         if option in common:
             config[field] = to_peft(form, option, common[option])
+    config |= {field: write(common) for field, write in form.writes.items()}
     for option in form.patterns:
         others = [row for row in rows if row.options[option] != common[option]]
         config[PATTERNS[option]] = {name: to_peft(form, option, row.options[option]) for row in others for name in short(row.paths, leaves)}

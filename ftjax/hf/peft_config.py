@@ -73,7 +73,7 @@ def check(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _not_yet(config: Mapping[str, Any], form: Format) -> list[str]:
     """Return the fields that change what the adapter computes in a way that the method does not know."""
     lists, patterns = (field for field, _ in form.lists.values()), (PATTERNS[option] for option in form.patterns)
-    spoken_of = {*form.options.values(), *lists, *patterns, *form.ignored, *_HONOURED}
+    spoken_of = {*form.options.values(), *form.writes, *lists, *patterns, *form.ignored, *_HONOURED}
     expected = {field: v for field, v in form.defaults.items() if field not in spoken_of} | dict(form.constants)
     problems = [f"not yet: {field}={config[field]!r}" for field, v in expected.items() if (config[field] or None) != (v or None)]
     for field, beginnings in form.refused.items():

@@ -41,6 +41,8 @@ def sort(found: Mapping[str, LazyTensor], config: Mapping[str, Any], leaves: Map
         module, key = _split(name, form, owners)
         if module:
             by_module.setdefault(module, {})[key] = tensor
+        elif _is_copy(name, roots, owners):
+            continue
         elif full_name in roots and len(form.shared[roots[full_name]].axes.split("->")[1]) == tensor.ndim:
             shared[roots[full_name]] = jnp.asarray(tensors.ours(tensor.read(), form.shared[roots[full_name]].axes))
         elif name in parameters and config["modules_to_save"]:
@@ -54,6 +56,12 @@ def sort(found: Mapping[str, LazyTensor], config: Mapping[str, Any], leaves: Map
         problems.append("not yet: an adapter on an embedding that is tied to the head")
     whole = {path: [layers_of[name] for name in sorted(layers_of, key=_layer_number)] for path, layers_of in saved.items()}
     return Parts(layers, shared, whole, problems)
+
+
+def _is_copy(name: str, roots: Mapping[str, str], owners: Mapping[str, str]) -> bool:
+    """Return whether a tensor is a shared one that PEFT writes again under each module, as it does for RandLoRA."""
+    module, _, last = name.rpartition(".")
+    return module in owners and f"base_model.{last}" in roots
 
 
 def _split(name: str, form: peft.Format, owners: Mapping[str, str]) -> tuple[str, str]:
@@ -93,6 +101,7 @@ def leaves_and_options(parts: Parts, config: Mapping[str, Any], leaves: Mapping[
     """Return `{path/field: array}` and the method's arguments."""
     form, arrays = peft.FORMATS[kind_of(config)], {}
     options = {option: from_peft(form, option, config[field]) for option, field in form.options.items()}
+    options |= {option: read(config) for option, read in form.reads.items()}
     for option in form.patterns:
         options[PATTERNS[option]] = {}
     for path, layers in parts.layers.items():

@@ -18,7 +18,7 @@ from ftjax.peft.lora_fa import LORA_FA, lora_fa
 from ftjax.peft.merge import merge
 from ftjax.peft.miss import MISS, miss
 from ftjax.peft.neftune import neftune
-from ftjax.peft.randlora import randlora
+from ftjax.peft.randlora import RANDLORA, randlora
 from ftjax.peft.shira import SHIRA, shira
 from ftjax.peft.vera import VERA, vera
 
@@ -36,6 +36,7 @@ FORMATS: dict[str, Format] = {"lora": LORA, "dora": DORA, "lora_fa": LORA_FA, "i
     "loha": LOHA,
     "lokr": LOKR,
     "miss": MISS,
+    "randlora": RANDLORA,
     "shira": SHIRA,
 }
 

@@ -68,6 +68,10 @@ class Format(NamedTuple):
     """`{our option: (PEFT's config field, our field)}`: PEFT lists the modules whose leaf has this field, and the option is a filter."""
     values: Mapping[str, Mapping[Any, Any]] = {}
     """`{our option: {our value: PEFT's}}` where the values have other names."""
+    writes: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {}
+    """`{config field: function of our options}` where the two do not stand one to one."""
+    reads: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {}
+    """`{our option: function of the config}`: the inverse of `writes`."""
     constants: Mapping[str, Any] = {}
     """Config fields that make a file one of this method."""
     defaults: Mapping[str, Any] = {}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import tree, weights
+from ftjax.peft.format import Format, Tensor
 from ftjax.peft.layers import Layers
 from ftjax.peft.projections import BASES, TorchGenerator
 from ftjax.peft.riding import Added, check_rank, riding, scale_of
@@ -120,3 +121,31 @@ def randlora(
     leaf = functools.partial(RandloraWeight, scale=scale_of(rank, alpha))
     options = {"rank": rank, "alpha": alpha, "bases": bases, "seed": seed}
     return riding(make, leaf, name=name, targets=targets, exclude=exclude, layers=layers, freeze=freeze, options=options)
+
+
+RANDLORA = Format(
+    peft_type="RANDLORA",
+    tensors={"lambdas": Tensor("randlora_lambda", "rn->rn"), "gammas": Tensor("randlora_gamma", "nm->nm")},
+    shared={
+        "a": Tensor("base_model.randlora_A", "rx->r1x", optional=True),
+        "b": Tensor("base_model.randlora_B", "ynr->ynr", optional=True),
+    },
+    options={"rank": "r", "alpha": "randlora_alpha", "seed": "projection_prng_key"},
+    writes={"sparse": lambda options: options["bases"] == "sparse", "very_sparse": lambda options: options["bases"] == "very_sparse"},
+    reads={"bases": lambda config: "very_sparse" if config["very_sparse"] else "sparse" if config["sparse"] else "uniform"},
+    defaults={
+        "r": 32,
+        "projection_prng_key": 0,
+        "save_projection": True,
+        "sparse": False,
+        "very_sparse": False,
+        "randlora_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "randlora_alpha": 640,
+        "bias": "none",
+        "init_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    },
+    ignored=("save_projection", "randlora_dropout", "init_weights"),
+)

@@ -35,6 +35,12 @@ ADAPTERS = {
     "miss": peft.MissConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=4),
     "miss_bat": peft.MissConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"], r=4, init_weights="bat"),
     "miss_mini": peft.MissConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, mini_r=3, init_weights="mini"),
+    "oft": peft.OFTConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], oft_block_size=4),
+    "oft_exact": peft.OFTConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], oft_block_size=4, use_cayley_neumann=False, block_share=True
+    ),
+    "boft": peft.BOFTConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], boft_block_size=4),
+    "randlora": peft.RandLoraConfig(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], r=6, randlora_alpha=12),
     "shira": peft.ShiraConfig(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], r=2, random_seed=7),
     "vera_drawn": peft.VeraConfig(
         task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=5, save_projection=False, projection_prng_key=3
