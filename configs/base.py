@@ -36,6 +36,11 @@ def sft() -> ConfigDict:
     config.miss = rider(rank=64, form="even", mini_rank=1)
     config.shira = rider(rank=32, seed=0)
     config.randlora = rider(rank=32, alpha=640.0, bases="uniform", seed=0)
+    config.oft = rider(block_size=32, neumann_terms=0, share=False)
+    config.boft = rider(block_size=4, factors=1)
+    config.bitfit = ConfigDict({"targets": text(r"(.*/)?bias"), "exclude": config_dict.placeholder(object)})
+    config.norm_tuning = ConfigDict({"targets": text("norms"), "exclude": config_dict.placeholder(object)})
+    config.tokens = ConfigDict({"ids": config_dict.placeholder(object), "targets": text("embed_tokens/kernel")})
 
     config.loss = ConfigDict({"label_smoothing": 0.0})
     config.data = data()

@@ -33,7 +33,10 @@ def apply(params, tokens, *, positions=None, segment_ids=None, cache=None):
     def layer(hidden, params):
         mixed = jnp.einsum("bts,bsd->btd", past, hidden.astype(jnp.float32)).astype(hidden.dtype)
         wide = jnp.tanh(weights.dot(mixed, params["mlp"]["up_proj"]["kernel"]))
-        return hidden + weights.dot(wide, params["mlp"]["down_proj"]["kernel"]), None
+        out = weights.dot(wide, params["mlp"]["down_proj"]["kernel"])
+        if "bias" in params["mlp"]["down_proj"]:
+            out = out + params["mlp"]["down_proj"]["bias"].astype(out.dtype)[None, None]
+        return hidden + out, None
 
     hidden, _ = jax.lax.scan(layer, hidden, params["layers"])
     return hidden * params["norm"]["scale"].astype(hidden.dtype)[None, None], cache

@@ -4,6 +4,8 @@ A method is a `Transform` (see `ftjax.types`). `METHODS` lists them once: for co
 `FORMATS` lists how those that PEFT has stand in its folders (see `ftjax.peft.format`); `ftjax.hf.peft` reads and writes by it.
 """
 
+from ftjax.peft.bitfit import bitfit, norm_tuning
+from ftjax.peft.boft import boft
 from ftjax.peft.chain import chain
 from ftjax.peft.dora import DORA, dora
 from ftjax.peft.format import Format, Tensor
@@ -18,17 +20,24 @@ from ftjax.peft.lora_fa import LORA_FA, lora_fa
 from ftjax.peft.merge import merge
 from ftjax.peft.miss import MISS, miss
 from ftjax.peft.neftune import neftune
+from ftjax.peft.oft import oft
 from ftjax.peft.randlora import RANDLORA, randlora
 from ftjax.peft.shira import SHIRA, shira
+from ftjax.peft.tokens import tokens
 from ftjax.peft.vera import VERA, vera
 
 METHODS = {"dora": dora, "full": full, "ia3": ia3, "lora": lora, "lora_fa": lora_fa, "neftune": neftune, "vera": vera} | {
+    "bitfit": bitfit,
+    "boft": boft,
     "hira": hira,
     "loha": loha,
     "lokr": lokr,
     "miss": miss,
+    "norm_tuning": norm_tuning,
+    "oft": oft,
     "randlora": randlora,
     "shira": shira,
+    "tokens": tokens,
 }
 
 FORMATS: dict[str, Format] = {"lora": LORA, "dora": DORA, "lora_fa": LORA_FA, "ia3": IA3, "vera": VERA} | {
@@ -45,6 +54,8 @@ __all__ = [
     "METHODS",
     "Format",
     "Tensor",
+    "bitfit",
+    "boft",
     "chain",
     "dora",
     "full",
@@ -57,8 +68,11 @@ __all__ = [
     "merge",
     "miss",
     "neftune",
+    "norm_tuning",
+    "oft",
     "on_layers",
     "randlora",
     "shira",
+    "tokens",
     "vera",
 ]

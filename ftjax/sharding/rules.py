@@ -37,7 +37,7 @@ RULES: Rules = (
     (r"(.*/)?lm_head/kernel/a[12]?", P("fsdp", None)),
     (r"(.*/)?lm_head/kernel/b[12]?", P(None, "tensor")),
     (r"(.*/)?[a-z_]*norm/scale", P()),
-    (r"(.*/)?kernel/(magnitude|inputs|outputs|lambda_[a-z]+|w[12](_[ab])?|blocks?|values|places|lambdas|gammas)", P()),
+    (r"(.*/)?kernel/(magnitude|inputs|outputs|lambda_[a-z]+|w[12](_[ab])?|blocks?|values|places|lambdas|gammas|skew|rows)", P()),
     (r"(vera|randlora)/[ab]", P()),
 )
 """For a stacked decoder `[L, i, o]`: q, k, v, gate and up are split by column, o and down by row (Shoeybi et al., 2019, arXiv 1909.08053,

@@ -8,28 +8,34 @@ import numpy as np
 import optax
 import pytest
 
-from ftjax import losses, peft, scoring, train, tree, weights
+from ftjax import losses, peft, scoring, sharding, train, tree, weights
 from tests import toy
 
+VECTORS = r".*(norm/scale|bias)"
 EXAMPLES = {
     "lora": [
         partial(peft.lora, "all-linear", rank=2, alpha=4),
-        partial(peft.lora, "everything", rank=2, init="a_zero", exclude="norms", dropout=0.3),
+        partial(peft.lora, "everything", rank=2, init="a_zero", exclude=VECTORS, dropout=0.3),
     ],
     "dora": [
         partial(peft.dora, "all-linear", rank=2, alpha=4),
-        partial(peft.dora, "everything", rank=2, init="a_zero", exclude="norms", dropout=0.3),
+        partial(peft.dora, "everything", rank=2, init="a_zero", exclude=VECTORS, dropout=0.3),
     ],
-    "lora_fa": [partial(peft.lora_fa, "all-linear", rank=4), partial(peft.lora_fa, "everything", rank=4, exclude="norms", dropout=0.3)],
+    "lora_fa": [partial(peft.lora_fa, "all-linear", rank=4), partial(peft.lora_fa, "everything", rank=4, exclude=VECTORS, dropout=0.3)],
     "full": [partial(peft.full, "everything"), partial(peft.full, "norms")],
-    "ia3": [partial(peft.ia3, "all-linear"), partial(peft.ia3, "everything", exclude="norms", feedforward=".*(down_proj|tokens)/kernel")],
-    "vera": [partial(peft.vera, rank=5), partial(peft.vera, "everything", exclude="norms", rank=9)],
-    "hira": [partial(peft.hira, "everything", exclude="norms", rank=2)],
-    "loha": [partial(peft.loha, "everything", exclude="norms", rank=3)],
-    "lokr": [partial(peft.lokr, "everything", exclude="norms", rank=1, decompose_both=True)],
+    "ia3": [partial(peft.ia3, "all-linear"), partial(peft.ia3, "everything", exclude=VECTORS, feedforward=".*(down_proj|tokens)/kernel")],
+    "vera": [partial(peft.vera, rank=5), partial(peft.vera, "everything", exclude=VECTORS, rank=9)],
+    "hira": [partial(peft.hira, "everything", exclude=VECTORS, rank=2)],
+    "loha": [partial(peft.loha, "everything", exclude=VECTORS, rank=3)],
+    "lokr": [partial(peft.lokr, "everything", exclude=VECTORS, rank=1, decompose_both=True)],
     "miss": [partial(peft.miss, rank=3), partial(peft.miss, rank=4, form="bat")],
-    "shira": [partial(peft.shira, "everything", exclude="norms", rank=1)],
-    "randlora": [partial(peft.randlora, "everything", exclude="norms", rank=3, bases="sparse")],
+    "shira": [partial(peft.shira, "everything", exclude=VECTORS, rank=1)],
+    "randlora": [partial(peft.randlora, "everything", exclude=VECTORS, rank=3, bases="sparse")],
+    "oft": [partial(peft.oft, block_size=4), partial(peft.oft, block_size=8, neumann_terms=5, share=True)],
+    "boft": [partial(peft.boft, block_size=2, factors=3)],
+    "bitfit": [peft.bitfit],
+    "norm_tuning": [peft.norm_tuning],
+    "tokens": [partial(peft.tokens, range(1, 15, 2))],
     "neftune": [lambda: peft.chain(peft.neftune(), peft.lora("all-linear", rank=1))],
 }
 CASES = [pytest.param(make(), id=f"{name}{n}") for name, makes in EXAMPLES.items() for n, make in enumerate(makes)]
@@ -41,7 +47,9 @@ def test_every_method_is_listed():
 
 
 def base(key, dtype=jnp.float32):
-    return jax.tree.map(lambda x: x.astype(dtype), toy.init(key))
+    params = toy.init(key)
+    params["layers"]["mlp"]["down_proj"]["bias"] = jnp.full((toy.LAYERS, toy.DIM), 0.1)
+    return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def moved(trainable, key):
@@ -85,7 +93,7 @@ def test_what_is_trainable_is_float32_and_named_after_a_method(method, dtype, ke
 
 @pytest.mark.parametrize("method", CASES)
 def test_the_plan_names_leaves_of_the_tree(method, key):
-    params = jax.eval_shape(toy.init, key)
+    params = jax.eval_shape(base, key)
     rows = method.plan(params)
     assert rows and all(row.paths and set(row.paths) <= set(tree.flatten(params)) for row in rows)
 
@@ -102,9 +110,16 @@ def test_the_frozen_tree_shares_the_buffers_of_the_base(method, key):
 
 @pytest.mark.parametrize("method", CASES)
 def test_init_works_from_shapes_alone(method, key):
-    shapes = jax.eval_shape(method.init, key, jax.eval_shape(toy.init, key))[1]
+    shapes = jax.eval_shape(method.init, key, jax.eval_shape(base, key))[1]
     values = method.init(key, base(key))[1]
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), values)
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_every_array_of_a_method_has_a_place_on_a_mesh(method, key):
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    for shapes in jax.eval_shape(method.init, key, jax.eval_shape(base, key)):
+        sharding.shardings(shapes, mesh)
 
 
 @pytest.mark.parametrize("method", CASES)

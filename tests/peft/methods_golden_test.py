@@ -37,6 +37,8 @@ LOHA = {"hada_w1_b": ("a1", turned), "hada_w1_a": ("b1", turned), "hada_w2_b": (
 LOKR = {f"lokr_w{n}_{x}": (f"w{n}_{y}", turned) for n in "12" for x, y in ("ab", "ba")} | {f"lokr_w{n}": (f"w{n}", turned) for n in "12"}
 RANDLORA = {"randlora_lambda": ("lambdas", same), "randlora_gamma": ("gammas", same)}
 MISS = {"miss_block": ("block", same)}
+OFT = {"oft_R.weight": ("skew", same)}
+BOFT = {"boft_R": ("blocks", same), "boft_s": ("outputs", flat)}
 
 
 # case -> the method, and {PEFT's name: (ours, how to turn theirs into ours)}
@@ -55,6 +57,11 @@ CASES = {
     "shira": (peft.shira(BOTH, rank=2), {"shira_weight": ("values", same)}),
     "randlora": (peft.randlora(BOTH, rank=3, alpha=6), RANDLORA),
     "randlora_sparse": (peft.randlora(BOTH, rank=3, alpha=6, bases="sparse"), RANDLORA),
+    "oft": (peft.oft(BOTH, block_size=4), OFT),
+    "oft_neumann": (peft.oft(BOTH, block_size=4, neumann_terms=5), OFT),
+    "oft_shared": (peft.oft(BOTH, block_size=4, share=True), OFT),
+    "boft": (peft.boft(BOTH, block_size=4), BOFT),
+    "boft_butterfly": (peft.boft(BOTH, block_size=2, factors=2), BOFT),
 }
 
 
