@@ -57,11 +57,8 @@ def on_layers(transform: Transform, layers: Layers, *, neutral: Mapping[str, flo
         return transform.attach(frozen, wide, key=key)
 
     def plan(params: Params) -> tuple[Plan, ...]:
-        flat = tree.flatten(params)
         rows = transform.plan(params)
-        counts = {_count(path, flat[path].shape, row.method) for row in rows for path in row.paths}
-        found = tuple(sorted({index for count in counts for index in chosen(layers, count)}))
-        return tuple(row._replace(options={**row.options, "layers": found}) for row in rows)
+        return tuple(row._replace(options={**row.options, "layers": chosen_of(layers, params, row.paths, row.method)}) for row in rows)
 
     return Transform(init, attach, plan)
 
@@ -91,11 +88,19 @@ def _each(branch: Params, params: Params, function) -> Params:
         leaf, field = path.rsplit("/", 1)
         if leaf not in flat:
             raise ValueError(f"layers: the adapter has {leaf!r}, which this model has not; nearest: {tree.nearest(leaf, flat)}.")
-        out[path] = function(array, _count(leaf, flat[leaf].shape, "layers"), field)
+        out[path] = function(array, stacked(leaf, flat[leaf].shape, "layers"), field)
     return tree.unflatten(out)
 
 
-def _count(path: str, shape: tuple[int, ...], who: str) -> int:
+def chosen_of(layers: Layers, params: Params, paths: Sequence[str], who: str) -> tuple[int, ...]:
+    """Return the indices of the chosen layers of these leaves."""
+    flat = tree.flatten(params)
+    counts = {stacked(path, flat[path].shape, who) for path in paths}
+    return tuple(sorted({index for count in counts for index in chosen(layers, count)}))
+
+
+def stacked(path: str, shape: tuple[int, ...], who: str) -> int:
+    """Return the number of layers of a leaf that is a stack of them."""
     if not path.startswith("layers/"):
         raise ValueError(f"{who}: {path!r} is not one of the stacked layers, so `layers` cannot choose among it; exclude it.")
     return shape[0]

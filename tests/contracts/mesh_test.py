@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from ftjax import sharding, tree
+from ftjax import peft, sharding, tree
 from ftjax.checkpoint import Checkpoints, Record
 from tests import meshed
 
@@ -56,6 +56,19 @@ def test_full_tuning_on_a_mesh_trains_to_the_weights_of_one_device():
 def test_column_norms_and_frozen_factors_on_a_mesh_train_to_the_weights_of_one_device():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     assert_equal(meshed.train(mesh, meshed.DORA_AND_FA, chunk_tokens=5), meshed.train(method=meshed.DORA_AND_FA))
+
+
+def test_what_layers_share_and_what_a_leaf_keeps_frozen_lie_on_a_mesh_too():
+    method = peft.chain(
+        peft.vera(["q_proj", "down_proj"], rank=4, d_initial=1.0, layers="last 1"),
+        peft.randlora(["k_proj"], rank=8),
+        peft.shira(["v_proj"], rank=2),
+        peft.oft(["o_proj"], block_size=8),
+        peft.loha(["gate_proj"], rank=4),
+        peft.tokens([5, 7, 120]),
+    )
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    assert_equal(meshed.train(mesh, method, chunk_tokens=5), meshed.train(method=method))
 
 
 def test_accumulation_and_rematerialisation_change_nothing_on_a_mesh(alone):

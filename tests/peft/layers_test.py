@@ -11,6 +11,8 @@ METHODS = {
     "lora": peft.on_layers(peft.lora("all-linear", rank=2), "last 2"),
     "ia3": peft.ia3("all-linear", layers=[-1, 1]),
     "vera": peft.vera(rank=4, layers=slice(1, None)),
+    "boft": peft.boft(block_size=2, factors=2, layers="last 2"),
+    "full": peft.full("all-linear", layers="last 2"),
 }
 
 
@@ -71,6 +73,7 @@ def test_a_layer_that_is_not_there_is_refused(layers, message):
         chosen(layers, 4)
 
 
-def test_what_is_not_stacked_is_refused(key):
+@pytest.mark.parametrize("method", [peft.ia3, peft.full])
+def test_what_is_not_stacked_is_refused(key, method):
     with pytest.raises(ValueError, match="not one of the stacked layers"):
-        peft.ia3(r"embed_tokens/kernel", layers=[0]).init(key, toy.init(key))
+        method(r"embed_tokens/kernel", layers=[0]).init(key, toy.init(key))
