@@ -1,4 +1,4 @@
-"""Do 150 steps on T0's prompts and people's own tasks teach SmolLM2-135M-Instruct to answer briefly, in the form that is asked for?
+"""Do 100 steps on T0's prompts and people's own tasks teach SmolLM2-135M-Instruct to answer briefly, in the form that is asked for?
 
 Data: t0_sample.jsonl (10 rows of each of 294 prompt templates of P3), seed_tasks.jsonl and user_oriented_instructions.jsonl, of
 github.com/yizhongw/self-instruct. The last 8 % of the T0 rows are held out; their exact match counts whole answers, summaries included.
@@ -19,7 +19,7 @@ def get_config(arg=""):
     config.data.sources.user = base.source(FOLDER + "user_oriented_instructions.jsonl", weight=1.0)
     config.data.eval_sources.t0 = base.source(**t0, split="train[92%:]")
     config.data.update({"max_tokens": 512, "batch_size": 4})
-    config.steps = 150
+    config.steps = 100
     config.optimizer.learning_rate = 5e-4
     config.eval.update({"every_steps": 50, "batches": 0})
     config.eval.generate.update({"examples": 200, "max_tokens": 48})
