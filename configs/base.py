@@ -40,7 +40,7 @@ def sft() -> ConfigDict:
     config.boft = rider(block_size=4, factors=1)
     config.bitfit = ConfigDict({"targets": text(r"(.*/)?bias"), "exclude": config_dict.placeholder(object)})
     config.norm_tuning = ConfigDict({"targets": text("norms"), "exclude": config_dict.placeholder(object)})
-    config.tokens = ConfigDict({"ids": config_dict.placeholder(object), "targets": text("embed_tokens/kernel")})
+    config.tokens = ConfigDict({"ids": text(()), "targets": text("embed_tokens/kernel")})
 
     config.loss = ConfigDict({"label_smoothing": 0.0})
     config.data = data()

@@ -40,7 +40,7 @@ class TokensWeight(Wrapper):
         return logits.at[..., np.array(self.ids)].set(weights.dot_transposed(x, self.rows.astype(self.dtype)))
 
 
-def tokens(ids: Sequence[int], *, targets: tree.Filter = "embed_tokens/kernel", name: str = "tokens") -> Transform:
+def tokens(ids: Sequence[int] = (), *, targets: tree.Filter = "embed_tokens/kernel", name: str = "tokens") -> Transform:
     """Train some rows of the embedding; the others, and what they mean, stay exactly as they are.
 
     x_t = rows[k] where token t is ids[k], else E[token t]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ftjax import tree, weights
 from ftjax.peft.format import Format, Tensor
@@ -40,7 +41,8 @@ class VeraWeight(Added):
 
     def push(self, x: jax.Array) -> jax.Array:
         a, b = self._sliced()
-        return weights.dot(weights.dot(x, a) * as_last(self.lambda_d, x), b) * as_last(self.lambda_b, x)
+        low = checkpoint_name(weights.dot(x, a), weights.LOW_RANK)
+        return weights.dot(low * as_last(self.lambda_d, x), b) * as_last(self.lambda_b, x)
 
     def pull(self, x: jax.Array) -> jax.Array:
         a, b = self._sliced()

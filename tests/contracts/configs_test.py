@@ -1,13 +1,14 @@
 """Every config in configs/: locked, its steps traced at their full size, and run for a few steps with a tiny model of its family."""
 
 import ast
+import inspect
 import json
 import pathlib
 
 import jax
 import pytest
 
-from ftjax import tree
+from ftjax import peft, tree
 from ftjax.cli import build, main
 from ftjax.cli import config as configs
 from ftjax.logs.writers import read_jsonl
@@ -25,6 +26,15 @@ def spec(name: str, arg: str = "") -> str:
 
 def test_there_are_configs():
     assert len(NAMES) >= 8
+
+
+@pytest.mark.parametrize("name", peft.METHODS)
+def test_every_method_has_a_block_of_arguments_that_it_takes(name):
+    config = configs.load(spec("quickstart"))
+    assert set(config[name]) <= set(inspect.signature(peft.METHODS[name]).parameters)
+    if name != "tokens":  # which has no sensible default
+        config.methods = (name,)
+        assert build.method(config)
 
 
 @pytest.mark.parametrize("name", NAMES)
