@@ -17,17 +17,17 @@ from ftjax.types import Params, Plan
 
 
 def export(
-    folder: epath.Path, loaded: Loaded, trainable: Params, plans: Sequence[Plan], *, say: Callable, frozen: Params | None = None
+    folder: epath.Path, loaded: Loaded, trainable: Params, plans: Sequence[Plan], frozen: Params, *, say: Callable
 ) -> epath.Path | None:
     """Write what was trained and the tokenizer, in place of an earlier export; return the folder, or None where it is no adapter to PEFT.
 
     A local folder appears when everything in it is written.
 
-    All processes take part; process 0 writes. `say` tells the user why nothing was written. `frozen` is needed by methods that keep arrays
-    of their own in the frozen tree.
+    All processes take part; process 0 writes. `say` tells the user why nothing was written. Of the frozen tree goes in what a
+    method keeps there for itself.
     """
     own = {row.method for row in plans}
-    frozen = {name: branch for name, branch in (frozen or {}).items() if name in own}
+    frozen = {name: branch for name, branch in frozen.items() if name in own}
     if not hf_peft.exportable(plans):
         return None
     if jax.process_count() > 1:

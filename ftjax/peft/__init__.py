@@ -5,7 +5,7 @@ A method is a `Transform` (see `ftjax.types`). `METHODS` lists them once: for co
 """
 
 from ftjax.peft.bitfit import bitfit, norm_tuning
-from ftjax.peft.boft import boft
+from ftjax.peft.boft import BOFT, boft
 from ftjax.peft.chain import chain
 from ftjax.peft.dora import DORA, dora
 from ftjax.peft.format import Format, Tensor
@@ -20,7 +20,7 @@ from ftjax.peft.lora_fa import LORA_FA, lora_fa
 from ftjax.peft.merge import merge
 from ftjax.peft.miss import MISS, miss
 from ftjax.peft.neftune import neftune
-from ftjax.peft.oft import oft
+from ftjax.peft.oft import OFT, oft
 from ftjax.peft.randlora import RANDLORA, randlora
 from ftjax.peft.shira import SHIRA, shira
 from ftjax.peft.tokens import tokens
@@ -41,10 +41,12 @@ METHODS = {"dora": dora, "full": full, "ia3": ia3, "lora": lora, "lora_fa": lora
 }
 
 FORMATS: dict[str, Format] = {"lora": LORA, "dora": DORA, "lora_fa": LORA_FA, "ia3": IA3, "vera": VERA} | {
+    "boft": BOFT,
     "hira": HIRA,
     "loha": LOHA,
     "lokr": LOKR,
     "miss": MISS,
+    "oft": OFT,
     "randlora": RANDLORA,
     "shira": SHIRA,
 }

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import tree, weights
+from ftjax.peft.format import Format, Tensor
 from ftjax.peft.layers import Layers
 from ftjax.peft.oft import cayley, check_block, rotate
 from ftjax.peft.riding import as_last, riding
@@ -111,3 +112,23 @@ def boft(
     options = {"block_size": block_size, "factors": factors}
     neutral = {"outputs": 1.0}
     return riding(make, BoftWeight, name=name, targets=targets, exclude=exclude, layers=layers, neutral=neutral, options=options)
+
+
+BOFT = Format(
+    peft_type="BOFT",
+    tensors={"blocks": Tensor("boft_R", "mnst->mnst"), "outputs": Tensor("boft_s", "o->o1", neutral=1.0)},
+    options={"block_size": "boft_block_size", "factors": "boft_n_butterfly_factor"},
+    defaults={
+        "boft_block_size": 4,
+        "boft_block_num": 0,
+        "boft_n_butterfly_factor": 1,
+        "exclude_modules": None,
+        "boft_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "init_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    },
+    ignored=("boft_dropout", "init_weights"),
+)

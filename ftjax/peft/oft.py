@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import tree, weights
+from ftjax.peft.format import Format, Tensor
 from ftjax.peft.layers import Layers
 from ftjax.peft.riding import riding
 from ftjax.types import Transform, pytree, static
@@ -127,3 +128,32 @@ def check_block(name: str, block_size: int, divisor: int, path: str, shape: tupl
         raise ValueError(
             f"{name}: blocks of {block_size} need {divisor} to divide the {i} rows of {path!r} {list(shape)}; nearest: {near}."
         )
+
+
+OFT = Format(
+    peft_type="OFT",
+    tensors={"skew": Tensor("oft_R.weight", "ne->ne")},
+    options={"block_size": "oft_block_size", "share": "block_share"},
+    writes={
+        "use_cayley_neumann": lambda options: options["neumann_terms"] > 0,
+        "num_cayley_neumann_terms": lambda options: options["neumann_terms"] or 5,
+    },
+    reads={"neumann_terms": lambda config: config["num_cayley_neumann_terms"] if config["use_cayley_neumann"] else 0},
+    defaults={
+        "r": 0,
+        "oft_block_size": 32,
+        "module_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "exclude_modules": None,
+        "init_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "coft": False,
+        "eps": 6e-05,
+        "block_share": False,
+        "use_cayley_neumann": True,
+        "num_cayley_neumann_terms": 5,
+    },
+    ignored=("module_dropout", "init_weights", "eps"),
+)

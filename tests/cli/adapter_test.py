@@ -15,10 +15,11 @@ TEMPLATE = "{% for message in messages %}{{ message['role'] }}> {{ message['cont
 def trained():
     model = models.build(models.preset("tiny-llama"))
     params = jax.jit(model.init)(jax.random.key(1))
-    method = peft.lora(["q_proj"], rank=1)
+    method = peft.lora_fa(["q_proj"], rank=1)  # the frozen factor must come along
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
-    return build.Loaded(model, params, tokenizer, "tiny"), method.init(jax.random.key(0), params)[1], method.plan(params)
+    frozen, trainable = method.init(jax.random.key(0), params)
+    return build.Loaded(model, params, tokenizer, "tiny"), trainable, method.plan(params), frozen
 
 
 def test_an_adapter_takes_the_place_of_an_earlier_one_and_leaves_nothing_else(trained, tmp_path):
@@ -62,10 +63,10 @@ def test_the_tokenizer_beside_an_adapter_has_the_template_that_was_trained(train
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_not_used(trained, tmp_path, capsys):
-    loaded, trainable, plans = trained
+    loaded, *rest = trained
     larger = byte_tokenizer()
     larger.add_tokens([f"<{number}>" for number in range(loaded.model.config.vocab_size)])
-    adapter.export(epath.Path(tmp_path / "adapter"), loaded._replace(tokenizer=larger), trainable, plans, say=pytest.fail)
+    adapter.export(epath.Path(tmp_path / "adapter"), loaded._replace(tokenizer=larger), *rest, say=pytest.fail)
     base = byte_tokenizer()
     assert pretrained.tokenizer(tmp_path / "adapter", loaded.model, base=base) is base
     assert "has more tokens than the model" in capsys.readouterr().err

@@ -17,7 +17,8 @@ from ftjax.hf import peft as hf_peft
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "peft"  # third_party/peft/folder_golden.py
 FOLDERS = {"dora": "dora", "ia3": "ia3", "vera": "vera", "vera_drawn": "vera"} | {
-    name: name.partition("_")[0] for name in ("hira", "loha", "lokr", "lokr_both", "miss", "miss_bat", "miss_mini", "randlora", "shira")
+    name: name.partition("_")[0]
+    for name in ("boft", "hira", "loha", "lokr", "lokr_both", "miss", "miss_bat", "miss_mini", "oft", "oft_exact", "randlora", "shira")
 }
 METHODS = {
     "dora": partial(peft.dora, ["q_proj", "lm_head"], rank=3, alpha=6, rank_pattern={"lm_head": 2}, dropout=0.25),
@@ -25,6 +26,9 @@ METHODS = {
     "ia3": partial(peft.ia3),
     "ia3 without": partial(peft.ia3, ["q_proj"], feedforward=None),
     "vera": partial(peft.vera, ["q_proj", "down_proj"], rank=5, seed=3),
+    "boft": partial(peft.boft, ["q_proj"], block_size=4, factors=2),
+    "oft": partial(peft.oft, ["q_proj"], block_size=6),
+    "oft shared": partial(peft.oft, ["q_proj", "down_proj"], block_size=4, neumann_terms=4, share=True),
     "randlora": partial(peft.randlora, ["q_proj", "down_proj"], rank=5, bases="sparse"),
     "hira": partial(peft.hira, ["q_proj"], rank=3),
     "loha": partial(peft.loha, ["q_proj", "down_proj"], rank=3, alpha=6.5),
