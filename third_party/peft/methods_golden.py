@@ -67,7 +67,7 @@ def run(case, config, base, x, g):
     boft_layer.FastBlockDiag = BlockDiagonals
     model = peft.get_peft_model(block, config)
     found = {}
-    for name, parameter in model.named_parameters():
+    for _, parameter in model.named_parameters():
         if parameter.requires_grad:
             with torch.no_grad():
                 parameter.add_(0.3 * torch.randn_like(parameter))
