@@ -118,8 +118,7 @@ def test_init_works_from_shapes_alone(method, key):
 @pytest.mark.parametrize("method", CASES)
 def test_every_array_of_a_method_has_a_place_on_a_mesh(method, key):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    for shapes in jax.eval_shape(method.init, key, jax.eval_shape(base, key)):
-        sharding.shardings(shapes, mesh)
+    sharding.shardings(jax.eval_shape(method.init, key, jax.eval_shape(base, key)), mesh)
 
 
 @pytest.mark.parametrize("method", CASES)
