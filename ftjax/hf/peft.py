@@ -78,6 +78,7 @@ def save_adapter(
       FileExistsError: the folder exists and is not empty.
       ValueError: the tree holds something for which PEFT's folders have no place; nothing is written.
     """
+    trainable, plans = peft.plain(frozen or {}, trainable, tuple(plans))
     flat = {name: tree.flatten(branch) for name, branch in trainable.items()}
     rows = [row for row in plans if row.method in trainable]
     full_rows = [row for row in rows if all(path in flat[row.method] for path in row.paths)]

@@ -7,6 +7,7 @@ A method is a `Transform` (see `ftjax.types`). `METHODS` lists them once: for co
 from ftjax.peft.bitfit import bitfit, norm_tuning
 from ftjax.peft.boft import BOFT, boft
 from ftjax.peft.chain import chain
+from ftjax.peft.combine import combine
 from ftjax.peft.dora import DORA, dora
 from ftjax.peft.format import Format, Tensor
 from ftjax.peft.full import full
@@ -15,7 +16,7 @@ from ftjax.peft.ia3 import IA3, ia3
 from ftjax.peft.layers import on_layers
 from ftjax.peft.loha import LOHA, loha
 from ftjax.peft.lokr import LOKR, lokr
-from ftjax.peft.lora import LORA, lora
+from ftjax.peft.lora import LORA, lora, plain
 from ftjax.peft.lora_fa import LORA_FA, lora_fa
 from ftjax.peft.merge import merge
 from ftjax.peft.miss import MISS, miss
@@ -59,6 +60,7 @@ __all__ = [
     "bitfit",
     "boft",
     "chain",
+    "combine",
     "dora",
     "full",
     "hira",
@@ -73,6 +75,7 @@ __all__ = [
     "norm_tuning",
     "oft",
     "on_layers",
+    "plain",
     "randlora",
     "shira",
     "tokens",
