@@ -102,6 +102,12 @@ def _coloured(runs: list[tuple[str, bool]], *, marked: bool, limit: int = 1200) 
     return text if len(text) <= limit else Text("… ") + text[-limit:]
 
 
+def model_title(config) -> str:
+    """Return what a plot calls the model: of a path its last part, for a plot is shown where the path means nothing."""
+    name = config.model.preset if config.model.random else config.model.name
+    return name.rstrip("/").rpartition("/")[2]
+
+
 def ending(
     terminal: logs.Terminal, workdir: epath.Path, config, before: Mapping, after: Mapping, *, reason: str, exported, seconds: float
 ) -> None:
@@ -114,7 +120,7 @@ def ending(
         logs.loss_curve(
             rows,
             picture,
-            title=f"{config.model.preset if config.model.random else config.model.name}, {' + '.join(config.methods)}",
+            title=f"{model_title(config)}, {' + '.join(config.methods)}",
             subtitle=gain,
         )
     if before and after:

@@ -4,6 +4,8 @@ import io
 
 import jax
 import jax.numpy as jnp
+import pytest
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from ftjax import sharding
@@ -19,3 +21,10 @@ def test_the_layout_names_rules_sizes_and_what_did_not_divide():
     assert "(.*/)?lm_head/kernel" in said and "[a-z_]*norm/scale" in said  # no markup is read in a rule
     assert "fsdp, tensor" in said and "1,001,000" in said and "2.0 MB" in said  # half of 4 MB: `tensor` splits nothing
     assert "whole on every device: frozen/lm_head/kernel: axis 1 of 1001 is not divisible by tensor=2" in said.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    "name, title", [("/data/models/mine.gguf", "mine.gguf"), ("org/model", "model"), ("known", "known"), ("folder/", "folder")]
+)
+def test_a_plot_calls_a_model_by_the_last_part_of_its_name(name, title):
+    assert show.model_title(ConfigDict({"model": {"name": name, "random": False, "preset": "tiny"}})) == title
