@@ -137,6 +137,7 @@ def _check_exportable(
         for option in (*form.options, *form.reads):
             if option not in form.patterns and row.options.get(option) != adapter_rows[0].options.get(option):
                 problems.append(f"PEFT has one {form.options.get(option, option)} for all modules")
+    problems += [f"not yet: {row.method!r} on some of the layers; export the merged model" for row in full_rows if "layers" in row.options]
     saved = {path.rpartition("/")[0] for path in full_paths}
     problems += [
         f"PEFT saves whole modules: train {path!r} too" for path in leaves if path.rpartition("/")[0] in saved and path not in full_paths

@@ -202,6 +202,7 @@ def test_a_damaged_or_missing_file_is_named(base, copied):
     ("method", "message"),
     [
         (lambda: peft.chain(peft.lora(rank=2), peft.lora(["lm_head"], rank=2, name="other")), "not yet: 2 methods with a PEFT format"),
+        (lambda: peft.chain(peft.lora(rank=2), peft.full("layers/.*norm/scale", layers="last 1")), "not yet: 'full' on some of the layers"),
         (lambda: peft.full("norm/scale"), "not yet: 0 methods with a PEFT format"),
     ],
 )
