@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -28,6 +28,15 @@ class FromWeight(NamedTuple):
 
     factors: Callable[[jax.Array, jax.Array, int], Factors]
     """`(key, weight float32 [..., i, o], rank) -> (a, b)`: A B is the part of the weight that is trained."""
+    divided: bool = True
+    """LoRA divides both by √s, so that s A B is that part; False: s A B is taken off as it comes."""
+
+
+class OfPath(NamedTuple):
+    """An init that knows something of each matrix, such as its inputs."""
+
+    at: Callable[[str], Init | FromWeight]
+    """The init of a path."""
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...], rank: int) -> Factors:
@@ -103,6 +112,97 @@ def olora() -> FromWeight:
     return FromWeight(factors)
 
 
+def eva(moments: Mapping[str, jax.Array]) -> OfPath:
+    """Start A as the main directions of the matrix's own inputs, and B = 0.
+
+    Paischer et al. 2024, arXiv:2410.07170: the columns of A are the first r right singular vectors of the inputs X `[tokens, i]`, which are
+    the eigenvectors of Xᵀ X. The paper also moves rank between matrices by the variance that is explained; this does not.
+
+    Args:
+      moments: from `ftjax.peft.calibration.input_moments`.
+    """
+
+    def at(path: str) -> Init:
+        moment = _known(moments, path, "eva")
+
+        def factors(key: jax.Array, shape: tuple[int, ...], rank: int) -> Factors:
+            del key
+            *layers, i, o = shape
+            _, vectors = jnp.linalg.eigh(moment)  # in ascending order
+            return vectors[..., ::-1][..., :rank], jnp.zeros((*layers, rank, o), jnp.float32)
+
+        return factors
+
+    return OfPath(at)
+
+
+def corda(moments: Mapping[str, jax.Array], *, keep: str = "task") -> OfPath:
+    """Start from the part of the weight that matters most, or least, to the inputs: A = C⁻¹ U √S, B = √S Vᵀ with C W = U S Vᵀ.
+
+    Yang et al. 2024, arXiv:2406.05223, section 3, C the second moment of the inputs.
+
+    Args:
+      moments: from `ftjax.peft.calibration.input_moments`: on the new task's text for "task", on text that must not be forgotten for
+        "knowledge".
+      keep: "task" trains the r directions with the largest singular values (the paper's instruction-previewed mode), "knowledge" those with
+        the smallest (knowledge-preserved).
+    """
+    if keep not in ("task", "knowledge"):
+        raise ValueError(f"inits: corda keeps 'task' or 'knowledge', not {keep!r}.")
+
+    def at(path: str) -> FromWeight:
+        moment = _known(moments, path, "corda")
+
+        def factors(key: jax.Array, weight: jax.Array, rank: int) -> Factors:
+            del key
+            size = moment.shape[-1]
+            mean = jnp.trace(moment, axis1=-2, axis2=-1)[..., None, None] / size
+            c = moment / mean + jnp.broadcast_to(
+                0.01 * jnp.eye(size), moment.shape
+            )  # of unit scale, and with an inverse; PEFT adds as much
+            u, s, vt = jnp.linalg.svd(c @ weight, full_matrices=False)
+            chosen = slice(None, rank) if keep == "task" else slice(s.shape[-1] - rank, None)
+            root = jnp.sqrt(s[..., chosen])
+            return jnp.linalg.solve(c, u[..., chosen] * root[..., None, :]), root[..., :, None] * vt[..., chosen, :]
+
+        return FromWeight(factors)
+
+    return OfPath(at)
+
+
+def lora_ga(gradients: Mapping[str, jax.Array], *, gamma: float = 16.0) -> OfPath:
+    """Start along the weight's own gradient, so that the first step is near that of full fine-tuning.
+
+    A = U_r, B = (o^¼ / √γ) S_{r..2r} V_{r..2r}ᵀ with dL/dW = U S Vᵀ: Wang et al. 2024, arXiv:2407.05000, section 3, in the form that PEFT
+    has as direction "ArB2r" and scale "stable" (the paper's B has no S). Needs matrices with at least 2 r columns and rows.
+
+    Args:
+      gradients: from `ftjax.peft.calibration.weight_gradients`.
+      gamma: γ, larger for a smaller start.
+    """
+
+    def at(path: str) -> FromWeight:
+        gradient = _known(gradients, path, "lora_ga")
+
+        def factors(key: jax.Array, weight: jax.Array, rank: int) -> Factors:
+            del key
+            if 2 * rank > min(weight.shape[-2:]):
+                raise ValueError(f"inits: lora_ga takes 2 · {rank} directions, and {path} {list(weight.shape)} has fewer.")
+            u, s, vt = jnp.linalg.svd(gradient, full_matrices=False)
+            size = weight.shape[-1] ** 0.25 / gamma**0.5
+            return u[..., :rank], size * s[..., rank : 2 * rank, None] * vt[..., rank : 2 * rank, :]
+
+        return FromWeight(factors, divided=False)
+
+    return OfPath(at)
+
+
+def _known(statistics: Mapping[str, jax.Array], path: str, who: str) -> jax.Array:
+    if path not in statistics:
+        raise ValueError(f"inits: {who} knows nothing of {path!r}; nearest: {tree.nearest(path, statistics)}. Calibrate the same targets.")
+    return statistics[path]
+
+
 INITS: dict[str, Init] = {"uniform": uniform, "gaussian": gaussian, "a_zero": a_zero, "orthogonal": orthogonal}
 FROM_WEIGHT: dict[str, Callable[[], FromWeight]] = {
     "pissa": pissa,
@@ -112,7 +212,7 @@ FROM_WEIGHT: dict[str, Callable[[], FromWeight]] = {
 }
 
 
-def named(init: Init | FromWeight | str, who: str) -> Init | FromWeight:
+def named(init: Init | FromWeight | OfPath | str, who: str) -> Init | FromWeight | OfPath:
     """Return what `init` names among `INITS` and `FROM_WEIGHT`, or `init` itself."""
     if not isinstance(init, str):
         return init
@@ -126,6 +226,8 @@ def named(init: Init | FromWeight | str, who: str) -> Init | FromWeight:
 def blind(init: Init | str, who: str) -> Init:
     """Return the init; one that reads the weight is refused."""
     found = named(init, who)
-    if isinstance(found, FromWeight):
-        raise ValueError(f"{who}: init {init!r} starts from the weight, which only `lora` can; choose one of {', '.join(INITS)}.")
+    if isinstance(found, (FromWeight, OfPath)):
+        raise ValueError(
+            f"{who}: init {init!r} starts from the weight or from data, which only `lora` can; choose one of {', '.join(INITS)}."
+        )
     return found

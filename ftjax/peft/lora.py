@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ftjax import tree, weights
 from ftjax.peft import inits, low_rank
 from ftjax.peft.format import Format, Tensor
-from ftjax.peft.inits import FromWeight, Init
+from ftjax.peft.inits import FromWeight, Init, OfPath
 from ftjax.types import Params, Plan, Transform, pytree, static
 from ftjax.weights import Leaf, Wrapper
 
@@ -110,7 +110,7 @@ def lora(
     alpha: float | None = None,
     rslora: bool = False,
     dropout: float = 0.0,
-    init: Init | FromWeight | str = "uniform",
+    init: Init | FromWeight | OfPath | str = "uniform",
     exclude: tree.Filter | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
@@ -130,8 +130,8 @@ def lora(
       alpha: numerator of the scale; `rank` if None, which makes the scale 1 (or √rank).
       rslora: divide by √rank instead of rank.
       dropout: probability, in [0, 1), of zeroing an entry of x on the low-rank path; it acts only where `attach` is given a key.
-      init: how A and B start: one of `ftjax.peft.inits`, by name or as a function. Those that start from the weight ("pissa", "olora")
-        keep A₀ and B₀ in the frozen tree under `name`, and leave the function unchanged to rounding.
+      init: how A and B start: one of `ftjax.peft.inits`, by name or as a function. Those that start from the weight ("pissa", "olora",
+        `corda(…)`, `lora_ga(…)`) keep A₀ and B₀ in the frozen tree under `name`, and leave the function unchanged to rounding.
       exclude: matrices to leave out among the targets.
       rank_pattern: other ranks for some of them, `{regex or module name: rank}`; the first match wins.
       alpha_pattern: other alphas likewise.
@@ -151,19 +151,19 @@ def lora(
     spec = low_rank.LowRank("lora", name, targets, rank, alpha, rslora, dropout, exclude, rank_pattern, alpha_pattern)
 
     def init_fn(key: jax.Array, params: Params) -> tuple[Params, Params]:
-        trained = {}
+        trained, start = {}, {}
         for path, leaf, leaf_rank, leaf_key in spec.matrices(key, params):
-            if isinstance(make, inits.FromWeight):
-                a, b = make.factors(leaf_key, weights.materialize(leaf).astype(jnp.float32), leaf_rank)
-                root = jnp.sqrt(spec.scales(path, leaf.shape))[..., None, None]
-                a, b = a / root, b / root
+            here = make.at(path) if isinstance(make, inits.OfPath) else make
+            if isinstance(here, inits.FromWeight):
+                factors = here.factors(leaf_key, weights.materialize(leaf).astype(jnp.float32), leaf_rank)
+                root = jnp.sqrt(spec.scales(path, leaf.shape))[..., None, None] if here.divided else 1.0
+                a, b = (factor / root for factor in factors)
+                start[f"{path}/a"], start[f"{path}/b"] = jnp.copy(a), jnp.copy(b)  # the state is donated, the start must outlive it
             else:
-                a, b = make(leaf_key, leaf.shape, leaf_rank)
+                a, b = here(leaf_key, leaf.shape, leaf_rank)
             trained[f"{path}/a"], trained[f"{path}/b"] = a, b
-        if not isinstance(make, inits.FromWeight):
-            return params, {name: tree.unflatten(trained)}
-        start = tree.unflatten({path: jnp.copy(x) for path, x in trained.items()})  # the state is donated, the start must outlive it
-        return {**params, name: start}, {name: tree.unflatten(trained)}
+        frozen = {**params, name: tree.unflatten(start)} if start else params
+        return frozen, {name: tree.unflatten(trained)}
 
     def attach(frozen: Params, trainable: Params, *, key: jax.Array | None = None) -> Params:
         model = {part: branch for part, branch in frozen.items() if part != name}
@@ -174,11 +174,16 @@ def lora(
 
     def plan(params: Params) -> tuple[Plan, ...]:
         rows = spec.plan(params)
-        if not isinstance(make, inits.FromWeight):
+        if not _from_weights(make, rows):
             return rows
         return tuple(row._replace(options={**row.options, "init": init if isinstance(init, str) else "from weight"}) for row in rows)
 
     return Transform(init_fn, attach, plan)
+
+
+def _from_weights(make: Init | FromWeight | OfPath, rows: Sequence[Plan]) -> bool:
+    """Return whether the adapter starts from the weights, so that where it did is in the frozen tree."""
+    return isinstance(make.at(rows[0].paths[0]) if isinstance(make, inits.OfPath) else make, inits.FromWeight)
 
 
 def plain(frozen: Params, trainable: Params, plans: Sequence[Plan]) -> tuple[Params, tuple[Plan, ...]]:
