@@ -60,7 +60,8 @@ def combine(
     if len(factors) != len(adapted):
         raise ValueError(f"combine: {len(adapted)} adapters need as many factors, not {len(factors)}.")
     owned = [_loras(params, index) for index, params in enumerate(adapted)]
-    merge, trained = _merge(how.removesuffix("_svd"), density, sign), {}
+    form = "linear" if how in ("cat", "svd") else how.removesuffix("_svd")  # a sum; of factors that stand beside each other there is none
+    merge, trained = _merge(form, density, sign), {}
     for path in sorted(set().union(*owned)):
         present = [(leaves[path], factor) for leaves, factor in zip(owned, factors, strict=True) if path in leaves]
         a, b = _one(path, [leaf for leaf, _ in present], [factor for _, factor in present], how, rank, merge, seed)
@@ -82,12 +83,10 @@ def _loras(params: Params, index: int) -> Mapping[str, LoraWeight]:
 def _merge(form: str, density: float, sign: str) -> Merge:
     return {
         "linear": lambda xs, fs, random: vectors.linear(xs, fs),
-        "svd": lambda xs, fs, random: vectors.linear(xs, fs),
         "magnitude_prune": lambda xs, fs, random: vectors.magnitude_prune(xs, fs, density=density),
         "ties": lambda xs, fs, random: vectors.ties(xs, fs, density=density, sign=sign),
         "dare_linear": lambda xs, fs, random: vectors.dare(xs, fs, density=density, random=random),
         "dare_ties": lambda xs, fs, random: vectors.dare_ties(xs, fs, density=density, random=random, sign=sign),
-        "cat": lambda xs, fs, random: np.zeros(()),
     }[form]
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +12,14 @@ from ftjax import tree, weights
 from ftjax.peft import inits, low_rank
 from ftjax.peft.format import Tensor
 from ftjax.peft.inits import Init
-from ftjax.peft.lora import LORA, dropped, thin, thins
+from ftjax.peft.lora import LORA, LowRankWeight, dropped
+from ftjax.peft.riding import as_last
 from ftjax.types import Params, Transform, pytree, static
-from ftjax.weights import Leaf, Wrapper
+from ftjax.weights import Leaf
 
 
 @pytree
-class DoraWeight(Wrapper):
+class DoraWeight(LowRankWeight):
     """`materialize() == (base + scale * a @ b) * ratio[None, :]`, in float32 over a base of any kind."""
 
     base: Leaf
@@ -38,24 +38,10 @@ class DoraWeight(Wrapper):
 
     def materialize(self) -> jax.Array:
         base = weights.materialize(self.base)
-        delta = jnp.matmul(self.a, self.b) * self.scale[..., None, None]
-        return ((base.astype(jnp.float32) + delta) * self.ratio[..., None, :]).astype(base.dtype)
-
-    def dot(self, x: jax.Array) -> jax.Array:
-        delta = thin(dropped(x, self.key, self.dropout), self.a, self.b, self.scale)
-        return self._scaled(weights.dot(x, self.base), delta, x)
-
-    def dots(self, x: jax.Array, ws: Sequence[Any]) -> tuple[jax.Array, ...]:
-        fused = [n for n, w in enumerate(ws) if isinstance(w, DoraWeight) and w.key is None]
-        if len(fused) < 2:
-            return tuple(weights.dot(x, w) for w in ws)
-        out = list(weights.dots(x, [w.base if n in fused else w for n, w in enumerate(ws)]))
-        for n, delta in zip(fused, thins(x, [ws[n] for n in fused]), strict=True):
-            out[n] = ws[n]._scaled(out[n], delta, x)
-        return tuple(out)
+        return ((base.astype(jnp.float32) + self.delta()) * self.ratio[..., None, :]).astype(base.dtype)
 
     def dot_transposed(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32) * _like(self.ratio, x)
+        wide = x.astype(jnp.float32) * as_last(self.ratio, x)
         low = weights.dot_transposed(wide, self.b) * self.scale
         base = weights.dot_transposed(wide.astype(x.dtype), self.base)
         return (base.astype(jnp.float32) + weights.dot_transposed(low, self.a)).astype(x.dtype)
@@ -63,19 +49,15 @@ class DoraWeight(Wrapper):
     def embed(self, ids: jax.Array) -> jax.Array:
         rows = weights.embed(ids, self.base)
         delta = weights.dot(weights.embed(ids, self.a) * self.scale, self.b)
-        return ((rows.astype(jnp.float32) + delta) * _like(self.ratio, rows)).astype(rows.dtype)
+        return ((rows.astype(jnp.float32) + delta) * as_last(self.ratio, rows)).astype(rows.dtype)
 
-    def _scaled(self, base: jax.Array, delta: jax.Array, x: jax.Array) -> jax.Array:
+    def join(self, base: jax.Array, delta: jax.Array, x: jax.Array) -> jax.Array:
         # The gradient of the length needs the product before it is scaled; without its name a rematerialised layer would compute it twice.
-        wide, ratio = checkpoint_name(base, weights.PRODUCT).astype(jnp.float32), _like(self.ratio, base)
+        wide, ratio = checkpoint_name(base, weights.PRODUCT).astype(jnp.float32), as_last(self.ratio, base)
         if self.key is None:
             return ((wide + delta) * ratio).astype(base.dtype)
         again = weights.dot(dropped(x, self.key, self.dropout).astype(x.dtype), self.base).astype(jnp.float32)
         return (wide + (ratio - 1.0) * again + ratio * delta).astype(base.dtype)
-
-
-def _like(vector: jax.Array, x: jax.Array) -> jax.Array:
-    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 def column_norms(base: Leaf, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:

@@ -9,7 +9,6 @@ rank 2r on the published weights.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import tree
+from ftjax.peft import riding
 
 Factors = tuple[jax.Array, jax.Array]
 Init = Callable[[jax.Array, tuple[int, ...], int], Factors]
@@ -42,8 +42,7 @@ class OfPath(NamedTuple):
 def uniform(key: jax.Array, shape: tuple[int, ...], rank: int) -> Factors:
     """A ~ U(-1/√i, 1/√i), B = 0: what PEFT does by default (Kaiming uniform with a = √5)."""
     *layers, i, o = shape
-    bound = 1 / math.sqrt(i)
-    return jax.random.uniform(key, (*layers, i, rank), jnp.float32, -bound, bound), jnp.zeros((*layers, rank, o), jnp.float32)
+    return riding.uniform(key, (*layers, i, rank), i), jnp.zeros((*layers, rank, o), jnp.float32)
 
 
 def gaussian(key: jax.Array, shape: tuple[int, ...], rank: int) -> Factors:
@@ -55,8 +54,7 @@ def gaussian(key: jax.Array, shape: tuple[int, ...], rank: int) -> Factors:
 def a_zero(key: jax.Array, shape: tuple[int, ...], rank: int) -> Factors:
     """A = 0, B ~ U(-1/√r, 1/√r): the first Adam step then does not hang on the sign of tiny gradients of B."""
     *layers, i, o = shape
-    bound = 1 / math.sqrt(rank)
-    return jnp.zeros((*layers, i, rank), jnp.float32), jax.random.uniform(key, (*layers, rank, o), jnp.float32, -bound, bound)
+    return jnp.zeros((*layers, i, rank), jnp.float32), riding.uniform(key, (*layers, rank, o), rank)
 
 
 def orthogonal(key: jax.Array, shape: tuple[int, ...], rank: int) -> Factors:
@@ -221,6 +219,11 @@ def named(init: Init | FromWeight | OfPath | str, who: str) -> Init | FromWeight
     if init not in INITS:
         raise ValueError(f"{who}: there is no init {init!r}; nearest: {tree.nearest(init, [*INITS, *FROM_WEIGHT])}.")
     return INITS[init]
+
+
+def at(init: Init | FromWeight | OfPath, path: str) -> Init | FromWeight:
+    """Return the init of one path."""
+    return init.at(path) if isinstance(init, OfPath) else init
 
 
 def blind(init: Init | str, who: str) -> Init:

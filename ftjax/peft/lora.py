@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,12 +15,38 @@ from ftjax import tree, weights
 from ftjax.peft import inits, low_rank
 from ftjax.peft.format import Format, Tensor
 from ftjax.peft.inits import FromWeight, Init, OfPath
+from ftjax.peft.riding import added
 from ftjax.types import Params, Plan, Transform, pytree, static
 from ftjax.weights import Leaf, Wrapper
 
 
+class LowRankWeight(Wrapper):
+    """A base with a thin product beside it: the fields of `LoraWeight`, and perhaps others. Abstract; `join` is the method."""
+
+    @abc.abstractmethod
+    def join(self, base: jax.Array, delta: jax.Array, x: jax.Array) -> jax.Array:
+        """Return the product in the dtype of `base` from `base` = x W and `delta` = scale · dropped(x) A B in float32."""
+
+    def delta(self) -> jax.Array:
+        """Return `scale * a @ b`, float32 `[..., i, o]`."""
+        return jnp.matmul(self.a, self.b) * self.scale[..., None, None]
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        return self.join(weights.dot(x, self.base), thin(dropped(x, self.key, self.dropout), self.a, self.b, self.scale), x)
+
+    def dots(self, x: jax.Array, ws: Sequence[Any]) -> tuple[jax.Array, ...]:
+        # The thin products with A cost as much as dense ones, so those that read one x are done as one.
+        fused = [n for n, w in enumerate(ws) if isinstance(w, type(self)) and w.key is None]
+        if len(fused) < 2:
+            return tuple(weights.dot(x, w) for w in ws)
+        out = list(weights.dots(x, [w.base if n in fused else w for n, w in enumerate(ws)]))
+        for n, delta in zip(fused, thins(x, [ws[n] for n in fused]), strict=True):
+            out[n] = ws[n].join(out[n], delta, x)
+        return tuple(out)
+
+
 @pytree
-class LoraWeight(Wrapper):
+class LoraWeight(LowRankWeight):
     """`materialize() == base + scale * a @ b`, with `a` and `b` in float32 over a base of any kind."""
 
     base: Leaf
@@ -35,29 +62,17 @@ class LoraWeight(Wrapper):
     dropout: float = static(default=0.0)
 
     def materialize(self) -> jax.Array:
-        base = weights.materialize(self.base)
-        delta = jnp.matmul(self.a, self.b) * self.scale[..., None, None]
-        return (base.astype(jnp.float32) + delta).astype(base.dtype)
+        return added(weights.materialize(self.base), self.delta())
 
-    def dot(self, x: jax.Array) -> jax.Array:
-        return _add(weights.dot(x, self.base), thin(dropped(x, self.key, self.dropout), self.a, self.b, self.scale))
+    def join(self, base: jax.Array, delta: jax.Array, x: jax.Array) -> jax.Array:
+        return added(base, delta)
 
     def dot_transposed(self, x: jax.Array) -> jax.Array:
         low = weights.dot_transposed(x.astype(jnp.float32), self.b) * self.scale
-        return _add(weights.dot_transposed(x, self.base), weights.dot_transposed(low, self.a))
+        return added(weights.dot_transposed(x, self.base), weights.dot_transposed(low, self.a))
 
     def embed(self, ids: jax.Array) -> jax.Array:
-        return _add(weights.embed(ids, self.base), weights.dot(weights.embed(ids, self.a) * self.scale, self.b))
-
-    def dots(self, x: jax.Array, ws: Sequence[Any]) -> tuple[jax.Array, ...]:
-        # The thin products with A cost as much as dense ones, so those that read one x are done as one.
-        fused = [n for n, w in enumerate(ws) if isinstance(w, LoraWeight) and w.key is None]
-        if len(fused) < 2:
-            return tuple(weights.dot(x, w) for w in ws)
-        out = list(weights.dots(x, [w.base if n in fused else w for n, w in enumerate(ws)]))
-        for n, delta in zip(fused, thins(x, [ws[n] for n in fused]), strict=True):
-            out[n] = _add(out[n], delta)
-        return tuple(out)
+        return added(weights.embed(ids, self.base), weights.dot(weights.embed(ids, self.a) * self.scale, self.b))
 
 
 def dropped(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
@@ -97,10 +112,6 @@ def _widen_backward(residuals: tuple[jax.Array, jax.Array], d_y: jax.Array) -> t
 
 
 _widen.defvjp(lambda low, b: (weights.dot(low, b), (low, b)), _widen_backward)
-
-
-def _add(y: jax.Array, delta: jax.Array) -> jax.Array:
-    return (y.astype(jnp.float32) + delta).astype(y.dtype)
 
 
 def lora(
@@ -153,7 +164,7 @@ def lora(
     def init_fn(key: jax.Array, params: Params) -> tuple[Params, Params]:
         trained, start = {}, {}
         for path, leaf, leaf_rank, leaf_key in spec.matrices(key, params):
-            here = make.at(path) if isinstance(make, inits.OfPath) else make
+            here = inits.at(make, path)
             if isinstance(here, inits.FromWeight):
                 factors = here.factors(leaf_key, weights.materialize(leaf).astype(jnp.float32), leaf_rank)
                 root = jnp.sqrt(spec.scales(path, leaf.shape))[..., None, None] if here.divided else 1.0
@@ -174,16 +185,11 @@ def lora(
 
     def plan(params: Params) -> tuple[Plan, ...]:
         rows = spec.plan(params)
-        if not _from_weights(make, rows):
+        if not isinstance(inits.at(make, rows[0].paths[0]), inits.FromWeight):
             return rows
         return tuple(row._replace(options={**row.options, "init": init if isinstance(init, str) else "from weight"}) for row in rows)
 
     return Transform(init_fn, attach, plan)
-
-
-def _from_weights(make: Init | FromWeight | OfPath, rows: Sequence[Plan]) -> bool:
-    """Return whether the adapter starts from the weights, so that where it did is in the frozen tree."""
-    return isinstance(make.at(rows[0].paths[0]) if isinstance(make, inits.OfPath) else make, inits.FromWeight)
 
 
 def plain(frozen: Params, trainable: Params, plans: Sequence[Plan]) -> tuple[Params, tuple[Plan, ...]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import tree
+from ftjax.peft.riding import by_leaf, check_known, check_matrix, check_rank, path_key
 from ftjax.types import Params, Plan
 from ftjax.weights import Leaf
 
@@ -28,7 +28,7 @@ class Target(NamedTuple):
     leaf: Leaf
     rank: int
     key: jax.Array
-    """Its own, from its path: what a leaf starts from does not depend on which others are trained."""
+    """Its own, from its path."""
 
 
 class Joined(NamedTuple):
@@ -87,18 +87,14 @@ class LowRank:
         """Yield the targets; one that is no matrix, or too small for its rank, is an error."""
         flat = tree.flatten(params)
         for path in self.paths(params):
-            _check_matrix(self.name, path, flat[path].shape, self.rank_of(path))
+            check_rank(self.name, self.rank_of(path), path, check_matrix(self.name, path, flat[path].shape))
             yield Target(path, flat[path], self.rank_of(path), path_key(key, path))
 
     def joined(self, frozen: Params, trainable: Params, *, key: jax.Array | None) -> Iterator[Joined]:
         """Yield each base with its trained fields; a field of a leaf that the model has not is an error."""
-        flat, fields = tree.flatten(frozen), {}
-        for path, value in tree.flatten(trainable[self.name]).items():
-            owner, _, field = path.rpartition("/")
-            fields.setdefault(owner, {})[field] = value
+        flat, fields = tree.flatten(frozen), by_leaf(tree.flatten(trainable[self.name]))
+        check_known(self.name, fields, flat)
         for path, values in fields.items():
-            if path not in flat:
-                raise ValueError(f"{self.name}: the adapter has {path!r}, which this model has not; nearest: {tree.nearest(path, flat)}.")
             shape = flat[path].shape
             yield Joined(path, flat[path], values, self.scales(path, shape), self._dropout(key, path, shape[:-2]))
 
@@ -116,21 +112,9 @@ class LowRank:
         return (jax.random.split(path_key(key, path), layers) if layers else key), self.dropout
 
 
-def path_key(key: jax.Array, path: str) -> jax.Array:
-    """Return the key of a path."""
-    return jax.random.fold_in(key, zlib.crc32(path.encode()))
-
-
 def _applies(pattern: str, path: str) -> bool:
     return tree.predicate(pattern)(path) or tree.predicate([pattern])(path)
 
 
 def _lookup(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     return next((value for pattern, value in (patterns or {}).items() if _applies(pattern, path)), default)
-
-
-def _check_matrix(name: str, path: str, shape: tuple[int, ...], rank: int) -> None:
-    if len(shape) < 2 or not path.endswith("kernel"):
-        raise ValueError(f"{name}: {path!r} with shape {list(shape)} is not a matrix; target kernels, or train it with full().")
-    if not 1 <= rank <= min(shape[-2:]):
-        raise ValueError(f"{name}: rank {rank} does not fit {path!r} with shape {list(shape)}: expected 1 to {min(shape[-2:])}.")

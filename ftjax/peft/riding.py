@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -49,19 +49,20 @@ class Added(Wrapper):
         return weights.embed(ids, self.delta())
 
     def materialize(self) -> jax.Array:
-        return _add(weights.materialize(self.base), self.delta())
+        return added(weights.materialize(self.base), self.delta())
 
     def dot(self, x: jax.Array) -> jax.Array:
-        return _add(weights.dot(x, self.base), self.push(x.astype(jnp.float32)))
+        return added(weights.dot(x, self.base), self.push(x.astype(jnp.float32)))
 
     def dot_transposed(self, x: jax.Array) -> jax.Array:
-        return _add(weights.dot_transposed(x, self.base), self.pull(x.astype(jnp.float32)))
+        return added(weights.dot_transposed(x, self.base), self.pull(x.astype(jnp.float32)))
 
     def embed(self, ids: jax.Array) -> jax.Array:
-        return _add(weights.embed(ids, self.base), self.rows(ids))
+        return added(weights.embed(ids, self.base), self.rows(ids))
 
 
-def _add(y: jax.Array, delta: jax.Array) -> jax.Array:
+def added(y: jax.Array, delta: jax.Array) -> jax.Array:
+    """Return `y + delta`, summed in float32 and rounded once to the dtype of y."""
     return (y.astype(jnp.float32) + delta).astype(y.dtype)
 
 
@@ -101,8 +102,7 @@ def riding(
         flat, trained = tree.flatten(params), {}
         shapes = {path: check_matrix(name, path, flat[path].shape) for path in paths(params)}
         for path, shape in shapes.items():
-            # A key of its own for each path: what a leaf starts from does not depend on which others are trained.
-            made = make(jax.random.fold_in(key, zlib.crc32(path.encode())), path, shape)
+            made = make(path_key(key, path), path, shape)
             trained |= {f"{path}/{field}": array for field, array in made.items()}
         frozen = params if freeze is None else {**params, name: freeze(shapes)}
         return frozen, {name: tree.unflatten(trained)}
@@ -116,9 +116,7 @@ def riding(
         shared = {field: Shared(array) for field, array in extra.items() if "/" not in field}
         flat, arrays = tree.flatten(model), by_leaf(tree.flatten(trainable[name]))
         own = by_leaf({path: array for path, array in extra.items() if "/" in path})
-        if unknown := sorted(set(arrays) - set(flat)):
-            near = tree.nearest(unknown[0], flat)
-            raise ValueError(f"{name}: the adapter has {unknown[0]!r}, which this model has not; nearest: {near}.")
+        check_known(name, arrays, flat)
         return tree.replace(model, {path: leaf(flat[path], **fields, **own.get(path, {}), **shared) for path, fields in arrays.items()})
 
     def plan(params: Params) -> tuple[Plan, ...]:
@@ -126,6 +124,18 @@ def riding(
 
     transform = Transform(init, attach, plan)
     return transform if layers is None else on_layers(transform, layers, neutral=neutral)
+
+
+def path_key(key: jax.Array, path: str) -> jax.Array:
+    """Return the key of a path: what a leaf starts from does not depend on which others are trained."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def check_known(name: str, paths: Iterable[str], flat: Mapping[str, Any]) -> None:
+    """Refuse an adapter of a leaf that the model has not."""
+    if unknown := sorted(set(paths) - set(flat)):
+        near = tree.nearest(unknown[0], flat)
+        raise ValueError(f"{name}: the adapter has {unknown[0]!r}, which this model has not; nearest: {near}.")
 
 
 def by_leaf(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
