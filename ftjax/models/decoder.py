@@ -32,6 +32,9 @@ REMAT: Mapping[str, Callable[[Callable], Callable]] = {
 }
 """What the backward pass computes again of a layer: nothing; all of it from its input; or all but its matrix products, which are stored."""
 
+SLOTS = "slots"
+"""The branch of the stacked layers that is empty in a model and filled by methods that add to a layer (see `layers.Scene`)."""
+
 EVERYTHING = 1 << 30
 """The window of a layer that sees everything, where other layers of the same scan do not."""
 
@@ -151,10 +154,10 @@ def _through_layers(trunk: _Trunk, params: Params, x: jax.Array, cached: layers.
 
     def body(carry, per_layer: _PerLayer):
         x, cached = carry
-        layer = nnx.merge(trunk.layer, per_layer.params)
+        layer = nnx.merge(trunk.layer, {name: branch for name, branch in per_layer.params.items() if name != SLOTS})
         cos, sin = tables[0] if len(tables) == 1 else (_pick(per_layer.rope, pair) for pair in zip(*tables, strict=True))
         window = per_layer.window if mixed else uniform
-        here = scene._replace(cos=cos, sin=sin, window=window, layer=per_layer.index)
+        here = scene._replace(cos=cos, sin=sin, window=window, layer=per_layer.index, slots=per_layer.params.get(SLOTS, {}))
         return layer(x, here, cached), None
 
     per_layer = _PerLayer(

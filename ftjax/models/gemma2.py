@@ -28,7 +28,7 @@ class Layer(nnx.Module):
     def __call__(self, x: jax.Array, scene: layers.Scene, cached: layers.KeysValues):
         y, cached = self.self_attn(self.input_layernorm(x), scene, cached)
         x = x + self.post_attention_layernorm(y)
-        y = self.mlp(self.pre_feedforward_layernorm(x))
+        y = self.mlp(self.pre_feedforward_layernorm(x), scene)
         return x + self.post_feedforward_layernorm(y), cached
 
 

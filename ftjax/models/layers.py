@@ -19,6 +19,7 @@ from ftjax.kernels import attention as attention_op
 from ftjax.models import cache as cache_lib
 from ftjax.models import rope
 from ftjax.models.config import Config
+from ftjax.types import Params
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -46,6 +47,8 @@ class Scene(NamedTuple):
     kv_positions: jax.Array | None = None
     """int `[b, s]`: those of the cached slots, these tokens included."""
     kv_segment_ids: jax.Array | None = None
+    slots: Params = {}
+    """What methods have added to this layer, by the name of the slot: the branch `layers/slots` of the parameters, empty by default."""
 
 
 KeysValues = tuple[jax.Array, jax.Array] | None
@@ -112,7 +115,8 @@ class MLP(nnx.Module):
         self.down_proj = Linear(f, d, config, bias=bias, rngs=rngs)
         self.act = ACTIVATIONS[config.hidden_act]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, scene: Scene) -> jax.Array:
+        del scene
         gate, up = linears(x, (self.gate_proj, self.up_proj))
         # In float32 as one fusion: rounding to bfloat16 after each of its steps would cost more time, and accuracy.
         y = self.act(gate.astype(jnp.float32)) * up.astype(jnp.float32)

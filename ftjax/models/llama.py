@@ -26,7 +26,7 @@ class Layer(nnx.Module):
     def __call__(self, x: jax.Array, scene: layers.Scene, cached: layers.KeysValues):
         y, cached = self.self_attn(self.input_layernorm(x), scene, cached)
         x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), cached
+        return x + self.mlp(self.post_attention_layernorm(x), scene), cached
 
 
 FAMILY = Family(
