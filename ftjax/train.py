@@ -16,11 +16,14 @@ Score = Callable[[Params, Batch], Scores]
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
 
 
-def init_state(key: jax.Array, trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return the state before the first step. `key` seeds dropout and noise; it is copied, for a step donates the state."""
+def init_state(key: jax.Array, trainable: Params, method: Transform, optimizer: optax.GradientTransformation) -> TrainState:
+    """Return the state before the first step: of the same `method` and `optimizer` as the step's.
+
+    `key` seeds dropout and noise; it is copied, for a step donates the state.
+    """
     if not tree.size(trainable):
         raise ValueError("init_state: nothing is trainable; choose a method that trains something, such as lora or full.")
-    return TrainState(jnp.zeros((), jnp.int32), jnp.copy(key), trainable, optimizer.init(trainable))
+    return TrainState(jnp.zeros((), jnp.int32), jnp.copy(key), trainable, method.optimizer(optimizer).init(trainable))
 
 
 def make_train_step(
@@ -39,7 +42,7 @@ def make_train_step(
 
     Args:
       score: `(params, batch) -> Scores`, e.g. `partial(scoring.score, model)`.
-      method: how `frozen` and `trainable` become `params`.
+      method: how `frozen` and `trainable` become `params`, and what it does to the optimiser.
       loss_fn: the objective.
       optimizer: an optax transformation over the trainable tree.
       accumulation: into how many micro-batches, one after the other, the rows of a batch are split; must divide them.
@@ -49,6 +52,7 @@ def make_train_step(
       The step. It donates the state and keeps `frozen`. The metrics are `Mean`s: `loss`, the loss's own, `grad_norm` (before clipping),
       `update_norm`, `tokens` (supervised, the total is what counts) and `skipped`.
     """
+    rule = method.optimizer(optimizer)
 
     def objective(trainable: Params, frozen: Params, batch: Batch, key: jax.Array):
         mean, metrics = loss_fn(score(method.attach(frozen, trainable, key=key), batch), batch)
@@ -76,7 +80,7 @@ def make_train_step(
         grads, metrics = accumulate(state.trainable, frozen, batch, key)
         grads = jax.tree.map(lambda g: g / metrics["loss"].weight, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes int32 step counts; ftjax itself runs under strict promotion in tests
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+            updates, opt_state = rule.update(grads, state.opt_state, state.trainable)
         grad_norm, update_norm = optax.tree.norm(grads), optax.tree.norm(updates)
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(update_norm) & jnp.isfinite(metrics["loss"].total)
         trainable = _select(finite, optax.apply_updates(state.trainable, updates), state.trainable)

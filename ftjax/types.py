@@ -55,6 +55,10 @@ class Plan(NamedTuple):
     """The method's name in `peft.METHODS` and `peft.FORMATS`, where the user may have given the transform another."""
 
 
+def _unchanged(optimizer: Any) -> Any:
+    return optimizer
+
+
 class Transform(NamedTuple):
     """A fine-tuning method: a function from one parameter tree to two, and back to one that a model can apply."""
 
@@ -64,6 +68,9 @@ class Transform(NamedTuple):
     """`attach(frozen, trainable, *, key=None) -> params`. Without a key nothing is random: dropout and noise are off."""
     plan: Callable[[Params], tuple[Plan, ...]]
     """`plan(params)`: the rules and what they match, from shapes alone."""
+    optimizer: Callable[[Any], Any] = _unchanged
+    """`optimizer(rule) -> rule`: what the method does to the optax transformation of a run, which goes over the whole trainable tree.
+    `train.init_state` and `train.make_train_step` apply it, so that nobody has to remember it."""
 
 
 @pytree

@@ -29,7 +29,7 @@ def built(config, mesh: Mesh) -> Built:
     method, optimizer = build.method(config), build.optimizer(config)
     key = jax.random.key(0)
     frozen, trainable = jax.eval_shape(lambda key: method.init(key, model.init(key)), key)
-    state = jax.eval_shape(partial(init_state, optimizer=optimizer), key, trainable)
+    state = jax.eval_shape(partial(init_state, method=method, optimizer=optimizer), key, trainable)
     ids, mask = (
         jax.ShapeDtypeStruct((config.data.batch_size, config.data.max_tokens), dtype, sharding=sharding.batch_sharding(mesh))
         for dtype in (jnp.int32, jnp.float32)

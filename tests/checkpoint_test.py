@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from ftjax import checkpoint, manifest, optimizers, tree
+from ftjax import checkpoint, manifest, optimizers, peft, tree
 from ftjax.checkpoint import Checkpoints, Record
 from ftjax.train import init_state
 from ftjax.types import TrainState
@@ -21,7 +21,7 @@ from ftjax.types import TrainState
 def make_state(key, step=0, width=4):
     trainable = {"lora": {"layers": {"q": {"a": jax.random.normal(key, (2, width, 2)), "b": jnp.zeros((2, 2, 4))}}}}
     optimizer = optimizers.build("adamw", learning_rate=0.1, steps=10, schedule_name="linear")
-    state = init_state(key, trainable, optimizer)
+    state = init_state(key, trainable, peft.chain(), optimizer)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
         updates, opt_state = optimizer.update(trainable, state.opt_state, trainable)
     return TrainState(jnp.asarray(step, jnp.int32), key, optax.apply_updates(trainable, updates), opt_state)

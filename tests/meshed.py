@@ -58,7 +58,7 @@ def train(mesh=None, method=LORA_AND_FULL, *, accumulation=1, chunk_tokens=TIME,
     """Train a tiny Llama; without a mesh by the plain functions, so that they are what a mesh is compared with."""
     model = models.build(models.preset("tiny-llama"), **build)
     optimizer = optax.sgd(0.3, momentum=0.9)  # not Adam, which would blow a rounding difference of a tiny gradient up to a whole step
-    make_state = partial(init_state, optimizer=optimizer)
+    make_state = partial(init_state, method=method, optimizer=optimizer)
     where = None
     if mesh is None:
         frozen, trainable = jax.device_put(start(method))

@@ -62,7 +62,7 @@ def test_every_leaf_of_every_family_adapter_and_optimiser_has_a_rule(name, cube,
     params = abstract(name)
     method = peft.chain(peft.lora(lambda path: path.endswith("kernel"), rank=2), peft.full(lambda path: not path.endswith("kernel")))
     frozen, trainable = jax.eval_shape(method.init, key, params)
-    state = jax.eval_shape(partial(train.init_state, optimizer=optax.adamw(1e-3)), key, trainable)
+    state = jax.eval_shape(partial(train.init_state, method=method, optimizer=optax.adamw(1e-3)), key, trainable)
     for shapes in (params, frozen, trainable, state):
         sharding.shardings(shapes, cube)
 
@@ -114,10 +114,10 @@ def test_the_first_rule_wins_and_rest_takes_what_is_left(cube):
 
 @pytest.mark.parametrize("optimizer", [optax.adamw(1e-3), optax.adafactor(1e-3, min_dim_size_to_factor=4)], ids=["adamw", "adafactor"])
 def test_moments_lie_as_their_leaf_and_the_rest_of_the_optimiser_is_replicated(optimizer, cube, key):
-    _, trainable = peft.full("all-linear").init(key, toy.init(key))
-    state = train.init_state(key, trainable, optimizer)
+    method = peft.full("all-linear")
+    state = train.init_state(key, method.init(key, toy.init(key))[1], method, optimizer)
     where = sharding.state_shardings(state, cube)
-    shapes = {leaf.shape for leaf in jax.tree.leaves(trainable)}
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state.trainable)}
     for leaf, there in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(where.opt_state), strict=True):
         assert there.is_fully_replicated == (leaf.shape not in shapes)
     assert where.key.is_fully_replicated and not where.trainable["full"]["layers"]["mlp"]["up_proj"]["kernel"].is_fully_replicated
@@ -157,7 +157,7 @@ def test_a_method_and_a_state_share_the_buffers_they_are_given(cube, key):
     params = sharding.init_on_mesh(toy.init, key, mesh=cube)
     method = peft.chain(peft.lora("all-linear", rank=2), peft.full("norms"))
     frozen, trainable = sharding.init_on_mesh(method.init, key, params, mesh=cube)
-    state = sharding.init_on_mesh(partial(train.init_state, optimizer=optax.adam(1e-3)), key, trainable, mesh=cube)
+    state = sharding.init_on_mesh(partial(train.init_state, method=method, optimizer=optax.adam(1e-3)), key, trainable, mesh=cube)
 
     def buffers(arrays):
         return [x.addressable_shards[3].data.unsafe_buffer_pointer() for x in jax.tree.leaves(arrays)]

@@ -18,7 +18,11 @@ METHOD = peft.chain(peft.lora("all-linear", rank=2, init="gaussian"), peft.full(
 def start(key, method=METHOD, optimizer=None, **options):
     optimizer = optimizer or optimizers.build("adamw", learning_rate=0.05, steps=10)
     frozen, trainable = method.init(key, toy.init(key))
-    return train.make_train_step(SCORE, method, losses.sft, optimizer, **options), train.init_state(key, trainable, optimizer), frozen
+    return (
+        train.make_train_step(SCORE, method, losses.sft, optimizer, **options),
+        train.init_state(key, trainable, method, optimizer),
+        frozen,
+    )
 
 
 def values(metrics):
@@ -36,7 +40,7 @@ def test_the_gradient_is_that_of_the_loss_by_finite_differences(key):
         return mean.total / mean.weight
 
     step = train.make_train_step(SCORE, METHOD, losses.sft, optax.sgd(1.0))
-    new, _ = step(train.init_state(key, jax.tree.map(jnp.copy, trainable), optax.sgd(1.0)), frozen, batch)
+    new, _ = step(train.init_state(key, jax.tree.map(jnp.copy, trainable), METHOD, optax.sgd(1.0)), frozen, batch)
     gradient = jax.tree.map(jnp.subtract, trainable, new.trainable)
     for n in range(3):
         direction = jax.tree.map(lambda x, n=n: jnp.cos(n + jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape), trainable)
@@ -120,7 +124,7 @@ def test_the_step_compiles_once_and_donates_the_state(key):
 def test_dropout_follows_the_key_and_the_step(key):
     method = peft.lora("all-linear", rank=2, init="a_zero", dropout=0.5)
     step, state, frozen = start(key, method=method, optimizer=optax.sgd(0.0))
-    state = train.init_state(key, jax.tree.map(lambda x: x + 0.3, state.trainable), optax.sgd(0.0))
+    state = train.init_state(key, jax.tree.map(lambda x: x + 0.3, state.trainable), method, optax.sgd(0.0))
     seen = []
     for _ in range(2):
         state, metrics = step(state, frozen, toy.batch(key))
@@ -133,3 +137,26 @@ def test_dropout_follows_the_key_and_the_step(key):
 def test_nothing_trainable_is_an_error(key):
     with pytest.raises(ValueError, match="nothing is trainable"):
         start(key, method=peft.neftune())
+
+
+def halved(method):
+    return method._replace(optimizer=lambda rule: optax.chain(rule, optax.scale(0.5)))
+
+
+@pytest.mark.parametrize(
+    ("wrap", "share"),
+    [
+        (halved, 0.5),
+        (lambda method: peft.chain(halved(method), halved(peft.full("norms"))), 0.25),
+        (lambda method: peft.on_layers(halved(method), "last 1"), 0.5),
+    ],
+    ids=["alone", "chained", "on some layers"],
+)
+def test_what_a_method_does_to_the_optimiser_is_done(key, wrap, share):
+    method = wrap(peft.lora("all-linear", rank=2, init="gaussian"))
+    moved = []
+    for each in (method._replace(optimizer=lambda rule: rule), method):
+        step, state, frozen = start(key, method=each, optimizer=optax.sgd(1.0))
+        before = jax.tree.map(np.array, state.trainable)
+        moved.append(jax.tree.map(np.subtract, step(state, frozen, toy.batch(key))[0].trainable, before))
+    chex.assert_trees_all_close(jax.tree.map(lambda x: share * x, moved[0]), moved[1], rtol=1e-4, atol=1e-7)

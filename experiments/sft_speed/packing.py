@@ -41,7 +41,7 @@ def main() -> None:
     frozen, trainable = method.init(jax.random.key(0), params)
     optimizer = optimizers.build("adamw", learning_rate=1e-4, steps=100)
     step = train.make_train_step(partial(scoring.score, model), method, losses.sft, optimizer)
-    state = train.init_state(jax.random.key(0), trainable, optimizer)
+    state = train.init_state(jax.random.key(0), trainable, method, optimizer)
     seconds: dict[tuple[int, int], float] = {}
     print(f"{len(sequences.lengths)} sequences, {tokens:,} tokens; {args.dtype}, JAX {jax.__version__}")
     print("| rows are | steps an epoch | positions filled | seconds an epoch | tokens/s | against packed |")

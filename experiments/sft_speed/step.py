@@ -40,7 +40,7 @@ def main() -> None:
     frozen, trainable = method.init(jax.random.key(0), params)
     optimizer = optimizers.build("adamw", learning_rate=1e-4, steps=args.steps)
     step = train.make_train_step(partial(scoring.score, model), method, losses.sft, optimizer)
-    state = train.init_state(jax.random.key(0), trainable, optimizer)
+    state = train.init_state(jax.random.key(0), trainable, method, optimizer)
     batches = np.load(args.tokens).astype(np.int32)
     rows, time_axis = batches.shape[1:]
     positions = jnp.broadcast_to(jnp.arange(time_axis, dtype=jnp.int32), (rows, time_axis))

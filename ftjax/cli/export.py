@@ -91,7 +91,7 @@ def trained(workdir: epath.Path, step: str = "last") -> Found:
     method = build.method(config)
     frozen, trainable = sharding.init_on_mesh(method.init, jax.random.key(0), loaded.params, mesh=mesh)
     optimizer = build.optimizer(config)
-    like = sharding.init_on_mesh(lambda key, tree: init_state(key, tree, optimizer), jax.random.key(0), trainable, mesh=mesh)
+    like = sharding.init_on_mesh(lambda key, tree: init_state(key, tree, method, optimizer), jax.random.key(0), trainable, mesh=mesh)
     state, record = checkpoints.restore(like, step=chosen, fall_back=config.checkpoint.fall_back)
     checkpoints.close()
     print(f"step {record.step} of {workdir}")

@@ -173,7 +173,7 @@ def _read(run: Run, policy: Policy) -> Lessons:
 def _state(run: Run, policy: Policy, trainable: Params) -> TrainState:
     """Return the state before the first step."""
     key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
-    return sharding.init_on_mesh(partial(init_state, optimizer=policy.optimizer), key, trainable, mesh=run.mesh)
+    return sharding.init_on_mesh(partial(init_state, method=policy.method, optimizer=policy.optimizer), key, trainable, mesh=run.mesh)
 
 
 def _resume(run: Run, state: TrainState) -> tuple[TrainState, Memory, int]:

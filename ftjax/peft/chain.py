@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 
 from ftjax.types import Params, Plan, Transform
@@ -11,8 +14,8 @@ def chain(*transforms: Transform) -> Transform:
     """Compose methods: `chain(lora(...), full(...))` is a `Transform` again.
 
     `init` runs from left to right, each method on the frozen tree that the one before it returned; `attach` does the same, so a later
-    method wraps the leaves of an earlier one. The trainable tree is the union `{method name: tree}`; two methods of one kind need names
-    of their own (`lora(..., name="second")`).
+    method wraps the leaves of an earlier one, and so does `optimizer`. The trainable tree is the union `{method name: tree}`; two methods
+    of one kind need names of their own (`lora(..., name="second")`).
 
     Raises:
       ValueError: two methods have one name.
@@ -48,4 +51,7 @@ def chain(*transforms: Transform) -> Transform:
     def plan(params: Params) -> tuple[Plan, ...]:
         return tuple(row for transform in transforms for row in transform.plan(params))
 
-    return Transform(init, attach, plan)
+    def optimizer(rule: Any) -> Any:
+        return functools.reduce(lambda rule, transform: transform.optimizer(rule), transforms, rule)
+
+    return Transform(init, attach, plan, optimizer)

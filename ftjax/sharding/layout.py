@@ -54,9 +54,9 @@ def _put(leaf: Any, sharding: NamedSharding) -> jax.Array:
 def init_on_mesh(function: Callable[..., Any], *args: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
     """Return `function(*args)` computed on the mesh, so that no result is ever whole on one device.
 
-    For random weights (`model.init`), a method (`method.init`) and the training state (`partial(init_state, optimizer=…)`, laid out by
-    `state_shardings`). An argument that lies where it should and is returned as it came is not copied: the frozen tree shares the buffers
-    of the parameters, and the state those of the trainable tree, which the first step then donates.
+    For random weights (`model.init`), a method (`method.init`) and the training state (`init_state`, laid out by `state_shardings`). An
+    argument that lies where it should and is returned as it came is not copied: the frozen tree shares the buffers of the parameters, and
+    the state those of the trainable tree, which the first step then donates.
     """
     shapes = jax.eval_shape(function, *args)
     where = state_shardings(shapes, mesh, rules) if isinstance(shapes, TrainState) else shardings(shapes, mesh, rules)

@@ -127,7 +127,7 @@ def test_every_trainable_leaf_gets_a_gradient_and_a_method_learns(method, key):
     optimizer = optax.adam(0.03)
     frozen, start = method.init(key, base(key))
     step = train.make_train_step(score, method, losses.sft, optimizer)
-    state, batch, seen = train.init_state(key, jax.tree.map(jnp.copy, start), optimizer), toy.batch(key), []
+    state, batch, seen = train.init_state(key, jax.tree.map(jnp.copy, start), method, optimizer), toy.batch(key), []
     for _ in range(30):
         state, metrics = step(state, frozen, batch)
         seen.append(metrics["loss"].value())
