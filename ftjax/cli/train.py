@@ -13,25 +13,21 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import time
-from collections.abc import Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
 from absl import flags as absl_flags
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from rich.text import Text
 
-from ftjax import checkpoint, data, logs, sharding
-from ftjax.checkpoint import Checkpoints
+from ftjax import checkpoint, logs, sharding
 from ftjax.cli import adapter, build, measure, runtime, show
 from ftjax.cli import config as configs
 from ftjax.cli.loop import EARLY, FINISHED, Evaluate, Loop, Memory, take_steps
+from ftjax.cli.run import Lessons, Run, ask, begin, open_writers, read
 from ftjax.cli.stop import Stop
 from ftjax.train import init_state
 from ftjax.types import Params, Plan, TrainState, Transform
@@ -56,18 +52,6 @@ def main(flags: absl_flags.FlagValues) -> None:
         train(flags.config, epath.Path(flags.workdir), stop, allow_config_change=flags.allow_config_change)
 
 
-class Run(NamedTuple):
-    """A run before anything is loaded."""
-
-    config: ConfigDict
-    config_json: Mapping[str, Any]
-    workdir: epath.Path
-    checkpoints: Checkpoints
-    mesh: Mesh
-    terminal: logs.Terminal
-    stop: Stop
-
-
 class Policy(NamedTuple):
     """The model that is trained: what of it is frozen, and how the rest is."""
 
@@ -79,31 +63,23 @@ class Policy(NamedTuple):
     optimizer: optax.GradientTransformation
 
 
-class Lessons(NamedTuple):
-    """What the model learns from and is examined on."""
-
-    encoder: data.Encoder
-    loader: data.Loader
-    held_out: data.Loader | None
-
-
 def train(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_change: bool = False) -> None:
     """Run a config in a workdir, from its last checkpoint if there is one."""
     began = time.monotonic()
-    run = _begin(config, workdir, stop, allow_config_change=allow_config_change)
+    run = begin(config, workdir, stop, allow_config_change=allow_config_change)
     policy, trainable = _load(run)
-    lessons = _read(run, policy)
+    lessons = read(run, policy.loaded.tokenizer)
     state = _state(run, policy, trainable)
     del trainable  # the state's, and donated with it
     with contextlib.closing(run.checkpoints):
         state, memory, start = _resume(run, state)
-        with contextlib.closing(_writers(run, start)) as writers:
+        with contextlib.closing(open_writers(run, start)) as writers:
             run.terminal.heading("Training")
             quiz = build.quiz(
                 run.config, policy.loaded, lessons.encoder, lambda state: policy.method.attach(policy.frozen, state.trainable)
             )
             if not start and not memory.before:
-                memory.before = _measure(run, quiz, state, "before")
+                memory.before = ask(run, quiz, state, "before")
             loop = _loop(run, policy, lessons, state, memory, writers, _examination(run, policy, lessons, quiz, writers))
             state, done, reason = take_steps(loop, state, start=start)
             if reason not in (FINISHED, EARLY):
@@ -117,7 +93,7 @@ def train(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_c
                 run.terminal.say(
                     f"early stopping after step {done}: what follows is of step {best}, the best by {run.config.checkpoint.best_metric}"
                 )
-            after = _measure(run, quiz, state, "after")
+            after = ask(run, quiz, state, "after")
             if after:
                 scores = {"before": memory.before, "after": after}
                 writers.write(done, {f"eval/score_{when}": part.get("score", float("nan")) for when, part in scores.items()})
@@ -125,21 +101,6 @@ def train(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_c
     if jax.process_index() == 0:
         seconds = time.monotonic() - began
         show.ending(run.terminal, run.workdir, run.config, memory.before, after, reason=reason, exported=exported, seconds=seconds)
-
-
-def _begin(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_change: bool) -> Run:
-    """Return the run, once its config is one that the workdir may go on with: asked before anything is loaded."""
-    config = build.resolved(config)
-    config_json = configs.as_json(config)
-    build.check_best_metric(config)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
-    runtime.agree("workdir: the last checkpoint", (checkpoints.steps() or [0])[-1])
-    if last := checkpoints.last_record(fall_back=config.checkpoint.fall_back):
-        configs.check_unchanged(last.config, config_json, allowed=allow_config_change)
-    terminal = logs.Terminal(quiet=jax.process_index() != 0)
-    mesh = build.mesh(config)
-    terminal.say(show.machine(mesh))
-    return Run(config, config_json, workdir, checkpoints, mesh, terminal, stop)
 
 
 def _load(run: Run) -> tuple[Policy, Params]:
@@ -156,18 +117,6 @@ def _load(run: Run) -> tuple[Policy, Params]:
         terminal.heading("Where it lies")
         terminal.say(show.layout({"frozen": frozen, "trained": trainable}, mesh))
     return Policy(loaded._replace(params=None), method, frozen, plans, build.optimizer(config)), trainable
-
-
-def _read(run: Run, policy: Policy) -> Lessons:
-    """Return the batches to learn from and those held out."""
-    config, mesh, terminal, tokenizer = run.config, run.mesh, run.terminal, policy.loaded.tokenizer
-    encoder = build.encoder(config, tokenizer)
-    loader, reports = build.loader(config, encoder, mesh)
-    held_out = build.loader(config, encoder, mesh, held_out=True)[0] if config.data.eval_sources else None
-    terminal.heading("What it learns from")
-    terminal.say(show.sources(reports, loader))
-    terminal.say(show.preview(loader.sequences, tokenizer, count=2, console=terminal.console))
-    return Lessons(encoder, loader, held_out)
 
 
 def _state(run: Run, policy: Policy, trainable: Params) -> TrainState:
@@ -229,35 +178,7 @@ def _examination(run: Run, policy: Policy, lessons: Lessons, quiz: measure.Quiz,
     return evaluate
 
 
-def _measure(run: Run, quiz: measure.Quiz, state: TrainState, when: str) -> dict[str, Any]:
-    """Return the score over the held-out prompts and two of the answers, as plain data; nothing where the config asks for none."""
-    asked = run.config.eval.generate
-    if not asked.examples:
-        return {}
-    with run.terminal.console.status(f"answering {asked.examples} held-out prompts {when} training"):
-        found = quiz(state, asked.examples)
-    judged = sum(score is not None for score in found.scores)
-    name = asked.metric.replace("_", " ")
-    run.terminal.say(Text.assemble(f"{name} {when} training: ", (f"{found.score:.1%}", "bold"), f" of {judged}"))
-    shown = {"completions": found.completions[:2], "prompts": found.prompts[:2], "wanted": found.wanted[:2]}
-    return {"score": found.score, "count": judged, **shown}
-
-
 def _log_samples(writers: logs.Writers, quiz: measure.Quiz, state: TrainState, done: int, count: int) -> None:
     found = quiz(state, count) if count else measure.Answers([], [], [], [])
     for prompt, completion in zip(found.prompts, found.completions, strict=True):
         writers.text(done, "eval/sample", f"{prompt}\n→ {completion}")
-
-
-def _writers(run: Run, start: int) -> logs.Writers:
-    """Return where the metrics of process 0 go from step `start` on; those of the others go nowhere."""
-    config, workdir = run.config, run.workdir
-    if jax.process_index() != 0:
-        return logs.Writers()
-    (workdir / "config.json").write_text(json.dumps(run.config_json, indent=1))
-    writers: list[logs.Writer] = [logs.Jsonl(workdir / "metrics.jsonl", resume_step=start)]
-    if config.logging.tensorboard:
-        writers.append(logs.TensorBoard(workdir / "tensorboard", resume_step=start))
-    if config.logging.wandb:
-        writers.append(logs.Wandb(project=config.logging.wandb_project, folder=workdir, config=run.config_json, name=workdir.name))
-    return logs.Writers(writers)
