@@ -2,15 +2,18 @@
 
 import os
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
+from safetensors.numpy import load_file
 
 from ftjax.cli import main, runtime
 from ftjax.logs.writers import read_jsonl
@@ -25,8 +28,8 @@ MORE = (
 )
 
 
-def together(command: list[str], count: int = 2) -> list[tuple[int, str]]:
-    """Run a command as several processes of one run; return their exit codes and what they said."""
+def together(command: list[str], count: int = 2, during=lambda workers: None) -> list[tuple[int, str]]:
+    """Run a command as several processes of one run, and `during(workers)` beside it; return their exit codes and what they said."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -35,6 +38,7 @@ def together(command: list[str], count: int = 2) -> list[tuple[int, str]]:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     workers = [subprocess.Popen(command, cwd=ROOT, env={**shared, "JAX_PROCESS_ID": str(n)}, **pipes) for n in range(count)]
     try:
+        during(workers)
         said = [worker.communicate(timeout=600)[0] for worker in workers]
     finally:
         for worker in workers:
@@ -51,7 +55,38 @@ def test_two_processes_train_as_one(arguments, tmp_path):
     assert found.keys() == wanted.keys() and {name for _, name in wanted} == {"train/loss", "eval/loss", "eval/sample"}
     for name, value in wanted.items():
         assert found[name] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-5)), name
-    assert (tmp_path / "two" / "adapter" / "adapter_model.safetensors").exists()
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and any(np.abs(tensor).max() > 1e-4 for name, tensor in one.items() if "lora_B" in name)
+    for name, tensor in one.items():
+        np.testing.assert_allclose(two[name], tensor, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_saves_both_and_they_go_on(arguments, tmp_path):
+    more = (*MORE, "--config.steps=40", "--config.eval.every_steps=0", "--config.eval.samples=0", "--config.checkpoint.every_steps=0")
+    assert main.main(arguments(tmp_path / "one", *more)) == 0
+    command = [sys.executable, "-m", "ftjax", *arguments(tmp_path / "two", *more, "--distributed")]
+
+    def interrupt(workers):
+        while all(worker.poll() is None for worker in workers) and not steps(tmp_path / "two"):
+            time.sleep(0.05)
+        workers[1].send_signal(signal.SIGTERM)
+
+    interrupted = together(command, during=interrupt)
+    assert [code for code, _ in interrupted] == [0, 0], interrupted
+    assert "SIGTERM: saved at step" in interrupted[0][1]
+    before = steps(tmp_path / "two")
+    assert 0 < len(before) < 40
+    for code, said in together(command):
+        assert code == 0, said
+    found, wanted = steps(tmp_path / "two"), steps(tmp_path / "one")
+    assert found == pytest.approx(wanted, rel=1e-5) and {step: found[step] for step in before} == before
+
+
+def steps(workdir) -> dict[int, float]:
+    """`{step: loss}` of what has been logged so far."""
+    path = workdir / "metrics.jsonl"
+    return {row["step"]: row["train/loss"] for row in read_jsonl(path) if "train/loss" in row} if path.exists() else {}
 
 
 def rows(workdir) -> dict:
