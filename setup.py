@@ -20,6 +20,7 @@ setuptools.setup(
         "gguf>=0.17",
         "huggingface_hub>=0.30",
         "jax>=0.10",
+        "jaxtyping>=0.3",
         "jinja2>=3.1.6",
         "matplotlib>=3.9",
         "ml_collections>=1.0",
@@ -39,7 +40,6 @@ setuptools.setup(
             "beartype>=0.20",
             "chex>=0.1.90",
             "hypothesis>=6.120",
-            "jaxtyping>=0.3",
             "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",  # compiles for a TPU without one
             "pytest>=8.3",
             "pytest-xdist>=3.6",

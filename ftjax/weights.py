@@ -10,11 +10,13 @@ any of these functions sees the leaf.
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 PRODUCT = "product"
 """The `checkpoint_name` of what took a dense product or an attention to compute; the rest of a layer is elementwise and cheap."""
@@ -36,22 +38,22 @@ class Weight(abc.ABC):
         """The dtype that `materialize` returns."""
 
     @abc.abstractmethod
-    def materialize(self) -> jax.Array:
+    def materialize(self) -> Float[Array, "*l i o"]:
         """Return the dense array."""
 
-    def dot(self, x: jax.Array) -> jax.Array:
+    def dot(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         """Return `x @ W`, `[..., i] -> [..., o]`, in the dtype of `x`."""
         return dot(x, self.materialize())
 
-    def dot_transposed(self, x: jax.Array) -> jax.Array:
+    def dot_transposed(self, x: Float[Array, "*b o"]) -> Float[Array, "*b i"]:
         """Return `x @ Wᵀ`, `[..., o] -> [..., i]`, in the dtype of `x`: a tied output head."""
         return dot_transposed(x, self.materialize())
 
-    def embed(self, ids: jax.Array) -> jax.Array:
+    def embed(self, ids: Int[Array, "*b"]) -> Float[Array, "*b o"]:
         """Return the rows `W[ids]`, `[...] -> [..., o]`."""
         return embed(ids, self.materialize())
 
-    def dots(self, x: jax.Array, ws: Sequence[Any]) -> tuple[jax.Array, ...]:
+    def dots(self, x: Float[Array, "*b i"], ws: Sequence[Any]) -> tuple[Float[Array, "*b _"], ...]:
         """Return `[x @ w for w in ws]`, this weight among them; a subclass may share work between them."""
         return tuple(dot(x, w) for w in ws)
 
@@ -76,38 +78,44 @@ class Wrapper(Weight):
     def dtype(self) -> jnp.dtype:
         return self.base.dtype
 
+    def neutral(self) -> Wrapper:
+        """Return a weight of this kind and these shapes that stands for its base: by default the one whose own numbers are 0."""
+        own = dataclasses.replace(self, base=None)
+        zeros = jax.tree.map(lambda x: jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, own)
+        return dataclasses.replace(zeros, base=self.base)
+
 
 Leaf = jax.Array | Weight
 
 
-def dot(x: jax.Array, w: Leaf) -> jax.Array:
+def dot(x: Float[Array, "*b i"], w: Leaf) -> Float[Array, "*b o"]:
     """Return `x @ w`, `[..., i] -> [..., o]`, in the dtype of `x`."""
     if isinstance(w, Weight):
         return w.dot(x)
     return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
 
 
-def dot_transposed(x: jax.Array, w: Leaf) -> jax.Array:
+def dot_transposed(x: Float[Array, "*b o"], w: Leaf) -> Float[Array, "*b i"]:
     """Return `x @ wᵀ`, `[..., o] -> [..., i]`, in the dtype of `x`."""
     if isinstance(w, Weight):
         return w.dot_transposed(x)
     return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
 
 
-def dots(x: jax.Array, ws: Sequence[Leaf]) -> tuple[jax.Array, ...]:
+def dots(x: Float[Array, "*b i"], ws: Sequence[Leaf]) -> tuple[Float[Array, "*b _"], ...]:
     """Return `[x @ w for w in ws]`: several weights over one input, as in q, k, v or gate and up."""
     leader = next((w for w in ws if isinstance(w, Weight)), None)
     return tuple(dot(x, w) for w in ws) if leader is None else leader.dots(x, ws)
 
 
-def embed(ids: jax.Array, w: Leaf) -> jax.Array:
+def embed(ids: Int[Array, "*b"], w: Leaf) -> Float[Array, "*b o"]:
     """Return the rows `w[ids]`, `[...] -> [..., o]`."""
     if isinstance(w, Weight):
         return w.embed(ids)
     return jnp.take(w, ids, axis=0)
 
 
-def materialize(w: Leaf) -> jax.Array:
+def materialize(w: Leaf) -> Array:
     """Return the dense array that `w` stands for."""
     return w.materialize() if isinstance(w, Weight) else w
 

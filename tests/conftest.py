@@ -1,4 +1,4 @@
-"""Strict JAX for every test: no implicit promotion of dtype or rank, eight CPU devices, warnings are errors."""
+"""Strict JAX for every test: no implicit promotion of dtype or rank, eight CPU devices, warnings are errors, shapes as annotated."""
 
 import os
 
@@ -8,10 +8,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 
 import jax
+import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The shapes in the signatures of these modules are checked at every call; a new module joins by being listed.
+jaxtyping.install_import_hook(["ftjax.weights", "ftjax.kernels.logps", "ftjax.rollout.sampling"], "beartype.beartype")
 
 
 @pytest.fixture

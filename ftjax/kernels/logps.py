@@ -23,12 +23,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 Unembed = Callable[[Any, jax.Array], jax.Array]
 DIFFERENTIABLE = ("logps", "mean_logps")
 
 
-def reference(unembed: Unembed, head: Any, hidden: jax.Array, targets: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+def reference(
+    unembed: Unembed, head: Any, hidden: Float[Array, "b t d"], targets: Int[Array, "b t"], mask: Float[Array, "b t"]
+) -> dict[str, Float[Array, "b t"]]:
     """Return what `token_logps` returns, from the whole logits at once."""
     log_p = jax.nn.log_softmax(unembed(head, _without_padding(hidden, mask)), axis=-1)
     chosen = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
@@ -44,13 +47,13 @@ def reference(unembed: Unembed, head: Any, hidden: jax.Array, targets: jax.Array
 def token_logps(
     unembed: Unembed,
     head: Any,
-    hidden: jax.Array,
-    targets: jax.Array,
-    mask: jax.Array,
+    hidden: Float[Array, "b t d"],
+    targets: Int[Array, "b t"],
+    mask: Float[Array, "b t"],
     *,
     chunk: int,
     outputs: tuple[str, ...] = ("logps",),
-) -> dict[str, jax.Array]:
+) -> dict[str, Float[Array, "b t"]]:
     """Score `targets[b, t]` under the logits of `hidden[b, t]`.
 
     Args:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 
 from ftjax.types import pytree
 
@@ -63,7 +64,7 @@ def settings(*, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, mi
     return Sampling(float(temperature), int(top_k) or None, float(top_p) if top_p < 1 else None, float(min_p) or None)
 
 
-def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> Draw:
+def sample(logits: Float[Array, "b v"], keys: Key[Array, " b"], sampling: Sampling) -> Draw:
     """Choose one token a row.
 
     Args:
@@ -79,7 +80,7 @@ def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> Draw:
     return Draw(tokens, _logps(logits, tokens), _logps(warped, tokens))
 
 
-def warp(logits: jax.Array, sampling: Sampling) -> jax.Array:
+def warp(logits: Float[Array, "b v"], sampling: Sampling) -> Float[Array, "b v"]:
     """Return the logits `[b, v]` after temperature, top-k, top-p and min-p, in this order; each sees what the one before it left."""
     if sampling.temperature is not None:
         logits = logits / _column(sampling.temperature)
@@ -90,17 +91,17 @@ def warp(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return logits if sampling.min_p is None else keep_min_p(logits, sampling.min_p)
 
 
-def keep_top_k(logits: jax.Array, k: Setting) -> jax.Array:
+def keep_top_k(logits: Float[Array, "b v"], k: Setting) -> Float[Array, "b v"]:
     """Keep the `k` largest logits `[b, v]`, and ties with the last; the others become -inf (Fan et al., 2018, arXiv 1805.04833)."""
     return _only(logits, _smallest_enough(logits, jnp.ones_like(logits), k))
 
 
-def keep_top_p(logits: jax.Array, p: Setting) -> jax.Array:
+def keep_top_p(logits: Float[Array, "b v"], p: Setting) -> Float[Array, "b v"]:
     """Keep the fewest tokens that together have the probability `p`, and ties with the last (Holtzman et al., 2019, arXiv 1904.09751)."""
     return _only(logits, _smallest_enough(logits, jax.nn.softmax(logits, axis=-1), p))
 
 
-def keep_min_p(logits: jax.Array, p: Setting) -> jax.Array:
+def keep_min_p(logits: Float[Array, "b v"], p: Setting) -> Float[Array, "b v"]:
     """Keep the tokens at least `p` times as likely as the most likely one (Nguyen et al., 2024, arXiv 2407.01082)."""
     return _only(logits, logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(_column(p)))
 
