@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-ROPE_KINDS = ("default", "linear", "llama3")
+ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 DTYPES = ("float32", "bfloat16", "float16")
+
+ROPES_BY_LENGTH = {
+    "dynamic": "its frequencies change with the length of the text, which a cache of turned keys cannot follow; yarn and linear are fixed",
+    "longrope": "the length of the text chooses between two tables, which a cache of turned keys cannot follow; yarn and linear are fixed",
+}
+"""The kinds of transformers that are no function of the position alone, and why they are refused."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +29,17 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_max_position_embeddings: int = 0
+    """The context that the model was trained with, before it was stretched (llama3, yarn)."""
+    attention_factor: float | None = None
+    """Of yarn: the factor of cosines and sines, so that scores grow by its square; None: as `ftjax.models.rope.attention_factor` says."""
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    beta_fast: float = 32.0
+    """Of yarn: a pair that turns at least so often within the original context is not stretched."""
+    beta_slow: float = 1.0
+    """Of yarn: one that turns at most so often is stretched by the whole factor."""
+    truncate: bool = True
+    """Of yarn: round the two bounds between pairs to whole ones."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,9 +121,21 @@ def problems(config: Config) -> list[str]:
     if "sliding_attention" in config.layer_types and not config.sliding_window:
         found.append("layer_types has sliding_attention but sliding_window is not set")
     for rope in filter(None, (config.rope, config.local_rope)):
-        found += _bad_choice("rope_type", rope.rope_type, ROPE_KINDS)
-        if rope.rope_type == "llama3" and not (rope.high_freq_factor > rope.low_freq_factor and rope.original_max_position_embeddings > 0):
-            found.append("rope_type llama3 needs high_freq_factor > low_freq_factor and original_max_position_embeddings > 0")
+        found += _rope_problems(rope)
+    return found
+
+
+def _rope_problems(rope: Rope) -> list[str]:
+    kind, original = rope.rope_type, rope.original_max_position_embeddings
+    if kind in ROPES_BY_LENGTH:
+        return [f"rope_type {kind!r} is not supported: {ROPES_BY_LENGTH[kind]}"]
+    found = _bad_choice("rope_type", kind, ROPE_KINDS)
+    if not (math.isfinite(rope.factor) and rope.factor >= 1):
+        found.append(f"the factor of rope_type {kind} must be at least 1, not {rope.factor!r}")
+    if kind == "llama3" and not (rope.high_freq_factor > rope.low_freq_factor and original > 0):
+        found.append("rope_type llama3 needs high_freq_factor > low_freq_factor and original_max_position_embeddings > 0")
+    if kind == "yarn" and not (rope.beta_fast >= rope.beta_slow > 0 and original > 0 and rope.rope_theta > 1):
+        found.append("rope_type yarn needs beta_fast >= beta_slow > 0, original_max_position_embeddings > 0 and rope_theta > 1")
     return found
 
 

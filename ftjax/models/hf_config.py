@@ -5,7 +5,7 @@ Both spellings are read: `rope_theta`, `rope_scaling` and `torch_dtype` (transfo
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,8 +37,15 @@ ONLY = {
 _ANYWHERE = ("dtype", "torch_dtype", "rope_parameters", "rope_scaling", "rope_theta")
 _WRAPPERS = {"gemma3": "text_config"}
 _INHERITED = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
-_ROPE_KEYS = {field.name for field in dataclasses.fields(Rope)} | {"type", "partial_rotary_factor"}
-_ROPE_NEEDS = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+_ROPE_KEYS = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
+_ORIGINAL = "original_max_position_embeddings"
+_ROPE_OPTIONS = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), (_ORIGINAL,)),
+    "yarn": (("factor",), (_ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")),
+}
+"""What each kind needs, and what it may have beside."""
 _COPIED = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings rms_norm_eps "
     "tie_word_embeddings initializer_range bos_token_id pad_token_id"
@@ -87,10 +94,17 @@ def config_from_hf(raw: Mapping[str, Any]) -> Config:
     return config
 
 
-def to_hf(config: Config) -> dict[str, Any]:
-    """Return a `config.json` that transformers 4 and 5 both read; `config_from_hf` gives the config back."""
+def to_hf(config: Config, *, classifies: bool = False) -> dict[str, Any]:
+    """Return a `config.json` that transformers 4 and 5 both read; `config_from_hf` gives the config back.
+
+    Args:
+      config: the architecture.
+      classifies: name the class with a head of one label instead of the language model.
+    """
     family = FAMILIES[config.model_type]
-    raw: dict[str, Any] = {"architectures": [family.architecture], "model_type": config.model_type, "torch_dtype": config.dtype}
+    architecture = family.architecture.replace("CausalLM", "SequenceClassification") if classifies else family.architecture
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} if classifies else {}
+    raw: dict[str, Any] = {"architectures": [architecture], **labels, "model_type": config.model_type, "torch_dtype": config.dtype}
     raw |= {name: getattr(config, name) for name in (*_COPIED, "num_key_value_heads", "head_dim")}
     raw |= {name: getattr(config, name) for name in _OPTIONAL if name in family.defaults}
     raw["eos_token_id"] = list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id
@@ -105,6 +119,33 @@ def to_hf(config: Config) -> dict[str, Any]:
     if "use_sliding_window" in family.defaults:
         raw["use_sliding_window"] = config.sliding_window is not None
     return raw
+
+
+def stretch(config: Config, options: Mapping[str, Any]) -> Config:
+    """Return the architecture for a longer context: with another RoPE, and as many positions as that is meant for.
+
+    max_position_embeddings = factor · original_max_position_embeddings
+
+    Args:
+      config: the model's own.
+      options: as the `rope_scaling` of a `config.json`: `{"rope_type": "linear", "factor": 4.0}`, or of kind "yarn" or "llama3" with their
+        options. `original_max_position_embeddings`, the context that is stretched, is the config's `max_position_embeddings` if left out.
+
+    Raises:
+      ValueError: an option is unknown or missing, or the RoPE is stretched already and `original_max_position_embeddings` is left out.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    if config.rope.rope_type != "default" and _ORIGINAL not in options:
+        raise ValueError(
+            f"the model's RoPE is stretched already ({_scaling(config.rope)}); say {_ORIGINAL}, the context it had before, to replace that."
+        )
+    original, factor = options.get(_ORIGINAL, config.max_position_embeddings), options.get("factor", 1)
+    if not all(isinstance(number, int | float) and math.isfinite(number) and number > 0 for number in (original, factor)):
+        raise ValueError(f"factor and {_ORIGINAL} must be positive numbers, not {factor!r} and {original!r}.")
+    scaling = {name: value for name, value in options.items() if name != _ORIGINAL}
+    if scaling.get("rope_type") != "linear":  # which has no place for it
+        scaling[_ORIGINAL] = original
+    return config_from_hf(to_hf(config) | {"rope_scaling": scaling, "max_position_embeddings": round(original * factor)})
 
 
 def _message(family: Family, found: list[str]) -> str:
@@ -157,24 +198,31 @@ def _ropes(raw: Mapping[str, Any], family: Family, found: list[str]) -> tuple[Ro
 
 
 def _rope(given: Mapping[str, Any], raw: Mapping[str, Any], found: list[str]) -> Rope:
-    found += [
-        f"rope option {name!r} is not implemented; nearest: {tree.nearest(name, _ROPE_KEYS)}" for name in given if name not in _ROPE_KEYS
-    ]
+    given = {name: value for name, value in given.items() if value is not None}
     if given.get("partial_rotary_factor", 1) not in ONLY["partial_rotary_factor"]:
         found.append("partial_rotary_factor is not implemented, only 1 is")
-    kind = given.get("rope_type", given.get("type")) or "default"
-    needed = _ROPE_NEEDS.get(kind, ())
-    missing = [name for name in needed if name not in given]
-    if missing:
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in _ROPE_OPTIONS:  # which `problems` says
+        return Rope(rope_theta=float(given["rope_theta"]), rope_type=kind)
+    needed, optional = _ROPE_OPTIONS[kind]
+    known = (*_ROPE_KEYS, *needed, *optional)
+    found += [f"rope_type {kind!r} has no option {name!r}; nearest: {tree.nearest(name, known)}" for name in given if name not in known]
+    if missing := [name for name in needed if name not in given]:
         found.append(f"rope_type {kind!r} needs {', '.join(missing)}")
-    numbers = {name: float(given[name]) for name in needed if name in given}
-    if kind == "llama3":
-        numbers["original_max_position_embeddings"] = given.get("original_max_position_embeddings", raw["max_position_embeddings"])
+    options = {name: given[name] for name in (*needed, *optional) if name in given}
+    bad = [name for name, value in options.items() if not isinstance(value, bool if name == "truncate" else int | float)]
+    found += [f"rope option {name!r} must be a number, not {options.pop(name)!r}" for name in bad]
+    if _ORIGINAL in optional:
+        options.setdefault(_ORIGINAL, raw["max_position_embeddings"])
+    exact = (_ORIGINAL, "truncate")
+    numbers = {name: value if name in exact else float(value) for name, value in options.items()}
     return Rope(rope_theta=float(given["rope_theta"]), rope_type=kind, **numbers)
 
 
 def _scaling(rope: Rope) -> dict[str, Any] | None:
+    """Return the rope_scaling of `config.json`: what the kind needs, and of its other options those that are not the default."""
     if rope.rope_type == "default":
         return None
-    names = [*_ROPE_NEEDS[rope.rope_type], *(["original_max_position_embeddings"] if rope.rope_type == "llama3" else [])]
+    (needed, optional), plain = _ROPE_OPTIONS[rope.rope_type], Rope(rope_theta=0.0)
+    names = [*needed, *(name for name in optional if getattr(rope, name) != getattr(plain, name))]
     return {"rope_type": rope.rope_type, **{name: getattr(rope, name) for name in names}}

@@ -51,16 +51,99 @@ CASES = {
     "softcap": {"softcap": 1.5},
     "window and softcap": {"window": 130, "softcap": 1.5},
     "part of a row": {"t": 140, "s": 200, "window": 50},
+    "groups that split a key head": {"h": 3, "k": 1, "group_tokens": 48, "softcap": 1.5},
+    "groups and a window": {"group_tokens": 96, "window": 50},
+    "groups and a traced window": {"group_tokens": 48, "window": jnp.int32(30)},
 }
 
 
-@pytest.mark.parametrize(("case", "each"), [*((case, "vmap") for case in CASES), ("ragged", "map"), ("window and softcap", "map")])
+@pytest.mark.parametrize(
+    ("case", "each"),
+    [*((case, "vmap") for case in CASES), ("ragged", "map"), ("window and softcap", "map"), ("groups that split a key head", "map")],
+)
 def test_blocked_equals_reference_with_gradients(case, each, key):
     options = dict(CASES[case])
-    shape = {name: options.pop(name) for name in ("t", "s", "k") if name in options}
+    shape = {name: options.pop(name) for name in ("t", "s", "h", "k") if name in options}
     arrays, ids = inputs(key, **shape)
     expected = value_and_gradients("reference", arrays, ids, **options)
     assert_equal(value_and_gradients(f"blocked_{each}", arrays, ids, **options), expected, 2e-6)
+
+
+def by_mask(arrays, ids, group_tokens):
+    """Shifted sparse attention as the paper has it: query heads one by one, a mask of segments, causality and groups."""
+    h, k = arrays["q"].shape[2], arrays["k"].shape[2]
+    keys, values = (jnp.repeat(arrays[name], h // k, axis=2) for name in ("k", "v"))
+    positions, segments = ids["q_positions"], ids["q_segment_ids"]
+    seen = (positions[:, :, None] >= positions[:, None, :]) & (segments[:, :, None] == segments[:, None, :])
+    outs = []
+    for head in range(h):
+        group = (positions + (group_tokens // 2 if head >= h // 2 else 0)) // group_tokens
+        scores = 0.3 * jnp.einsum("btc,bsc->bts", arrays["q"][:, :, head], keys[:, :, head])
+        weights = jax.nn.softmax(jnp.where(seen & (group[:, :, None] == group[:, None, :]), scores, -1e30), axis=-1)
+        outs.append(jnp.einsum("bts,bsc->btc", weights, values[:, :, head]))
+    return jnp.stack(outs, axis=2)
+
+
+@pytest.mark.parametrize(("h", "k"), [(4, 1), (6, 3)])
+def test_shifted_groups_are_the_mask_of_the_paper_without_its_leak(h, k, key):
+    arrays, ids = inputs(key, b=1, t=140, h=h, k=k)
+
+    def f(arrays):
+        out = by_mask(arrays, ids, 48)
+        return jnp.sum(jnp.sin(out)), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(f, has_aux=True))(arrays)
+    assert_equal(value_and_gradients("blocked_vmap", arrays, ids, group_tokens=48), {"out": out, **gradients}, 2e-6)
+
+
+def test_shifted_groups_of_packed_documents_are_those_of_each_alone(key):
+    arrays, ids = inputs(key, b=1, t=140)
+    attend = jax.jit(functools.partial(attention.attention, scale=0.3, group_tokens=32, implementation="reference"))
+    packed = attend(**arrays, **ids)
+    for segment in (1, 2):
+        places = np.flatnonzero(ids["q_segment_ids"][0] == segment)
+        alone = attend(**{n: x[:, places] for n, x in arrays.items()}, **{n: x[:, places] for n, x in ids.items()})
+        np.testing.assert_allclose(packed[:, places], alone, rtol=0, atol=1e-5)
+
+
+def test_the_cost_of_shifted_groups_grows_with_the_row_and_not_with_its_square():
+    def flops(t, **options):
+        arrays, ids = jax.eval_shape(lambda key: inputs(key, b=1, t=t, h=2, k=1), jax.random.key(0))
+        f = functools.partial(attention.attention, scale=0.3, implementation="blocked_vmap", **options)
+        return jax.jit(lambda arrays, ids: f(**arrays, **ids)).lower(arrays, ids).cost_analysis()["flops"]
+
+    assert flops(2048, group_tokens=128) < 2.3 * flops(1024, group_tokens=128)
+    assert flops(2048) > 3.5 * flops(1024)
+    assert flops(2048, group_tokens=128) < 0.3 * flops(2048)
+
+
+@pytest.mark.parametrize("size", [0, -4, 7])
+def test_a_group_that_cannot_be_halved_is_refused(size, key):
+    arrays, ids = inputs(key, t=40)
+    with pytest.raises(ValueError, match=f"group_tokens must be a positive even number, .* not {size}"):
+        attention.attention(**arrays, **ids, scale=0.3, group_tokens=size)
+
+
+@pytest.mark.parametrize("options", [{}, {"t": 195, "s": 200}, {"window": jnp.int32(50)}], ids=["prompt", "prefix", "window"])
+def test_keys_of_everyone_are_seen_by_all_documents(options, key):
+    options = dict(options)
+    arrays, ids = inputs(key, **{name: options.pop(name) for name in ("t", "s") if name in options})
+    padded = value_and_gradients("reference", arrays, ids, **options)
+    for side in ("q", "kv"):  # what was padding is the first five tokens
+        segments, positions = ids[f"{side}_segment_ids"], ids[f"{side}_positions"]
+        ids[f"{side}_positions"] = jnp.where(segments == 0, positions, positions + 5)
+        ids[f"{side}_segment_ids"] = jnp.where(segments == 0, attention.mask.EVERYONE, segments)
+    expected = value_and_gradients("reference", arrays, ids, **options)
+    assert_equal(value_and_gradients("blocked_vmap", arrays, ids, **options), expected, 2e-6)
+    starts = ids["q_positions"] == 5  # of documents
+    assert np.abs(expected["out"] - padded["out"])[starts].min() > 1e-4
+
+
+def test_blocks_behind_a_prefix_stop_at_the_diagonal(key):
+    arrays, ids = inputs(key, t=256, s=261)
+    arrays["v"] = arrays["v"].at[:, 5 + 128 :].set(jnp.nan)  # times no weight it would still be no number
+    out = attention.attention(**arrays, **ids, scale=0.3, implementation="blocked")
+    assert jnp.all(jnp.isfinite(out[:, :128])) and not jnp.any(jnp.isfinite(out[:, 128:]))
 
 
 def test_blocked_equals_reference_in_bfloat16(key):

@@ -28,6 +28,18 @@ def test_transformers_reads_our_export_as_we_do(name):
     assert dataclasses.replace(models.config_from_hf(theirs), dtype=config.dtype) == config
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "attention_factor": 1.2, "truncate": False}
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen3-0.6b", "smollm2-135m"])
+def test_yarn_goes_out_as_transformers_reads_it(name):
+    config = models.config_from_hf({**models.PRESETS[name], "rope_scaling": YARN})
+    raw = models.to_hf(config)
+    assert raw["rope_scaling"] == YARN
+    theirs = transformers.AutoConfig.for_model(**raw).to_dict()
+    assert dataclasses.replace(models.config_from_hf(theirs), dtype=config.dtype) == config
+
+
 @pytest.mark.parametrize("raw", [LLAMA, GEMMA], ids=["llama", "gemma"])
 def test_the_spelling_of_transformers_5_means_the_same(raw):
     raw = dict(raw)
@@ -74,9 +86,12 @@ def test_llama3_frequencies_keep_the_short_stretch_the_long_and_blend_between():
         ({"attention_dropout": 0.1}, "attention_dropout 0.1 is not implemented"),
         ({"hidden_act": "relu"}, "hidden_act 'relu' is not supported; one of silu"),
         ({"torch_dtype": "float8"}, "dtype 'float8' is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported; one of default, linear, llama3 is"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "rope_type 'dynamic' is not supported: its frequencies change"),
+        ({"rope_scaling": {"rope_type": "longrope", "long_factor": [1.0]}}, "'longrope' is not supported: .* two tables"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "rope option 'factor' must be a number, not '4'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 0.5}}, "yarn needs beta_fast >= beta_slow"),
         ({"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs factor"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 1}}, "rope option 'mscale' is not implemented"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "mscale": 1}}, "rope_type 'linear' has no option 'mscale'"),
         ({"num_key_value_heads": 5}, "num_attention_heads 32 is no multiple of num_key_value_heads 5"),
         ({"num_attention_heads": "32", "vocab_size": 0}, "vocab_size must be a positive integer, not 0.*num_attention_heads .* not '32'"),
         ({"hidden_size": None}, "hidden_size must be a positive integer, not None"),

@@ -12,7 +12,7 @@ from ftjax import models
 from ftjax.hf import folder, lazy, load
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
-CASES = ["llama", "llama_biased", "mistral", "qwen2", "qwen2_sliding", "qwen3", "gemma2", "gemma3"]
+CASES = ["llama", "llama_biased", "mistral", "qwen2", "qwen2_sliding", "qwen2_yarn", "qwen3", "gemma2", "gemma3"]
 TOLERANCE = 1e-5  # relative to the largest logit; float32 sums in another order
 
 
@@ -43,6 +43,7 @@ def test_logits_equal_transformers(case):
     ("case", "option", "value"),
     [
         ("llama", "rope_parameters", {"rope_theta": 100.0}),
+        ("qwen2_yarn", "rope_parameters", {"rope_type": "linear", "factor": 4.0, "rope_theta": 10.0}),
         ("mistral", "sliding_window", 6),
         ("qwen2_sliding", "layer_types", ["full_attention", "full_attention"]),
         ("gemma2", "attn_logit_softcapping", None),

@@ -1,12 +1,13 @@
 """Writes `tests/goldens/logits_<case>.safetensors`: logits of transformers for tiny random models of each family, with their weights.
 
-Made with transformers 5.23.0 on torch 2.13.0 (CPU, float32, eager attention). Run: `python third_party/transformers/logits.py`.
+Made with transformers 5.23.0 on torch 2.13.0 (CPU, float32, eager attention). Run: `python third_party/transformers/logits.py [CASE…]`.
 Each file holds the Hugging Face state dict, `tokens` int32 [b, t], `logits` float32 [b, t, v], and in its metadata the `config.json`, the
 versions and the seed. Weights are drawn wide enough that every option of the config moves the logits.
 """
 
 import json
 import pathlib
+import sys
 
 import torch
 import transformers
@@ -33,12 +34,21 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10.0,
+    "factor": 4.0,
+    "beta_fast": 2.0,
+    "beta_slow": 0.5,
+    "original_max_position_embeddings": 16,
+}
 CASES = {
     "llama": ("Llama", {**SMALL, "rope_parameters": LLAMA3_ROPE}),
     "llama_biased": ("Llama", {**SMALL, "attention_bias": True, "mlp_bias": True, "head_dim": 12, "tie_word_embeddings": True}),
     "mistral": ("Mistral", {**SMALL, "sliding_window": 5}),
     "qwen2": ("Qwen2", {**SMALL, "tie_word_embeddings": True}),
     "qwen2_sliding": ("Qwen2", {**SMALL, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen2_yarn": ("Qwen2", {**SMALL, "num_hidden_layers": 1, "tie_word_embeddings": True, "rope_parameters": YARN_ROPE}),
     "qwen3": ("Qwen3", {**SMALL, "head_dim": 16}),
     "gemma2": ("Gemma2", {**GEMMA, "num_hidden_layers": 3, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
     "gemma3": (
@@ -84,5 +94,5 @@ def write(case: str) -> None:
 
 if __name__ == "__main__":
     OUT.mkdir(exist_ok=True)
-    for case in CASES:
+    for case in sys.argv[1:] or CASES:
         write(case)

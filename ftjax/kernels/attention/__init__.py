@@ -6,9 +6,10 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
 from ftjax import tree
-from ftjax.kernels.attention import blocked, reference
+from ftjax.kernels.attention import blocked, groups, reference
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "reference": reference.attention,
@@ -19,16 +20,16 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
 """`"blocked"` visits heads one after another on a CPU and all at once elsewhere; the two forms can also be named."""
 
 
-def supports(implementation: str, *, q: jax.Array, k: jax.Array) -> str | None:
+def supports(implementation: str, *, q: jax.Array, k: jax.Array, group_tokens: int | None = None) -> str | None:
     """Return why `implementation` cannot take these arrays (or shapes), or None if it can."""
     if implementation not in IMPLEMENTATIONS:
         return f"there is no attention {implementation!r}; nearest: {tree.nearest(implementation, IMPLEMENTATIONS)}"
     if q.shape[2] % k.shape[2]:
         return f"{q.shape[2]} query heads cannot share {k.shape[2]} key heads evenly"
-    return None
+    return groups.problem(group_tokens)
 
 
-def chosen(implementation: str, *, q: jax.Array, k: jax.Array) -> str:
+def chosen(implementation: str, *, q: jax.Array, k: jax.Array, group_tokens: int | None = None) -> str:
     """Return the name of the implementation that `attention` runs for these arrays (or shapes).
 
     `"auto"` is `"blocked"`, except for a single query (a step of decoding), which has no diagonal and fits the plain equation.
@@ -37,7 +38,7 @@ def chosen(implementation: str, *, q: jax.Array, k: jax.Array) -> str:
       ValueError: `implementation` was named and cannot run; nothing else is run in its place.
     """
     name = implementation if implementation != "auto" else ("reference" if q.shape[1] == 1 else "blocked")
-    reason = supports(name, q=q, k=k)
+    reason = supports(name, q=q, k=k, group_tokens=group_tokens)
     if reason is not None:
         raise ValueError(f"attention: {reason}.")
     return name
@@ -54,16 +55,20 @@ def attention(
     kv_segment_ids: jax.Array,
     scale: float,
     window: jax.Array | int | None = None,
+    group_tokens: int | None = None,
     softcap: float | None = None,
     implementation: str = "auto",
 ) -> jax.Array:
     """Return causal attention, `softmax(cap(q kᵀ · scale)) v` over the visible keys, with the softmax in float32.
 
     A query sees a key of its own segment whose position is not later than its own and, with a window, less than `window` before it.
-    Segment 0 is padding: it sees only padding, so its outputs are finite and mean nothing.
+    Every query also sees the keys of segment `mask.EVERYONE`, by the same rule of positions. Segment 0 is padding: no real token sees it,
+    and its outputs are finite and mean nothing.
 
-    Where `t == s` the keys must be those of the same rows in the same order and positions must rise by at least one along a segment, so
-    that a key later in the row is never visible: blocks of queries then stop at the diagonal.
+    The queries must be tokens of the rows that the keys are of, in the same order, query i at key s - t + i or before (a cache has empty
+    slots behind it), and positions must rise by at least one along a segment, so that a key later in the row is never visible: blocks of
+    queries then stop at the diagonal. A window given as an int also lets them begin at its start where `t == s`; keys of everyone's further
+    back need it as an array.
 
     Args:
       q: `[b, t, h, c]`.
@@ -75,6 +80,8 @@ def attention(
       kv_segment_ids: int `[b, s]`.
       scale: the factor of the scores, usually `c ** -0.5`.
       window: how many positions a query sees, itself included; an int, a traced scalar or None for all.
+      group_tokens: the size of the groups that attention stays in, half of the heads in shifted ones, or None: see `groups`. It narrows the
+        window, also for keys of everyone's.
       softcap: the bound of the scores, or None.
       implementation: a key of `IMPLEMENTATIONS` or `"auto"`; see `chosen`.
 
@@ -84,7 +91,13 @@ def attention(
     Raises:
       ValueError: the named implementation cannot take these arrays.
     """
-    run = IMPLEMENTATIONS[chosen(implementation, q=q, k=k)]
+    run = IMPLEMENTATIONS[chosen(implementation, q=q, k=k, group_tokens=group_tokens)]
+    reach = window if isinstance(window, int) else None
+    if group_tokens is not None:
+        k, v = groups.apart(k, v, q.shape[2])
+        narrow = groups.windows(q_positions, group_tokens, num_heads=q.shape[2], num_key_heads=k.shape[2])
+        window = narrow if window is None else jnp.minimum(narrow, window)
+        reach = group_tokens if reach is None else min(reach, group_tokens)
     return run(
         q,
         k,
@@ -94,6 +107,7 @@ def attention(
         q_segment_ids=q_segment_ids,
         kv_segment_ids=kv_segment_ids,
         window=window,
+        reach=reach,
         softcap=softcap,
         scale=scale,
     )

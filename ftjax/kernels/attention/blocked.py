@@ -37,10 +37,12 @@ class _Form(NamedTuple):
     softcap: float | None
     scale: float
     window: int | None
+    reach: int | None
+    """No query sees a key so many places before it."""
 
 
 class _Row(NamedTuple):
-    """Positions and segments of one row, and the window where it is an array."""
+    """Positions and segments of one row, and the window where it is an array: one, or one for each query of each head `[k, t]`."""
 
     q_positions: jax.Array
     kv_positions: jax.Array
@@ -49,18 +51,22 @@ class _Row(NamedTuple):
     window: jax.Array | None
 
 
-def attention(q, k, v, *, q_positions, kv_positions, q_segment_ids, kv_segment_ids, window, softcap, scale, each="platform") -> jax.Array:
+def attention(
+    q, k, v, *, q_positions, kv_positions, q_segment_ids, kv_segment_ids, window, softcap, scale, reach=None, each="platform"
+) -> jax.Array:
     """Return what `reference.attention` returns; the arguments are those of `ftjax.kernels.attention.attention`.
 
     `each` is how heads are visited: `"map"`, `"vmap"`, or `"platform"` for the first on a CPU and the second elsewhere, chosen when the
     program is lowered, so that a program compiled for a TPU on a CPU host is the TPU's.
+    `reach` bounds the window where that is an array: no query sees a key so many places before it.
     """
     static = window if isinstance(window, int) else None
-    traced = None if static is not None or window is None else jnp.broadcast_to(jnp.asarray(window), q.shape[:1])
+    traced = None if static is not None or window is None else jnp.asarray(window)
+    traced = jnp.broadcast_to(traced, q.shape[:1]) if traced is not None and traced.ndim == 0 else traced
     b, t, h, c = q.shape
     heads = jnp.moveaxis(q.reshape(b, t, k.shape[2], -1, c), 1, 3)  # [b, k, g, t, c]
     rows = _Row(q_positions, kv_positions, q_segment_ids, kv_segment_ids, traced)
-    out = _attend(_Form(each, softcap, scale, static), (heads, jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)), rows)
+    out = _attend(_Form(each, softcap, scale, static, reach), (heads, jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)), rows)
     return jnp.moveaxis(out, 3, 1).reshape(b, t, h, c)
 
 
@@ -94,17 +100,23 @@ def _visit(form: _Form, one: Any, arrays: tuple[jax.Array, ...], rows: _Row) -> 
 
 
 def _for_each_head(one, each, arrays, rows):
-    return each(lambda row: each(lambda head: one(row[1], *head), row[0]), (arrays, rows))
+    def visit(item):
+        heads, row = item
+        if row.window is None or row.window.ndim == 0:
+            return each(lambda head: one(row, *head), heads)
+        return each(lambda item: one(row._replace(window=item[0]), *item[1]), (row.window, heads))
+
+    return each(visit, (arrays, rows))
 
 
 def _blocks(form: _Form, t: int, s: int) -> list[tuple[slice, slice]]:
-    """Return the queries of each block and the keys that they may see."""
+    """Return the queries of each block and the keys that they may see; query i stands at key s - t + i, or before where slots are empty."""
     size = max(BLOCK, -(-t // (MAX_BLOCKS * BLOCK)) * BLOCK)
     blocks = []
     for start in range(0, t, size):
         stop = min(start + size, t)
-        first, last = (0, s) if t != s else (0 if form.window is None else max(0, start - form.window + 1), stop)
-        blocks.append((slice(start, stop), slice(first, last)))
+        first = 0 if form.reach is None or t != s else max(0, start - form.reach + 1)
+        blocks.append((slice(start, stop), slice(first, s - t + stop)))
     return blocks
 
 
@@ -144,6 +156,7 @@ def _scores(form: _Form, row: _Row, q, k, queries: slice, keys: slice) -> tuple[
     raw = _product_transposed(q[:, queries], k[keys]) * form.scale
     capped = mask.cap(raw, form.softcap)
     window = form.window if row.window is None else row.window
+    window = window if window is None or not jnp.ndim(window) else window[queries]
     ids = row.q_positions[queries], row.kv_positions[keys], row.q_segment_ids[queries], row.kv_segment_ids[keys]
     slope = None if form.softcap is None else 1 - jnp.square(capped / form.softcap)
     return jnp.where(mask.visible(*ids, window)[None], capped, mask.MASKED), slope

@@ -8,14 +8,23 @@ import jax.numpy as jnp
 MASKED = -2.0e38
 """The score of a key that may not be seen: finite, so that a row in which nothing is visible gives a mean and not NaN."""
 
+EVERYONE = -1
+"""The segment of virtual tokens, which a method puts before a row: every query sees them, they see only each other."""
+
 
 def visible(
     q_positions: jax.Array, kv_positions: jax.Array, q_segment_ids: jax.Array, kv_segment_ids: jax.Array, window: jax.Array | int | None
 ) -> jax.Array:
-    """Return bool `[*b, t, s]`: same segment, not later than the query, and less than `window` positions before it."""
+    """Return bool `[*b, t, s]`: same segment or everyone's, not later than the query, and less than `window` positions before it.
+
+    The window is one for all, or an array `[*b, t]` with one for each query.
+    """
     distance = q_positions[..., :, None] - kv_positions[..., None, :]
-    seen = (q_segment_ids[..., :, None] == kv_segment_ids[..., None, :]) & (distance >= 0)
-    return seen if window is None else seen & (distance < window)
+    keys = kv_segment_ids[..., None, :]
+    seen = ((q_segment_ids[..., :, None] == keys) | (keys == EVERYONE)) & (distance >= 0)
+    if window is None:
+        return seen
+    return seen & (distance < (window[..., :, None] if jnp.ndim(window) else window))
 
 
 def cap(scores: jax.Array, softcap: float | None) -> jax.Array:
