@@ -105,6 +105,24 @@ def test_a_window_bounds_the_keys_that_attention_counts(key):
     assert difference == 216 - 192
 
 
+def test_a_prompt_is_more_tokens_and_a_prefix_more_keys(key):
+    """A prompt of 3: (5 + 3) · 4 · 64 = 2048, attention 24 · (9 + 5 · 3 + 1 + 2 + 3) = 720.
+
+    A prefix of 2: 5 · 4 · 64 = 1280, 24 · (9 + 5 · 2) = 456.
+    """
+    prompt = {"prompt_tuning": {"prompt": {"embedding": jnp.zeros((3, 4))}}}
+    prefix = {"prefix_tuning": {"layers": {"slots": {"prefix": {name: jnp.zeros((1, 2, 2)) for name in ("key", "value")}}}}}
+    found = [throughput.flops_per_batch(SHAPES, trainable, CONFIG, BATCH) for trainable in (prompt, prefix)]
+    assert found == [2048 + 720 + 768, 1280 + 456 + 768]
+
+
+def test_shifted_groups_bound_the_keys_that_attention_counts(key):
+    """In groups of 2 half of the heads see 1 + 2 + 1 + 1 + 2 = 7 keys, the others, shifted by one, 1 + 1 + 2 + 1 + 1 = 6: 12 · 2 · 6.5."""
+    frozen, trainable = peft.full("norm/scale").init(key, SHAPES)
+    flops = [throughput.flops_per_batch(frozen, trainable, CONFIG, BATCH, group_tokens=size) for size in (0, 2)]
+    assert flops[0] - flops[1] == 216 - 156
+
+
 def test_mfu_is_the_share_of_the_peak(monkeypatch):
     now = iter([10.0, 12.0, 12.0])
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(now))

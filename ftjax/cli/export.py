@@ -17,11 +17,12 @@ from absl import flags as absl_flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from ftjax import sharding
+from ftjax import sharding, tree
 from ftjax.checkpoint import Checkpoints
 from ftjax.cli import build, pretrained, runtime
 from ftjax.hf import export as hf_export
 from ftjax.hf import load as hf_load
+from ftjax.peft.soft_prompt import check_no_virtual_tokens
 from ftjax.train import init_state
 from ftjax.types import Params
 
@@ -54,6 +55,7 @@ def main(flags: absl_flags.FlagValues, *, check: Callable[[Found, str | None], N
     output = runtime.local_path("output", flags.output)
     runtime.start(flags)
     found = trained(epath.Path(flags.workdir), flags.step) if flags.workdir else pretrained_model(flags.model, flags.adapter)
+    check_no_virtual_tokens(tree.flatten(found.params), "export")
     dtype = None if flags.dtype == "auto" else flags.dtype
     check(found, dtype)
     folder = hf_export.export_model(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import peft, tree
-from ftjax.hf import names
+from ftjax.hf import architecture, names
+from ftjax.hf import peft_prompts as prompts
 from ftjax.hf import peft_tensors as tensors
 from ftjax.hf.folder import file_tensors, read_json
 from ftjax.hf.peft_config import PATTERNS, check, fields, kind_of, owners, short, shortest_names, to_peft
@@ -40,6 +41,8 @@ class Adapter(NamedTuple):
 
     def join(self, params: Params) -> Params:
         """Return the frozen tree that `method.attach` takes: without what was trained in full, with the adapter's own arrays."""
+        if self.kind in peft.SOFT_PROMPTS:
+            return params
         form = peft.FORMATS[self.kind]
         if "full" in self.trainable or form.shared or not all(tensor.trained for tensor in form.tensors.values()):
             params, _ = self.method.init(jax.random.key(0), params)
@@ -50,7 +53,7 @@ class Adapter(NamedTuple):
 
 def exportable(plans: Iterable[Plan]) -> bool:
     """Return whether PEFT has a method among these."""
-    return any(_kind(row) in peft.FORMATS for row in plans)
+    return any(_kind(row) in peft.FORMATS or _kind(row) in peft.SOFT_PROMPTS for row in plans)
 
 
 def save_adapter(
@@ -78,7 +81,21 @@ def save_adapter(
       FileExistsError: the folder exists and is not empty.
       ValueError: the tree holds something for which PEFT's folders have no place; nothing is written.
     """
-    trainable, plans = peft.plain(frozen or {}, trainable, tuple(plans))
+    plans = tuple(plans)
+    soft = any(_kind(row) in peft.SOFT_PROMPTS for row in plans)
+    config, found = prompts.write(model.config, trainable, plans) if soft else _contents(model, trainable, plans, frozen or {})
+    config |= {"base_model_name_or_path": base_name or None}
+    with new_folder(Path(folder)) as temporary:
+        write_json(temporary / CONFIG, config)
+        write_safetensors(temporary / WEIGHTS, [Entry(n, x.dtype, x.shape) for n, x in found.items()], found.values())
+        if tokenizer is not None:
+            write_tokenizer(temporary, tokenizer)
+    return Path(folder)
+
+
+def _contents(model: Model, trainable: Params, plans: Sequence[Plan], frozen: Params) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the fields of the config and the tensors of an adapter on matrices."""
+    trainable, plans = peft.plain(frozen, trainable, plans)
     flat = {name: tree.flatten(branch) for name, branch in trainable.items()}
     rows = [row for row in plans if row.method in trainable]
     full_rows = [row for row in rows if all(path in flat[row.method] for path in row.paths)]
@@ -86,13 +103,13 @@ def save_adapter(
     full_paths = [path for row in full_rows for path in row.paths]
     leaves = _model_leaves(model)
     _check_exportable(trainable, full_rows, adapter_rows, full_paths, leaves)
-    form, own = peft.FORMATS[_kind(adapter_rows[0])], tree.flatten((frozen or {}).get(adapter_rows[0].method, {}))
+    form, own = peft.FORMATS[_kind(adapter_rows[0])], tree.flatten(frozen.get(adapter_rows[0].method, {}))
     untrained = [
         f"{path}/{field}" for row in adapter_rows for path in row.paths for field, tensor in form.tensors.items() if not tensor.trained
     ]
     if absent := [field for field in (*form.shared, *untrained) if field not in own]:
         raise ValueError(f"peft: {adapter_rows[0].method} keeps {absent[0]!r} in the frozen tree, which was not given: pass frozen=frozen")
-    config = _config(form, adapter_rows, full_paths, leaves, flat[adapter_rows[0].method]) | {"base_model_name_or_path": base_name or None}
+    config = _config(form, adapter_rows, full_paths, leaves, flat[adapter_rows[0].method])
     found = {tensor.key: tensors.theirs(np.asarray(own[field]), tensor.axes) for field, tensor in form.shared.items() if field in own}
     for row in adapter_rows:
         values = own | flat[row.method]
@@ -104,13 +121,7 @@ def save_adapter(
     for row in full_rows:
         for path in row.paths:
             found |= tensors.write_whole(path, leaves[path].shape, np.asarray(flat[row.method][path]))
-    found = dict(sorted(found.items()))
-    with new_folder(Path(folder)) as temporary:
-        write_json(temporary / CONFIG, config)
-        write_safetensors(temporary / WEIGHTS, [Entry(n, x.dtype, x.shape) for n, x in found.items()], found.values())
-        if tokenizer is not None:
-            write_tokenizer(temporary, tokenizer)
-    return Path(folder)
+    return config, dict(sorted(found.items()))
 
 
 def _kind(row: Plan) -> str:
@@ -187,13 +198,20 @@ def load_adapter(folder: str | Path, model: Model) -> Adapter:
 
     Raises:
       FileNotFoundError: one of the files is not there.
-      ValueError: a file is malformed, the adapter was made for another base, or it uses what is not implemented; all problems are listed.
+      ValueError: a file is malformed, the adapter was made for another base or RoPE, or it uses what is not implemented; all problems are
+        listed.
     """
     folder = Path(folder)
-    config = check(read_json(folder / CONFIG), str(folder / CONFIG))
+    raw = read_json(folder / CONFIG)
+    soft = raw.get("peft_type") in prompts.KINDS
+    config = raw if soft else check(raw, str(folder / CONFIG))
+    architecture.check(folder, model.config)
     if not (folder / WEIGHTS).is_file():
         hint = "; adapter_model.bin is a pickle, which ftjax does not open" if (folder / "adapter_model.bin").is_file() else ""
         raise FileNotFoundError(f"peft: {folder / WEIGHTS} does not exist{hint}")
+    if soft:
+        kind, options, trainable = prompts.read(raw, file_tensors(folder / WEIGHTS), model.config, str(folder))
+        return Adapter(peft.METHODS[kind](**options), trainable, options, raw.get("base_model_name_or_path") or "", kind, {})
     leaves = _model_leaves(model)
     kind = kind_of(config)
     parts = sort(file_tensors(folder / WEIGHTS), config, leaves)

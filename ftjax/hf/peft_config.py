@@ -9,7 +9,7 @@ from typing import Any
 
 from ftjax import tree
 from ftjax.hf import names as hf_names
-from ftjax.peft import FORMATS, Format
+from ftjax.peft import FORMATS, SOFT_PROMPTS, Format
 
 COMMON: dict[str, Any] = {
     "task_type": "CAUSAL_LM",
@@ -54,8 +54,8 @@ def check(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     kind = kind_of(config)
     if kind is None:
-        known = tree.nearest(str(config["peft_type"]), dict.fromkeys(form.peft_type for form in FORMATS.values()))
-        raise ValueError(f"{where}: not yet: peft_type={config['peft_type']!r}; nearest: {known}")
+        types = dict.fromkeys(form.peft_type for form in (*FORMATS.values(), *SOFT_PROMPTS.values()))
+        raise ValueError(f"{where}: not yet: peft_type={config['peft_type']!r}; nearest: {tree.nearest(str(config['peft_type']), types)}")
     form = FORMATS[kind]
     unknown = sorted(config.keys() - fields(form).keys())
     if unknown:

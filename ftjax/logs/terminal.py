@@ -32,7 +32,8 @@ def plan_table(plan: Sequence[Plan], params: Params, trainable: Params) -> Table
     covered: set[str] = set()
     for row in plan:
         trained = tree.flatten(trainable.get(row.method, {}))
-        mine = [leaf for path, leaf in trained.items() if any(path == one or path.startswith(f"{one}/") for one in row.paths)]
+        alone = sum(other.method == row.method for other in plan) == 1
+        mine = [leaf for path, leaf in trained.items() if alone or any(path == one or path.startswith(f"{one}/") for one in row.paths)]
         covered |= set(row.paths)
         options = ", ".join(
             f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.options.items() if value
@@ -111,7 +112,10 @@ class Terminal:
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
         """Show loss, tokens a second and memory."""
-        shown = f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  {values['memory_gb']:.2f} GB"
+        self.progress(step, f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  {values['memory_gb']:.2f} GB")
+
+    def progress(self, step: int, shown: str) -> None:
+        """Show a text of a step: beside the bar, or as a line."""
         if self._progress:
             self._progress.update(self._task, completed=step, report=shown)
         elif not self.console.quiet:

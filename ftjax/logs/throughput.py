@@ -6,7 +6,8 @@ Floating-point operations of one training step (a multiply-add is two):
     head       supervised tokens · v · d · (4 if it is frozen, else 6)      logits are computed where the loss counts them
     attention  12 · h · c · Σ over layers and queries of the keys that each sees: two products forward, four backward
 
-The embedding is a look-up and counts nothing; nor does what rematerialisation computes twice: it is the model's work, not the machine's.
+A prompt is more tokens in each row, and a prefix more keys. The embedding is a look-up and counts nothing; nor does the network behind a
+prompt, nor what rematerialisation computes twice: it is the model's work, not the machine's.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ PEAK_FLOPS = {
 """Dense bfloat16 operations a second by the start of `device_kind`, from the makers' data sheets; the longest match counts."""
 
 
-def flops_per_batch(frozen: Params, trainable: Params, config, batch: Batch) -> float:
+def flops_per_batch(frozen: Params, trainable: Params, config, batch: Batch, *, group_tokens: int = 0) -> float:
     """Return the operations of one training step on `batch` (numpy arrays), by the formula above.
 
     Args:
@@ -52,6 +53,7 @@ def flops_per_batch(frozen: Params, trainable: Params, config, batch: Batch) -> 
       trainable: `{method: tree}`; a leaf whose path and shape are also the base's is trained in full, any other is an addition.
       config: the architecture: its heads, their width and the window of each layer.
       batch: its masks say how many tokens count and how many keys each query sees.
+      group_tokens: the size of the groups that attention stays in, half of the heads in shifted ones; 0 for none.
     """
     base = {path: leaf for path, leaf in tree.flatten(frozen).items() if path.endswith("/kernel")}
     added, full = 0, set()
@@ -59,17 +61,30 @@ def flops_per_batch(frozen: Params, trainable: Params, config, batch: Batch) -> 
         for path, leaf in tree.flatten(method).items():
             if path in base and base[path].shape == leaf.shape:
                 full.add(path)
-            elif leaf.ndim >= 2:
+            elif leaf.ndim >= 2 and not path.startswith(("prompt/", "layers/slots/prefix/")):
                 added += leaf.size
     head = "lm_head/kernel" if "lm_head/kernel" in base else "embed_tokens/kernel"
     trunk = {path: int(np.prod(leaf.shape)) for path, leaf in base.items() if path not in ("lm_head/kernel", "embed_tokens/kernel")}
     per_token = sum(count * (6 if path in full else 4) for path, count in trunk.items()) + 6 * added
     real = np.asarray(batch.segment_ids) > 0
-    keys = np.where(real, np.asarray(batch.positions) + 1, 0)
-    seen = sum(float(np.minimum(keys, window).sum() if window else keys.sum()) for window in config.windows)
+    prefix, prompt = _virtual_tokens(trainable)
+    rows = int(real.any(axis=-1).sum())
+    keys = np.where(real, np.asarray(batch.positions) + 1 + prefix + prompt, 0)
+    keys = np.concatenate([keys.ravel(), np.tile(prefix + 1 + np.arange(prompt), rows)])
+    shifts = (0, group_tokens // 2) if group_tokens else ()
+    halves = [np.minimum(keys, (keys - 1 + shift) % group_tokens + 1) for shift in shifts] or [keys]
+    limits = [window or np.inf for window in config.windows]
+    seen = sum(float(np.minimum(half, limit).sum()) for half in halves for limit in limits) / len(halves)
     attention = 12.0 * config.num_attention_heads * config.head_dim * seen
     head_flops = float((np.asarray(batch.loss_mask) > 0).sum()) * int(np.prod(base[head].shape)) * (6 if head in full else 4)
-    return float(real.sum()) * per_token + attention + head_flops
+    return float(real.sum() + rows * prompt) * per_token + attention + head_flops
+
+
+def _virtual_tokens(trainable: Params) -> tuple[int, int]:
+    """Return how many keys a prefix adds to each row, and how many tokens a prompt; see `ftjax.peft.soft_prompt`."""
+    flat = [(path, leaf.shape) for method in trainable.values() for path, leaf in tree.flatten(method).items()]
+    prefix = sum(shape[-2] for path, shape in flat if path in ("layers/slots/prefix/key", "layers/slots/prefix/embedding"))
+    return prefix, sum(shape[0] for path, shape in flat if path == "prompt/embedding")
 
 
 def peak_flops(dtype: str = "float32") -> float:

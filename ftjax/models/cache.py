@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from ftjax.models.config import Config
-from ftjax.types import pytree
+from ftjax.types import pytree, static
 
 
 @pytree
@@ -27,6 +29,8 @@ class Cache:
     """int32 `[b, s]`."""
     index: jax.Array
     """int32 scalar: the slot that the next token takes."""
+    virtual: int = static(default=0)
+    """How many of the tokens in it are virtual (see `ftjax.models.virtual`)."""
 
 
 def init_cache(config: Config, batch_size: int, max_tokens: int, dtype: str = "float32") -> Cache:
@@ -44,13 +48,22 @@ def init_cache(config: Config, batch_size: int, max_tokens: int, dtype: str = "f
 
 def advance(cache: Cache, positions: jax.Array, segment_ids: jax.Array) -> Cache:
     """Return the cache with the positions and segments of `t` more tokens; `write` stores their keys and values at `cache.index`."""
-    return Cache(
-        k=cache.k,
-        v=cache.v,
+    return dataclasses.replace(
+        cache,
         positions=jax.lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.index, axis=1),
         segment_ids=jax.lax.dynamic_update_slice_in_dim(cache.segment_ids, segment_ids, cache.index, axis=1),
         index=cache.index + positions.shape[1],
     )
+
+
+def widen(cache: Cache, num_tokens: int) -> Cache:
+    """Return the cache with room for so many more tokens."""
+
+    def pad(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.pad(x, [(0, num_tokens if at == axis else 0) for at in range(x.ndim)])
+
+    ids = {"positions": pad(cache.positions, 1), "segment_ids": pad(cache.segment_ids, 1)}
+    return dataclasses.replace(cache, k=pad(cache.k, 2), v=pad(cache.v, 2), **ids)
 
 
 def write(stored: jax.Array, layer: jax.Array, index: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -7,6 +7,7 @@ of one layer.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,8 +19,7 @@ from flax import nnx
 from ftjax import tree, weights
 from ftjax.kernels import attention as attention_op
 from ftjax.kernels.attention import mask
-from ftjax.models import cache as cache_lib
-from ftjax.models import layers, rope
+from ftjax.models import layers, rope, virtual
 from ftjax.models.config import Config, problems
 from ftjax.types import Model, Params
 
@@ -69,19 +69,27 @@ class Ends(nnx.Module):
 
 
 def make_model(
-    config: Config, family: Family, *, remat: str = "none", dtype: str | None = None, scan: bool = True, attention: str = "auto"
+    config: Config,
+    family: Family,
+    *,
+    remat: str = "none",
+    dtype: str | None = None,
+    scan: bool = True,
+    attention: str = "auto",
+    group_tokens: int | None = None,
 ) -> Model:
     """Return the model of one architecture; see `ftjax.models.build`."""
     if remat not in REMAT:
         raise ValueError(f"models: there is no remat {remat!r}; nearest: {tree.nearest(remat, REMAT)}.")
     if found := problems(config):
         raise ValueError(f"models: {config.model_type}: " + "; ".join(found) + ".")
-    attention_op.chosen(attention, q=jnp.empty((0, 0, config.num_attention_heads, 0)), k=jnp.empty((0, 0, config.num_key_value_heads, 0)))
+    q, k = (jnp.empty((0, 0, heads, 0)) for heads in (config.num_attention_heads, config.num_key_value_heads))
+    attention_op.chosen(attention, q=q, k=k, group_tokens=group_tokens)
     ends, layer = (
         nnx.split(nnx.eval_shape(lambda make=make: make(nnx.Rngs(0))))[0]
         for make in (lambda rngs: Ends(config, family, rngs=rngs), lambda rngs: family.layer(config, rngs=rngs))
     )
-    trunk = _Trunk(config, family, ends, layer, REMAT[remat], None if dtype is None else jnp.dtype(dtype), scan, attention)
+    trunk = _Trunk(config, family, ends, layer, REMAT[remat], None if dtype is None else jnp.dtype(dtype), scan, attention, group_tokens)
     return Model(
         config, functools.partial(_init, config, family), functools.partial(_apply, trunk), _head, functools.partial(_unembed, config)
     )
@@ -96,6 +104,7 @@ class _Trunk(NamedTuple):
     dtype: jnp.dtype | None
     scan: bool
     attention: str
+    group_tokens: int | None
 
 
 class _PerLayer(NamedTuple):
@@ -123,26 +132,26 @@ def _parameters(module: nnx.Module) -> Params:
 
 def _apply(trunk: _Trunk, params: Params, tokens: jax.Array, *, positions=None, segment_ids=None, cache=None):
     """Return `(hidden [b, t, d], cache)`; see `ftjax.types.Model.apply`."""
-    start = None if cache is None else cache.index
     if positions is None:
-        steps = jnp.arange(tokens.shape[1], dtype=jnp.int32) + (0 if start is None else start)
+        steps = jnp.arange(tokens.shape[1], dtype=jnp.int32) + (0 if cache is None else cache.index - cache.virtual)
         positions = jnp.broadcast_to(steps[None, :], tokens.shape)
     segment_ids = jnp.ones(tokens.shape, jnp.int32) if segment_ids is None else segment_ids
     ends = nnx.merge(trunk.ends, {name: value for name, value in params.items() if name in ("embed_tokens", "norm", "lm_head")})
     x = ends.embed_tokens(tokens)
     x = x.astype(trunk.dtype or x.dtype)
+    row, cache = virtual.put_first(params, x, positions, segment_ids, cache)
+    x = row.x
     if trunk.family.embedding_scale is not None:
         x = x * jnp.asarray(trunk.family.embedding_scale(trunk.config), x.dtype)
-    cached = None
-    scene = layers.Scene(None, None, positions, segment_ids, None, trunk.attention, None)
+    ids = (row.kv_positions, row.kv_segment_ids)
+    scene = layers.Scene(
+        None, None, row.positions, row.segment_ids, None, trunk.attention, None, row.start, *ids, group_tokens=trunk.group_tokens
+    )
+    cached = None if cache is None else (cache.k, cache.v)
+    x, cached = _through_layers(trunk, params, x, cached, scene)
     if cache is not None:
-        cache = cache_lib.advance(cache, positions, segment_ids)
-        cached = (cache.k, cache.v)
-        scene = scene._replace(start=start, kv_positions=cache.positions, kv_segment_ids=cache.segment_ids)
-    x, cached = _through_layers(trunk, params["layers"], x, cached, scene)
-    if cache is not None:
-        cache = cache_lib.Cache(*cached, cache.positions, cache.segment_ids, cache.index)
-    return ends.norm(x), cache
+        cache = dataclasses.replace(cache, k=cached[0], v=cached[1])
+    return ends.norm(x[:, -tokens.shape[1] :]), cache
 
 
 def _through_layers(trunk: _Trunk, params: Params, x: jax.Array, cached: layers.KeysValues, scene: layers.Scene):
@@ -151,6 +160,10 @@ def _through_layers(trunk: _Trunk, params: Params, x: jax.Array, cached: layers.
     windows = set(config.windows)
     uniform = windows.pop() if len(windows) == 1 else None
     mixed = bool(windows)  # some layers look further than others, so the window is scanned
+    if trunk.group_tokens is not None and any(virtual.count(params)):
+        raise ValueError("models: a prompt or a prefix is in no group of shifted sparse attention; train it without group_tokens.")
+    if uniform is not None and any(virtual.count(params)):
+        uniform = jnp.asarray(uniform, jnp.int32)  # as an int it would leave out keys by their place in the row
 
     def body(carry, per_layer: _PerLayer):
         x, cached = carry
@@ -161,7 +174,7 @@ def _through_layers(trunk: _Trunk, params: Params, x: jax.Array, cached: layers.
         return layer(x, here, cached), None
 
     per_layer = _PerLayer(
-        params,
+        params["layers"],
         jnp.arange(config.num_hidden_layers, dtype=jnp.int32),
         jnp.asarray([EVERYTHING if w is None else w for w in config.windows], jnp.int32) if mixed else None,
         jnp.asarray([kind == "sliding_attention" for kind in config.layer_types]),

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ftjax import weights
 from ftjax.kernels import attention as attention_op
 from ftjax.models import cache as cache_lib
-from ftjax.models import rope
+from ftjax.models import rope, virtual
 from ftjax.models.config import Config
 from ftjax.types import Params
 
@@ -45,10 +45,18 @@ class Scene(NamedTuple):
     start: jax.Array | None = None
     """The slot of the cache that the first token takes; None without a cache."""
     kv_positions: jax.Array | None = None
-    """int `[b, s]`: those of the cached slots, these tokens included."""
+    """int `[b, s]`: those of all keys that attention gets: of the cached slots, or of a prefix and these tokens."""
     kv_segment_ids: jax.Array | None = None
     slots: Params = {}
     """What methods have added to this layer, by the name of the slot: the branch `layers/slots` of the parameters, empty by default."""
+    group_tokens: int | None = None
+    """The size of the groups that attention stays in, or None: see `ftjax.kernels.attention.groups`."""
+
+    def beside(self, module: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Return the output `y` of a module, plus what methods run beside it on its input `x`: the slot of its name."""
+        for weight in self.slots.get(module, {}).values():
+            y = y + weights.dot(x, weight)
+        return y
 
 
 KeysValues = tuple[jax.Array, jax.Array] | None
@@ -116,11 +124,10 @@ class MLP(nnx.Module):
         self.act = ACTIVATIONS[config.hidden_act]
 
     def __call__(self, x: jax.Array, scene: Scene) -> jax.Array:
-        del scene
         gate, up = linears(x, (self.gate_proj, self.up_proj))
         # In float32 as one fusion: rounding to bfloat16 after each of its steps would cost more time, and accuracy.
         y = self.act(gate.astype(jnp.float32)) * up.astype(jnp.float32)
-        return self.down_proj(y.astype(x.dtype))
+        return scene.beside("mlp", x, self.down_proj(y.astype(x.dtype)))
 
 
 class Attention(nnx.Module):
@@ -155,25 +162,27 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope.rotate(q, scene.cos, scene.sin), rope.rotate(k, scene.cos, scene.sin)
         q, k, v = (checkpoint_name(y, weights.PRODUCT) for y in (q, k, v))
-        kv_positions, kv_segment_ids = scene.positions, scene.segment_ids
         if cached is not None:
             all_k, k = cache_lib.write(cached[0], scene.layer, scene.start, k)
             all_v, v = cache_lib.write(cached[1], scene.layer, scene.start, v)
-            cached, kv_positions, kv_segment_ids = (all_k, all_v), scene.kv_positions, scene.kv_segment_ids
+            cached = (all_k, all_v)
+        elif virtual.PREFIX in scene.slots:
+            k, v = virtual.behind_prefix(scene.slots[virtual.PREFIX], k, v)
         y = attention_op.attention(
             q,
             k.astype(q.dtype),
             v.astype(q.dtype),
             q_positions=scene.positions,
-            kv_positions=kv_positions,
+            kv_positions=scene.kv_positions,
             q_segment_ids=scene.segment_ids,
-            kv_segment_ids=kv_segment_ids,
+            kv_segment_ids=scene.kv_segment_ids,
             window=scene.window,
+            group_tokens=scene.group_tokens,
             softcap=self.softcap,
             scale=self.attention_scale,
             implementation=scene.implementation,
         )
-        return self.o_proj(y.reshape(b, t, -1)), cached
+        return scene.beside("self_attn", x, self.o_proj(y.reshape(b, t, -1))), cached
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], config: Config) -> jax.Array:

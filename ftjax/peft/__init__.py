@@ -1,7 +1,8 @@
 """Fine-tuning methods: one file each, a function from one parameter tree to `(frozen, trainable)` and back.
 
 A method is a `Transform` (see `ftjax.types`). `METHODS` lists them once: for configs, for the contract tests and for the README.
-`FORMATS` lists how those that PEFT has stand in its folders (see `ftjax.peft.format`); `ftjax.hf.peft` reads and writes by it.
+`FORMATS` lists how those that PEFT has stand in its folders (see `ftjax.peft.format`), `SOFT_PROMPTS` those that put tokens before a row;
+`ftjax.hf.peft` reads and writes by them.
 """
 
 from ftjax.peft.bitfit import bitfit, norm_tuning
@@ -22,8 +23,12 @@ from ftjax.peft.merge import merge
 from ftjax.peft.miss import MISS, miss
 from ftjax.peft.neftune import neftune
 from ftjax.peft.oft import OFT, oft
+from ftjax.peft.p_tuning import P_TUNING, p_tuning
+from ftjax.peft.prefix_tuning import PREFIX_TUNING, prefix_tuning
+from ftjax.peft.prompt_tuning import PROMPT_TUNING, prompt_tuning
 from ftjax.peft.randlora import RANDLORA, randlora
 from ftjax.peft.shira import SHIRA, shira
+from ftjax.peft.soft_prompt import SoftPrompt
 from ftjax.peft.tokens import tokens
 from ftjax.peft.vera import VERA, vera
 
@@ -36,6 +41,9 @@ METHODS = {"dora": dora, "full": full, "ia3": ia3, "lora": lora, "lora_fa": lora
     "miss": miss,
     "norm_tuning": norm_tuning,
     "oft": oft,
+    "p_tuning": p_tuning,
+    "prefix_tuning": prefix_tuning,
+    "prompt_tuning": prompt_tuning,
     "randlora": randlora,
     "shira": shira,
     "tokens": tokens,
@@ -52,10 +60,15 @@ FORMATS: dict[str, Format] = {"lora": LORA, "dora": DORA, "lora_fa": LORA_FA, "i
     "shira": SHIRA,
 }
 
+SOFT_PROMPTS: dict[str, SoftPrompt] = {"p_tuning": P_TUNING, "prefix_tuning": PREFIX_TUNING, "prompt_tuning": PROMPT_TUNING}
+"""The methods that put virtual tokens before every row: they have no neutral start and cannot be merged."""
+
 __all__ = [
     "FORMATS",
     "METHODS",
+    "SOFT_PROMPTS",
     "Format",
+    "SoftPrompt",
     "Tensor",
     "bitfit",
     "boft",
@@ -75,7 +88,10 @@ __all__ = [
     "norm_tuning",
     "oft",
     "on_layers",
+    "p_tuning",
     "plain",
+    "prefix_tuning",
+    "prompt_tuning",
     "randlora",
     "shira",
     "tokens",

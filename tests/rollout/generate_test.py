@@ -168,6 +168,19 @@ def test_an_unmerged_adapter_generates_as_the_merged_model(key):
     assert adapted.tokens.tolist() != complete(model, params, rows).tokens.tolist()
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_behind_virtual_tokens_greedy_equals_the_full_forward_pass_and_padding_changes_nothing(family, key):
+    model, params = tiny(family)
+    method = peft.chain(peft.prefix_tuning(3), peft.prompt_tuning(4))
+    frozen, trainable = method.init(key, params)
+    trainable = jax.tree.map(lambda x: x + jax.random.normal(key, x.shape), trainable)
+    rows, prompted = prompts(2, 6), method.attach(frozen, trainable)
+    found = complete(model, prompted, rows).tokens[:2].tolist()
+    assert found == [greedy_without_cache(model, prompted, row, 12) for row in rows]
+    assert found != complete(model, params, rows).tokens[:2].tolist()
+    assert found == complete(model, prompted, rows, width=24, num_rows=4).tokens[:2].tolist()
+
+
 @pytest.mark.parametrize("method", [peft.lora("all-linear", rank=4, dropout=0.5), peft.neftune(5.0)], ids=["dropout", "noise"])
 def test_dropout_and_noise_are_refused(method, key):
     model, params = tiny()
