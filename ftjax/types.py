@@ -13,6 +13,8 @@ import numpy as np
 # A nested dict with slash paths. A leaf is a `jax.Array` or an `ftjax.weights.Weight`; whatever is not a dict is a leaf.
 Params = dict[str, Any]
 Metrics = dict[str, "Mean"]
+VALUE_HEAD = "value_head"
+"""The branch of the parameters that makes values of hidden states, `{"kernel": [d, 1], "bias": [1]}`; `peft.value_head` adds it."""
 
 
 def pytree(cls):
@@ -97,7 +99,7 @@ class Batch:
 
 @pytree
 class Scores:
-    """What a policy says of given tokens, in float32; zero wherever `loss_mask` is zero."""
+    """What a policy says of given tokens, in float32; all but `values` are zero wherever `loss_mask` is zero."""
 
     logps: jax.Array
     """`[*b, t]`: the log-probability of `tokens[t]` given the tokens before it."""
@@ -108,7 +110,9 @@ class Scores:
     greedy: jax.Array | None = None
     """`[*b, t]`: 1 where `tokens[t]` was the most likely token."""
     values: jax.Array | None = None
-    """`[*b, t]`: a value head's prediction."""
+    """`[*b, t]`: a value head's prediction when `tokens[..t]` are read, at every token that is not padding, whatever `loss_mask` says. The
+    baseline of `logps[t]`, the value of the state that `tokens[t]` was drawn in, is therefore `values[t-1]`; the reward of a text is
+    `values` at its last token."""
 
 
 @pytree

@@ -36,6 +36,8 @@ def apply(params, tokens, *, positions=None, segment_ids=None, cache=None):
         out = weights.dot(wide, params["mlp"]["down_proj"]["kernel"])
         if "bias" in params["mlp"]["down_proj"]:
             out = out + params["mlp"]["down_proj"]["bias"].astype(out.dtype)[None, None]
+        for weight in params.get("slots", {}).get("mlp", {}).values():
+            out = out + weights.dot(mixed, weight)
         return hidden + out, None
 
     hidden, _ = jax.lax.scan(layer, hidden, params["layers"])

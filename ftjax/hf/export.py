@@ -1,5 +1,8 @@
 """A model out: the Hugging Face folder that `transformers`, vLLM or llama.cpp's converter load, adapters merged in.
 
+A model with a value head goes out as `…ForSequenceClassification` of one label, which has `score.weight` where a language model has its
+output head.
+
 One layer of one leaf at a time is materialised, fetched and written, so neither host nor device ever holds a second model.
 """
 
@@ -16,7 +19,7 @@ import numpy as np
 from ftjax import models, tree, weights
 from ftjax.hf import names
 from ftjax.hf.write import SHARD_BYTES, Entry, new_folder, write_json, write_shards, write_tokenizer
-from ftjax.types import Model, Params
+from ftjax.types import VALUE_HEAD, Model, Params
 
 
 def export_model(
@@ -34,7 +37,8 @@ def export_model(
     Args:
       folder: a new folder; it appears when everything in it is written.
       model: whose config is written.
-      params: the tree that `model.apply` takes; a `Weight` leaf (an attached adapter, a quantised matrix) is written as its dense array.
+      params: the tree that `model.apply` takes, perhaps with a value head; a `Weight` leaf (an attached adapter, a quantised matrix) is
+        written as its dense array.
       tokenizer: as from `ftjax.hf.tokenizer.load`; None writes none.
       dtype: of all tensors in the files; each leaf's own if None.
       shard_bytes: the size that a safetensors file may have, if more than one tensor is in it.
@@ -45,15 +49,16 @@ def export_model(
 
     Raises:
       FileExistsError: the folder exists and is not empty.
-      ValueError: the tree does not have the leaves of the model; all that is wrong is listed and nothing is written.
+      ValueError: the tree does not have the leaves of the model (all that is wrong is listed), an adapter cannot be merged, or a value head
+        has a bias; nothing is written.
     """
-    leaves = tree.flatten(params)
-    _check(model, leaves)
+    leaves, classifies = _leaves(model, params), VALUE_HEAD in params
     dtypes = {path: jnp.dtype(dtype or leaf.dtype) for path, leaf in leaves.items()}
-    config = models.to_hf(model.config) | {"torch_dtype": dtypes["embed_tokens/kernel"].name}
+    config = models.to_hf(model.config, classifies=classifies) | {"torch_dtype": dtypes["embed_tokens/kernel"].name}
     with new_folder(Path(folder)) as temporary:
         write_json(temporary / "config.json", config)
-        write_json(temporary / "generation_config.json", _generation_config(config, tokenizer))
+        if not classifies:
+            write_json(temporary / "generation_config.json", _generation_config(config, tokenizer))
         (temporary / "README.md").write_text(_card(config, base_name, tree.size(leaves)), encoding="utf-8")
         if tokenizer is not None:
             write_tokenizer(temporary, tokenizer)
@@ -61,8 +66,20 @@ def export_model(
     return Path(folder)
 
 
-def _check(model: Model, leaves: dict[str, Any]) -> None:
+def _leaves(model: Model, params: Params) -> dict[str, Any]:
+    """Return the leaves that are written."""
+    leaves = tree.flatten(params)
     expected = tree.flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    if VALUE_HEAD in params:
+        bias = leaves.pop(f"{VALUE_HEAD}/bias", None)
+        if bias is not None and np.any(np.asarray(bias)):
+            raise ValueError("export: the value head has a bias, which Hugging Face's classifiers have not: train it with bias=False.")
+        expected[f"{VALUE_HEAD}/kernel"] = jax.ShapeDtypeStruct((model.config.hidden_size, 1), jnp.float32)
+    _check(expected, leaves)
+    return {path: leaf for path, leaf in leaves.items() if VALUE_HEAD not in params or path != "lm_head/kernel"}
+
+
+def _check(expected: dict[str, Any], leaves: dict[str, Any]) -> None:
     problems = [f"missing: {path} {list(expected[path].shape)}" for path in sorted(expected.keys() - leaves.keys())]
     problems += [f"extra: {path} {list(leaves[path].shape)}" for path in sorted(leaves.keys() - expected.keys())]
     problems += [
@@ -71,7 +88,10 @@ def _check(model: Model, leaves: dict[str, Any]) -> None:
         if leaves[path].shape != expected[path].shape
     ]
     if problems:
-        raise ValueError(f"export: the tree does not fit the model ({len(problems)} problems):\n  " + "\n  ".join(problems))
+        added = "\nWhat a method adds to a model cannot be merged: keep the adapter beside it (`ftjax generate --adapter=…`)."
+        hint = added if set(leaves) - set(expected) else ""
+        listing = "\n  ".join(problems)
+        raise ValueError(f"export: the tree does not fit the model ({len(problems)} problems):\n  {listing}{hint}")
 
 
 def _write_weights(folder: Path, leaves: dict[str, Any], dtypes: dict[str, np.dtype], shard_bytes: int) -> None:
@@ -112,23 +132,26 @@ def _generation_config(config: dict[str, Any], tokenizer: Any) -> dict[str, Any]
 
 
 def _card(config: dict[str, Any], base_name: str, num_parameters: int) -> str:
+    language = config["architectures"][0].endswith("CausalLM")
+    task, kind = ("text-generation", "language") if language else ("text-classification", "reward")
+    auto = "CausalLM" if language else "SequenceClassification"
     base = f"base_model: {base_name}\n" if "/" in base_name else ""
     origin = f"It was fine-tuned from `{base_name}`." if base_name else ""
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 {base}tags:
 - ftjax
 ---
 
 # Model card
 
-A `{config["model_type"]}` language model of {num_parameters:,} parameters, exported by ftjax. {origin}
+A `{config["model_type"]}` {kind} model of {num_parameters:,} parameters, exported by ftjax. {origin}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelFor{auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER")
+model = AutoModelFor{auto}.from_pretrained("PATH_OF_THIS_FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 ```
 """

@@ -5,6 +5,7 @@ model, params, tokenizer, path = load("smollm2-135m-instruct")
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +18,15 @@ from ftjax import hub, models, tree
 from ftjax.hf import folder, gguf, gguf_file, names, tokenizer
 from ftjax.hf.folder import Checkpoint
 from ftjax.hf.lazy import LazyTensor, aligned, cast, stack, swap
-from ftjax.types import Model, Params
+from ftjax.models import Config
+from ftjax.types import VALUE_HEAD, Model, Params
 
 Place = Callable[[str, LazyTensor], jax.Array]
 """`place(path, tensor) -> array`: how a leaf gets onto its devices. With a mesh:
 `lambda path, tensor: jax.make_array_from_callback(tensor.shape, sharding(path), tensor.read)`, which reads this host's shards only."""
+
+_SCORE = "score.weight"
+"""The tensor of a classifier's head."""
 
 
 class Pretrained(NamedTuple):
@@ -33,7 +38,14 @@ class Pretrained(NamedTuple):
     path: Path
 
 
-def load(name: str, *, dtype: str = "auto", remat: str = "none", place: Place | None = None) -> Pretrained:
+def load(
+    name: str,
+    *,
+    dtype: str = "auto",
+    remat: str = "none",
+    place: Place | None = None,
+    change: Callable[[Config], Config] = lambda config: config,
+) -> Pretrained:
     """Find a model by name, read its config, weights and tokenizer.
 
     Args:
@@ -41,6 +53,7 @@ def load(name: str, *, dtype: str = "auto", remat: str = "none", place: Place | 
       dtype: of the weights: "float32", "bfloat16", or "auto" for the dtype of the file's largest tensor (float32 for dequantised blocks).
       remat: what `models.build` rematerialises.
       place: see `Place`; whole arrays on the default device if None.
+      change: what is done to the architecture in the file, such as `models.stretch`; the weights must still fit.
 
     Raises:
       ValueError: the name, the config or a tensor is not as expected; the message says which and what to do.
@@ -49,9 +62,20 @@ def load(name: str, *, dtype: str = "auto", remat: str = "none", place: Place | 
     file = gguf_file.open_file(path) if path.suffix == ".gguf" else None
     checkpoint = gguf.read(path, file) if file else folder.read(path)
     dtype = stored_dtype(checkpoint) if dtype == "auto" else jnp.dtype(dtype)
-    model = models.build(models.config_from_hf(checkpoint.config), remat=remat)
+    model = models.build(change(config_of(checkpoint)), remat=remat)
     params = load_params(checkpoint, model, dtype=dtype, place=place)
     return Pretrained(model, params, tokenizer.from_gguf(file) if file else tokenizer.load(path), path)
+
+
+def config_of(checkpoint: Checkpoint) -> Config:
+    """Return the architecture of a checkpoint.
+
+    A `…ForSequenceClassification` folder of one label is a model with a value head, `value_head/kernel`. Where it has no output head the
+    embedding serves as one, and what that says of tokens means nothing.
+    """
+    config = models.config_from_hf(checkpoint.config)
+    headless = _SCORE in checkpoint.tensors and "lm_head.weight" not in checkpoint.tensors
+    return dataclasses.replace(config, tie_word_embeddings=True) if headless else config
 
 
 def read(path: Path) -> Checkpoint:
@@ -70,19 +94,21 @@ def load_params(checkpoint: Checkpoint, model: Model, *, dtype: Any = None, plac
     Args:
       checkpoint: from `read`.
       model: whose `init` says which leaves there are, and their shapes.
-      dtype: of the leaves; each tensor's own if None.
+      dtype: of the leaves; each tensor's own if None, and that of a value head in any case.
       place: see `Place`.
 
     Raises:
       ValueError: tensors are missing, left over or misshapen; the message lists all of them.
     """
     shapes = {path: leaf.shape for path, leaf in tree.flatten(jax.eval_shape(model.init, jax.random.key(0))).items()}
+    if _SCORE in checkpoint.tensors:
+        shapes[f"{VALUE_HEAD}/kernel"] = (model.config.hidden_size, 1)
     _check(checkpoint, shapes)
     place = place or on_default_device
     params = {}
     for path, shape in shapes.items():
         tensors = [checkpoint.tensors[name] for name in names.tensors(path, shape)]
-        params[path] = place(path, leaf(path, tensors, dtype))
+        params[path] = place(path, leaf(path, tensors, None if path.startswith(VALUE_HEAD) else dtype))
     return tree.unflatten(params)
 
 

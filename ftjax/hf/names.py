@@ -4,6 +4,7 @@ model.layers.7.self_attn.q_proj.weight [o, i]   <->   layers/self_attn/q_proj/ke
 model.layers.7.input_layernorm.weight  [d]      <->   layers/input_layernorm/scale [L, d], layer 7
 model.embed_tokens.weight              [v, d]   <->   embed_tokens/kernel [v, d]
 lm_head.weight                         [v, d]   <->   lm_head/kernel [d, v]
+score.weight                           [1, d]   <->   value_head/kernel [d, 1], in a …ForSequenceClassification
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import re
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+_OUTSIDE = {"lm_head": "lm_head", "value_head": "score"}
+"""The modules that are not in `model`."""
 
 # What multimodal and headless checkpoints write before the name of a text model's tensor.
 _PREFIXES = (
@@ -56,7 +59,7 @@ def modules(path: str, shape: tuple[int, ...]) -> list[str]:
     owner = path.rpartition("/")[0].replace("/", ".")
     if is_stacked(path):
         return [f"model.layers.{layer}.{owner.removeprefix('layers.')}" for layer in range(shape[0])]
-    return [owner if owner == "lm_head" else f"model.{owner}"]
+    return [_OUTSIDE.get(owner, f"model.{owner}")]
 
 
 def tensors(path: str, shape: tuple[int, ...]) -> list[str]:
@@ -74,7 +77,8 @@ def path(name: str) -> tuple[str, int | None]:
     if leaf not in ("weight", "bias") or not owner:
         raise ValueError(f"hf: {name!r} is not the name of a parameter: expected it to end in '.weight' or '.bias'")
     layer = LAYER.fullmatch(owner)
-    owner = f"layers.{layer[2]}" if layer else owner.removeprefix("model.")
+    inside = next((ours for ours, theirs in _OUTSIDE.items() if theirs == owner), owner.removeprefix("model."))
+    owner = f"layers.{layer[2]}" if layer else inside
     if leaf == "weight":
         leaf = "scale" if owner.endswith("norm") else "kernel"
     return f"{owner}.{leaf}".replace(".", "/"), int(layer[1]) if layer else None

@@ -99,6 +99,11 @@ def _model(config, init, call, head, tied, positions, segment_ids) -> Model:
     names = {"positions": positions, "segment_ids": segment_ids}
 
     def apply(params, tokens, *, positions=None, segment_ids=None, cache=None):
+        if added := sorted(set(tree.flatten(params)) - set(paths)):
+            raise ValueError(
+                f"bridge: the parameters hold {added[0]!r}, for which this module has no place: a method that adds to a layer or to the "
+                "input needs a model of ftjax.models."
+            )
         if cache is not None:
             raise ValueError("bridge: a foreign module has no key/value cache; generate with a family of ftjax.")
         if positions is None:

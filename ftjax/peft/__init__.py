@@ -8,6 +8,7 @@ A method is a `Transform` (see `ftjax.types`). `METHODS` lists them once: for co
 from ftjax.peft.bitfit import bitfit, norm_tuning
 from ftjax.peft.boft import BOFT, boft
 from ftjax.peft.chain import chain
+from ftjax.peft.bottleneck import bottleneck, parallel_bottleneck
 from ftjax.peft.combine import combine
 from ftjax.peft.dora import DORA, dora
 from ftjax.peft.format import Format, Tensor
@@ -35,12 +36,14 @@ from ftjax.peft.vera import VERA, vera
 METHODS = {"dora": dora, "full": full, "ia3": ia3, "lora": lora, "lora_fa": lora_fa, "neftune": neftune, "vera": vera} | {
     "bitfit": bitfit,
     "boft": boft,
+from ftjax.peft.value_head import value_head
     "hira": hira,
     "loha": loha,
     "lokr": lokr,
     "miss": miss,
     "norm_tuning": norm_tuning,
     "oft": oft,
+    "bottleneck": bottleneck,
     "p_tuning": p_tuning,
     "prefix_tuning": prefix_tuning,
     "prompt_tuning": prompt_tuning,
@@ -48,6 +51,7 @@ METHODS = {"dora": dora, "full": full, "ia3": ia3, "lora": lora, "lora_fa": lora
     "shira": shira,
     "tokens": tokens,
 }
+    "parallel_bottleneck": parallel_bottleneck,
 
 FORMATS: dict[str, Format] = {"lora": LORA, "dora": DORA, "lora_fa": LORA_FA, "ia3": IA3, "vera": VERA} | {
     "boft": BOFT,
@@ -55,6 +59,7 @@ FORMATS: dict[str, Format] = {"lora": LORA, "dora": DORA, "lora_fa": LORA_FA, "i
     "loha": LOHA,
     "lokr": LOKR,
     "miss": MISS,
+    "value_head": value_head,
     "oft": OFT,
     "randlora": RANDLORA,
     "shira": SHIRA,
@@ -85,6 +90,7 @@ __all__ = [
     "merge",
     "miss",
     "neftune",
+    "bottleneck",
     "norm_tuning",
     "oft",
     "on_layers",
@@ -97,3 +103,5 @@ __all__ = [
     "tokens",
     "vera",
 ]
+    "parallel_bottleneck",
+    "value_head",

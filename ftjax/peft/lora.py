@@ -85,18 +85,18 @@ def dropped(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
 
 def thin(x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
     """Return `scale * x @ a @ b`, float32 `[..., i] -> [..., o]`."""
-    return _widen(checkpoint_name(weights.dot(x, a), weights.LOW_RANK) * scale, b)
+    return widen(checkpoint_name(weights.dot(x, a), weights.LOW_RANK) * scale, b)
 
 
 def thins(x: jax.Array, ws: Sequence[Any]) -> list[jax.Array]:
     """Return `thin` of x for several weights with `a`, `b` and `scale`, the products with all A done as one."""
     low = checkpoint_name(weights.dot(x.astype(jnp.float32), jnp.concatenate([w.a for w in ws], axis=-1)), weights.LOW_RANK)
     ends = list(itertools.accumulate(w.a.shape[-1] for w in ws))
-    return [_widen(low[..., end - w.a.shape[-1] : end] * w.scale, w.b) for end, w in zip(ends, ws, strict=True)]
+    return [widen(low[..., end - w.a.shape[-1] : end] * w.scale, w.b) for end, w in zip(ends, ws, strict=True)]
 
 
 @jax.custom_vjp
-def _widen(low: jax.Array, b: jax.Array) -> jax.Array:
+def widen(low: jax.Array, b: jax.Array) -> jax.Array:
     """Return `low @ b`, `[..., r] -> [..., o]`.
 
     The gradient of b is taken as lowᵀ dy. Left to itself JAX writes (dyᵀ low)ᵀ, and XLA on a CPU then copies all of dy transposed, which
@@ -111,7 +111,7 @@ def _widen_backward(residuals: tuple[jax.Array, jax.Array], d_y: jax.Array) -> t
     return weights.dot_transposed(d_y, b), jax.lax.dot_general(low, d_y, ((rows, rows), ((), ())))
 
 
-_widen.defvjp(lambda low, b: (weights.dot(low, b), (low, b)), _widen_backward)
+widen.defvjp(lambda low, b: (weights.dot(low, b), (low, b)), _widen_backward)
 
 
 def lora(

@@ -37,8 +37,13 @@ RULES: Rules = (
     (r"(.*/)?lm_head/kernel/a[12]?", P("fsdp", None)),
     (r"(.*/)?lm_head/kernel/b[12]?", P(None, "tensor")),
     (r"(.*/)?[a-z_]*norm/scale", P()),
-    (r"(.*/)?kernel/(magnitude|inputs|outputs|lambda_[a-z]+|w[12](_[ab])?|blocks?|values|places|lambdas|gammas|skew|rows)", P()),
+    (r"(.*/)?kernel/(magnitude|inputs|outputs|lambda_[a-z]+|w[12](_[ab])?|blocks?|values|places|lambdas|gammas|skew|rows|e|ratio)", P()),
+    (r"(.*/)?layers/.*/down", P(None, "fsdp", None)),
+    (r"(.*/)?layers/.*/up", P(None, None, "fsdp")),
+    (r"(.*/)?layers/.*/(down|up)_bias", P()),
+    (r"layers/slots/(mlp|self_attn)/[^/]+", P(None, "fsdp", None)),  # what runs beside a module
     (r"(.*/)?(prompt|layers/slots/prefix)/[a-z0-9]+", P()),  # virtual tokens
+    (r"(.*/)?value_head/(kernel|bias)", P()),
     (r"([0-9]+/)?[a-z0-9_]+/[ab]", P()),  # a method's own arrays, one for all leaves
 )
 """For a stacked decoder `[L, i, o]`: q, k, v, gate and up are split by column, o and down by row (Shoeybi et al., 2019, arXiv 1909.08053,

@@ -65,7 +65,12 @@ def test_what_layers_share_and_what_a_leaf_keeps_frozen_lie_on_a_mesh_too():
         peft.shira(["v_proj"], rank=2),
         peft.oft(["o_proj"], block_size=8),
         peft.loha(["gate_proj"], rank=4),
+        peft.bottleneck(["o_proj"], width=4),
+        peft.parallel_bottleneck(["o_proj", "down_proj"], width=4),
         peft.tokens([5, 7, 120]),
+        peft.p_tuning(3, hidden_size=8),
+        peft.prefix_tuning(2, hidden_size=4),
+        peft.adalora(["up_proj"], steps=3, init_rank=4, target_rank=2),
     )
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     assert_equal(meshed.train(mesh, method, chunk_tokens=5), meshed.train(method=method))

@@ -112,3 +112,34 @@ def test_an_existing_folder_is_not_overwritten(tmp_path, model):
     with pytest.raises(FileExistsError, match="exists already"):
         export.export_model(tmp_path / "out", model, random_params(model), None)
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "precious"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_with_a_value_head_is_a_classifier_of_one_label_and_comes_back(tmp_path, tied, key):
+    model = models.build(models.config_from_hf(models.PRESETS["tiny-llama"] | {"tie_word_embeddings": tied}))
+    method = peft.value_head(init="normal")
+    params = method.attach(*method.init(key, random_params(model, jnp.bfloat16)))
+    tokens = tokenizer.byte_tokenizer()
+    out = export.export_model(tmp_path / "out", model, params, tokens)
+    assert folder.read(out).config["architectures"] == ["LlamaForSequenceClassification"]
+    assert not (out / "generation_config.json").exists() and "AutoModelForSequenceClassification" in (out / "README.md").read_text()
+    found = load.load(str(out))
+    assert set(found.params) == {"embed_tokens", "layers", "norm", "value_head"}
+    assert found.params["value_head"]["kernel"].dtype == jnp.float32
+    flat = tree.flatten(params)
+    for path, leaf in tree.flatten(found.params).items():
+        np.testing.assert_array_equal(leaf, flat[path], err_msg=path)
+    (tmp_path / "out" / "README.md").unlink()
+    export.export_model(tmp_path / "again", found.model, found.params, tokens)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_what_a_classifier_or_a_matrix_has_no_place_for_is_refused(tmp_path, model):
+    params = random_params(model)
+    head = {"kernel": jnp.ones((model.config.hidden_size, 1)), "bias": jnp.ones(1)}
+    with pytest.raises(ValueError, match="train it with bias=False"):
+        export.export_model(tmp_path / "out", model, params | {"value_head": head}, None)
+    method = peft.parallel_bottleneck()
+    with pytest.raises(ValueError, match="extra: layers/slots/mlp/parallel_bottleneck .*\n.*keep the adapter beside it"):
+        export.export_model(tmp_path / "out", model, method.attach(*method.init(jax.random.key(0), params)), None)
+    assert not list(tmp_path.iterdir())

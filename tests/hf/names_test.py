@@ -14,6 +14,7 @@ EXAMPLES = {
     "model.embed_tokens.weight": ("embed_tokens/kernel", None),
     "model.norm.weight": ("norm/scale", None),
     "lm_head.weight": ("lm_head/kernel", None),
+    "score.weight": ("value_head/kernel", None),
 }
 
 

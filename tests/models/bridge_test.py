@@ -122,3 +122,10 @@ def test_what_a_foreign_module_cannot_do_is_said(key):
 
     with pytest.raises(ValueError, match="Counting has variables beside its parameters: batch_stats"):
         bridge.from_linen(Counting())
+
+
+def test_a_foreign_module_refuses_what_it_would_not_read(key):
+    model = bridge.from_linen(LinenTransformer())
+    slots = {"slots": {"mlp": {"parallel_bottleneck": jnp.ones((1, 2, 2))}}}
+    with pytest.raises(ValueError, match="hold 'layers/slots/mlp/parallel_bottleneck', for which this module has no place"):
+        model.apply({**model.init(key), "layers": slots}, jnp.ones((1, 3), jnp.int32))
