@@ -12,6 +12,7 @@ import numpy as np
 
 from ftjax import logs
 from ftjax.checkpoint import Checkpoints, Record, improves
+from ftjax.cli.late import Late, first_step
 from ftjax.cli.stop import Stop
 from ftjax.train import Step
 from ftjax.types import Batch, Mean, Metrics, Params, TrainState
@@ -93,8 +94,8 @@ def take_steps(loop: Loop, state: TrainState, *, start: int) -> tuple[TrainState
             done += 1
             readings.add(done, metrics, batch)
             reason = _reason(loop, done)
-            evaluating = loop.evaluate is not None and _due(done, loop.evaluate_every, config.steps)
-            if reason or evaluating or _due(done, config.checkpoint.every_steps, config.steps):
+            evaluating = loop.evaluate is not None and due(done, loop.evaluate_every, config.steps)
+            if reason or evaluating or due(done, config.checkpoint.every_steps, config.steps):
                 readings.flush()
                 values = _evaluate(loop, state, done) if evaluating else {}  # before a stop too: who goes on from here does not do it
                 reason = reason or _early(loop)
@@ -121,7 +122,8 @@ def _early(loop: Loop) -> str | None:
     return EARLY if 0 < loop.config.early_stopping.patience <= loop.memory.bad_evals else None
 
 
-def _due(done: int, every: int, last: int) -> bool:
+def due(done: int, every: int, last: int) -> bool:
+    """Return whether what comes every so many steps (0: never), and at the last, comes now."""
     return done == last or (every > 0 and done % every == 0)
 
 
@@ -146,44 +148,30 @@ def _evaluate(loop: Loop, state: TrainState, done: int) -> dict[str, float]:
 def _save(loop: Loop, state: TrainState, done: int, values: Mapping[str, float], *, ending: bool) -> None:
     """Save where a checkpoint is due, where the run ends, and where it has never been better."""
     best = bool(values) and loop.memory.bad_evals == 0
-    if best or ending or _due(done, loop.config.checkpoint.every_steps, loop.config.steps):
+    if best or ending or due(done, loop.config.checkpoint.every_steps, loop.config.steps):
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         loop.checkpoints.save(state, Record(done, loop.config_json, finite, dataclasses.asdict(loop.memory)))
 
 
 class Readings:
-    """Reads the metrics of a step after the next one has been handed to the devices.
-
-    On a CPU, where the host itself computes, there is nothing to gain by that, and they are read at once.
-    """
+    """Sums up the metrics of the steps, counts those that are skipped, and reports."""
 
     def __init__(self, loop: Loop, *, late: bool | None = None):
-        self._loop = loop
-        self._late = jax.default_backend() != "cpu" if late is None else late
-        self._waiting: tuple[int, Metrics, Batch] | None = None
-        self._first = True
+        self._loop, self._late, self._first = loop, Late(self._read, late=late), True
 
     def add(self, step: int, metrics: Metrics, batch: Batch) -> None:
-        """Take the metrics of a step, still on the devices; read those of the step before."""
-        before, self._waiting = self._waiting, (step, metrics, batch)
-        if before:
-            self._read(*before)
-        if not self._late:
-            self.flush()
+        """Take the metrics of a step, still on the devices."""
+        self._late.add(step, metrics, batch)
         self._loop.terminal.advance(step)
 
     def flush(self) -> None:
         """Read what is waiting, which waits for the devices."""
-        if self._waiting:
-            waiting, self._waiting = self._waiting, None
-            self._read(*waiting)
+        self._late.flush()
 
-    def _read(self, step: int, metrics: Metrics, batch: Batch) -> None:
-        means = jax.device_get(metrics)
+    def _read(self, step: int, means: Metrics, batch: Batch) -> None:
         if self._first:
             self._first = False
-            self._loop.writers.write(step, {"run/seconds_to_first_step": logs.process_seconds()})
-            self._loop.terminal.say(f"the first step was done {logs.process_seconds():.1f} s after the process began")
+            first_step(self._loop.writers, self._loop.terminal, step)
         self._loop.meter.add(self._loop.parts * int((np.asarray(batch.segment_ids) > 0).sum()), self._loop.parts * self._loop.flops(batch))
         self._check(step, means)
         sums = self._loop.memory.sums

@@ -11,7 +11,7 @@ import jax
 
 from ftjax import data, rewards, rollout
 from ftjax.tree import nearest
-from ftjax.types import Batch, Metrics, Model, Params, TrainState
+from ftjax.types import Batch, Mean, Metrics, Model, Params, TrainState
 
 MATCHES = {"exact_match": rewards.exact_match, "numeric_match": rewards.numeric_match}
 
@@ -23,13 +23,27 @@ def evaluate(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> dict
       step: `batch -> metrics`, from `train.make_eval_step`.
       batches: global batches, already on their devices.
     """
+    return _values(_total(step, batches))
+
+
+def evaluate_each(step: Callable[[Batch], Metrics], batches: Iterable[Batch], *, count: int) -> list[dict[str, float]]:
+    """Return what `evaluate` would of each member of a sweep, from a `step` whose metrics are `[count]`."""
+    total = _total(step, batches)
+    return [_values({name: Mean(mean.total[n], mean.weight[n]) for name, mean in total.items()}) for n in range(count)]
+
+
+def _total(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> Metrics:
     total: Metrics = {}
     for batch in batches:
         found = step(batch)
         total = {name: total[name] + mean for name, mean in found.items()} if total else found
     if not total:
         raise ValueError("eval: there is no held-out batch.")
-    values = {name: mean.value() for name, mean in jax.device_get(total).items()}
+    return jax.device_get(total)
+
+
+def _values(total: Metrics) -> dict[str, float]:
+    values = {name: mean.value() for name, mean in total.items()}
     return {**values, "perplexity": math.exp(min(values.get("nll", values["loss"]), 700.0))}
 
 

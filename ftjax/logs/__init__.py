@@ -1,6 +1,6 @@
 """What a run says: to the terminal, to files, and as a picture."""
 
-from ftjax.logs.plot import loss_curve
+from ftjax.logs.plot import loss_curve, sweep_curves
 from ftjax.logs.terminal import Terminal, plan_table
 from ftjax.logs.throughput import Meter, flops_per_batch, peak_flops, peak_memory, process_seconds
 from ftjax.logs.writers import Jsonl, TensorBoard, Wandb, Writer, Writers
@@ -19,4 +19,5 @@ __all__ = [
     "peak_memory",
     "plan_table",
     "process_seconds",
+    "sweep_curves",
 ]

@@ -28,11 +28,54 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, ti
     train, held_out = _series(rows, "train/loss"), _series(rows, "eval/loss")
     if not len(train) and not len(held_out):
         raise ValueError("plot: no row has a train/loss or eval/loss; was nothing logged?")
+    figure, axes = _figure(title, subtitle)
+    _plot_series(axes, train, held_out)
+    axes.set_ylim(bottom=0)
+    _write(figure, path)
+
+
+def sweep_curves(
+    rows: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike,
+    *,
+    labels: Sequence[str],
+    best: int | None,
+    title: str,
+    subtitle: str = "",
+) -> None:
+    """Draw the losses of the members of a sweep over the steps: held out with dots, training without, the best one in orange.
+
+    What rises far above the losses at the beginning leaves the picture.
+
+    Args:
+      rows: as `writers.read_jsonl` returns them: `step` with `train/loss/0`, `eval/loss/0` and so on.
+      path: as in `loss_curve`.
+      labels: what the legend calls the members, in their order.
+      best: the index of the best.
+      title: what was trained.
+      subtitle: a line under it.
+    """
+    from matplotlib import colormaps
+
+    figure, axes = _figure(title, subtitle)
+    highest, handles = 0.0, []
+    for index, color in enumerate(colormaps["viridis"](np.linspace(0, 0.9, len(labels)))):
+        color, width = (_EVAL, 2.4) if index == best else (color, 1.2)
+        train, held_out = _series(rows, f"train/loss/{index}"), _series(rows, f"eval/loss/{index}")
+        highest = max(highest, *train[:1, 1], *held_out[:1, 1])
+        axes.plot(train[:, 0], smooth(train[:, 1]), color=color, linewidth=width / 2, alpha=0.5)
+        handles += axes.plot(held_out[:, 0], held_out[:, 1], color=color, linewidth=width, marker="o", markersize=1.5 * width)
+    axes.set_ylim(0, 1.1 * highest or None)
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8, labelcolor=_INK)
+    _write(figure, path)
+
+
+def _figure(title: str, subtitle: str) -> tuple[Any, Any]:
+    """Return a figure and its axes."""
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     figure = Figure(figsize=(7.2, 4.2), dpi=160, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    _plot_series(axes, train, held_out)
     axes.set_xlabel("step", color=_INK)
     axes.set_ylabel("loss (nats per token)", color=_INK)
     axes.grid(axis="y", color=_FAINT, linewidth=0.6, alpha=0.7)
@@ -41,9 +84,12 @@ def loss_curve(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, ti
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(_FAINT)
     axes.tick_params(colors=_INK, length=0)
-    axes.set_ylim(bottom=0)
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=26)
     axes.annotate(subtitle, (0, 1), (0, 10), xycoords="axes fraction", textcoords="offset points", fontsize=9, color=_INK)
+    return figure, axes
+
+
+def _write(figure, path: str | os.PathLike) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     epath.Path(path).write_bytes(picture.getvalue())
