@@ -1,7 +1,7 @@
 """The architecture that an adapter was trained in, as a `config.json` beside it, where that is not the base's own: a stretched RoPE.
 
 PEFT's config has no place for a RoPE, and an adapter on a model whose positions turn otherwise loads without a word and is worthless.
-Whoever uses the folder in transformers passes it on: `AutoModelForCausalLM.from_pretrained(base, config=AutoConfig.from_pretrained(folder))`.
+Who uses such a folder in transformers hands it on: `from_pretrained(BASE, config=AutoConfig.from_pretrained(FOLDER))`.
 """
 
 from __future__ import annotations

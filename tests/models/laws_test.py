@@ -78,6 +78,25 @@ def test_packing_and_shifting_positions_change_nothing(name, key):
 
 
 @both_kinds
+def test_shifted_groups_see_less_and_neither_the_future_nor_other_documents(name, key):
+    (model, params), (full, _) = model_of(name, group_tokens=4), model_of(name)
+    tokens = tokens_of(key, rows=1)
+    grouped = hidden(model, params, tokens)
+    assert np.abs(grouped - hidden(full, params, tokens))[:, 4:].max() > 0.01
+    np.testing.assert_allclose(hidden(model, params, tokens.at[:, 15:].add(1))[:, :15], grouped[:, :15], **CLOSE)
+    positions = jnp.concatenate([jnp.arange(9), jnp.arange(11)])[None]
+    segments = jnp.concatenate([jnp.ones(9, jnp.int32), jnp.full(11, 2, jnp.int32)])[None]
+    alone = jnp.concatenate([hidden(model, params, tokens[:, :9]), hidden(model, params, tokens[:, 9:])], axis=1)
+    np.testing.assert_allclose(hidden(model, params, tokens, positions=positions, segment_ids=segments), alone, **CLOSE)
+
+
+@both_kinds
+def test_groups_twice_as_long_as_the_row_are_none(name, key):
+    (model, params), (full, _) = model_of(name, group_tokens=2 * T), model_of(name)
+    np.testing.assert_allclose(hidden(model, params, tokens_of(key)), hidden(full, params, tokens_of(key)), **CLOSE)
+
+
+@both_kinds
 def test_scanned_equals_unrolled(name, key):
     tokens = tokens_of(key)
     (scanned, params), (unrolled, _) = model_of(name), model_of(name, scan=False)
@@ -197,5 +216,10 @@ def test_an_unknown_option_names_the_nearest():
         models.build(config, remat="ful")
     with pytest.raises(ValueError, match="no attention 'block'; nearest: 'blocked"):
         models.build(config, attention="block")
+    with pytest.raises(ValueError, match="group_tokens must be a positive even number, .* not 7"):
+        models.build(config, group_tokens=7)
+    model, params = model_of("tiny-llama", group_tokens=4)
+    with pytest.raises(ValueError, match="a prompt or a prefix is in no group"):
+        model.apply({**params, "prompt": {"embedding": jnp.ones((2, 32))}}, jnp.ones((1, 8), jnp.int32))
     with pytest.raises(ValueError, match="head_dim 7 is odd"):
         models.build(dataclasses.replace(config, head_dim=7))
