@@ -4,10 +4,19 @@
     python third_party/transformers/check_classifier.py check DIR     # with torch and transformers: logits of ours; saves them again
     python third_party/transformers/check_classifier.py read DIR      # with ftjax: values of theirs
 
-Both checks print the largest difference at the last token of each row, relative to the largest value, rows of unequal length padded.
+Both print the largest difference at the last token of each row, relative to the largest value, rows of unequal length padded.
 
-They printed:
+The first printed
 
+    transformers 5.23.0, torch 2.13.0+cpu, float32
+    tiny-gemma2    9.9e-07
+    tiny-gemma3    2.2e-07
+    tiny-llama     4.1e-07
+    tiny-mistral   3.8e-07
+    tiny-qwen2     2.7e-07
+    tiny-qwen3     1.2e-06
+
+and the second 0.0e+00 for all.
 """
 
 import pathlib
