@@ -101,6 +101,6 @@ def _tensor(path: Path, file: Any, name: str) -> LazyTensor:
         raise ValueError(f"hf: {path}: tensor {name!r} has dtype {view.get_dtype()}; expected one of {sorted(_DTYPES)}")
 
     def fetch(index: Index) -> np.ndarray:
-        return view[index] if index else file.get_tensor(name)
+        return view[index] if index and 0 not in view.get_shape() else file.get_tensor(name)[index]
 
     return LazyTensor(tuple(view.get_shape()), _DTYPES[view.get_dtype()], fetch)

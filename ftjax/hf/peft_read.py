@@ -104,6 +104,7 @@ def leaves_and_options(parts: Parts, config: Mapping[str, Any], leaves: Mapping[
     options |= {option: read(config) for option, read in form.reads.items()}
     for option in form.patterns:
         options[PATTERNS[option]] = {}
+    least = {axis: options[option] for axis, option in form.at_least.items()}
     for path, layers in parts.layers.items():
         shape = leaves[path].shape
         local = {module: {o: _value(form, config, o, module) for o in PATTERNS if o in form.options} for module in layers}
@@ -112,7 +113,7 @@ def leaves_and_options(parts: Parts, config: Mapping[str, Any], leaves: Mapping[
         if form.scale is not None:
             scale = {module: form.scale(values["rank"], values["alpha"], options) for module, values in local.items()}
             scales = {module: scale[module] / scale[first] for module in layers}
-        for field, value in tensors.stack(path, shape, layers, form, scales).items():
+        for field, value in tensors.stack(path, shape, layers, form, scales, least=least).items():
             arrays[f"{path}/{field}"] = value
         for option in form.patterns:
             if local[first][option] != options[option]:

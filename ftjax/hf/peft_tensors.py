@@ -126,11 +126,14 @@ def shown(tensor: Tensor, sizes: Mapping[str, int]) -> str:
     return "[" + ", ".join(letter if letter.isdigit() else str(sizes.get(letter, "?")) for letter in tensor.axes.split("->")[1]) + "]"
 
 
-def stack(path: str, shape: Shape, layers: Mapping[str, Found], form: Format, scales: Mapping[str, float]) -> dict[str, np.ndarray]:
+def stack(
+    path: str, shape: Shape, layers: Mapping[str, Found], form: Format, scales: Mapping[str, float], *, least: Mapping[str, int] = {}
+) -> dict[str, np.ndarray]:
     """Return the arrays of one leaf by field from `{module: {field: tensor}}`.
 
-    A layer without an adapter gets the value that changes nothing. Where the method allows it, shorter ranks are padded with zeros, and
-    the field `scaled` takes up what the scale of a module is to the leaf's (that of `leader`).
+    A layer without an adapter gets the value that changes nothing. Where the method allows it, shorter ranks are padded with zeros (and
+    all to the sizes of `least`, by axis), and the field `scaled` takes up what the scale of a module is to the leaf's (that of
+    `leader`).
 
     Raises:
       ValueError: the layers cannot be one leaf.
@@ -145,6 +148,8 @@ def stack(path: str, shape: Shape, layers: Mapping[str, Found], form: Format, sc
         values = {m: tensor.turn[1](array, *shape[-2:]) if tensor.turn else ours(array, tensor.axes) for m, array in read.items()}
         _check_stackable(path, field, values, form, absent=len(modules) - len(values))
         largest = [max(sizes) for sizes in zip(*(value.shape for value in values.values()), strict=True)]
+        if least:
+            largest = [max(size, least.get(axis, 0)) for size, axis in zip(largest, tensor.axes.split("->")[0], strict=True)]
         dtype = np.float32 if tensor.trained else next(iter(values.values())).dtype
         whole = np.full((len(modules), *largest), tensor.neutral or 0, dtype)
         for layer, module in enumerate(modules):

@@ -88,5 +88,7 @@ class Format(NamedTuple):
     scaled: str = ""
     """The field that takes up the quotient where layers of one stacked leaf differ in rank or alpha. It says also that zeros along `r`
     leave the product as it is, so such layers are padded. Empty: such a file is refused."""
+    at_least: Mapping[str, str] = {}
+    """`{axis: our option}`: an axis of which a file may hold less than the option says, because PEFT drops what is zero; it is padded."""
     shared: Mapping[str, Tensor] = {}
     """By field at the root of the method's frozen arrays, tensors that stand once in a file."""

@@ -41,6 +41,12 @@ ADAPTERS = {
     ),
     "boft": peft.BOFTConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], boft_block_size=4),
     "randlora": peft.RandLoraConfig(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], r=6, randlora_alpha=12),
+    "adalora": peft.AdaLoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_r=3, target_r=2, lora_alpha=6, total_step=50
+    ),
+    "adalora_pruned": peft.AdaLoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_r=3, target_r=2, total_step=50
+    ),
     "shira": peft.ShiraConfig(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], r=2, random_seed=7),
     "vera_drawn": peft.VeraConfig(
         task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=5, save_projection=False, projection_prng_key=3
@@ -55,6 +61,18 @@ def targets(model):
     return {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
 
 
+def prune(model):
+    """Take some triplets out as PEFT's allocator does: zero, and not in the file. One module loses all."""
+    names = sorted(name for name, _ in model.named_parameters() if "lora_E" in name)
+    pattern = {name.removeprefix("base_model.model."): [n % 3 == 0, n % 2 == 1, n > 3] for n, name in enumerate(names)}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_E" in name:
+                kept = torch.tensor(pattern[name.removeprefix("base_model.model.")])[:, None]
+                parameter.masked_fill_(~kept, 0.0)
+    model.peft_config["default"].rank_pattern = pattern
+
+
 def make(name, config):
     torch.manual_seed(0)
     base = transformers.LlamaForCausalLM.from_pretrained(GOLDENS / "base", attn_implementation="eager").float().eval()
@@ -63,6 +81,8 @@ def make(name, config):
     with torch.no_grad():
         for parameter in trained.values():
             parameter.add_(0.2 * torch.randn_like(parameter))
+    if name == "adalora_pruned":
+        prune(model)
     folder = GOLDENS / name
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder, save_embedding_layers=False)
