@@ -13,6 +13,7 @@ def sft() -> ConfigDict:
     config.seed = 0
     config.steps = 1000
     config.algorithm = "sft"
+    config.sweep = text("")  # runs side by side: "optimizer.learning_rate=1e-4,3e-4 seed=0,1"; see ftjax.cli.members
 
     config.model = ConfigDict()
     config.model.name = "smollm2-135m-instruct"  # a folder, a .gguf file, gs://…, a hub id, or a model of ftjax.hub.WHEELS
@@ -20,8 +21,11 @@ def sft() -> ConfigDict:
     config.model.remat = "elementwise"  # what the backward pass computes again to save memory: none, elementwise, full
     config.model.preset = "smollm2-135m"  # its architecture in ftjax.models.PRESETS, for building without a download
     config.model.random = False  # random weights in that architecture
+    config.model.rope = rope()
+    config.model.group_tokens = 0  # of S², LongLoRA: training, and it alone, attends within shifted groups of so many tokens; 0: to all
     config.tokenizer = ""  # empty: the model's; "bytes": one token a byte
 
+    config.calibration = ConfigDict({"batches": 8})  # of the training, that an init "eva", "corda" or "lora_ga" looks at before it
     config.methods = ("lora",)  # applied in this order; each reads the block of its name
     config.lora = lora()
     config.dora = lora()
@@ -38,14 +42,21 @@ def sft() -> ConfigDict:
     config.randlora = rider(rank=32, alpha=640.0, bases="uniform", seed=0)
     config.oft = rider(block_size=32, neumann_terms=0, share=False)
     config.boft = rider(block_size=4, factors=1)
+    config.adalora = rider(init_rank=24, target_rank=16, alpha=32.0, dropout=0.0, orthogonality_coef=0.1, **budget())
+    config.delta_lora = lora()
+    config.delta_lora.update({"ratio": 2.0, "start_steps": 0})
+    del config.delta_lora.dropout  # it has none
+    config.relora = lora()
+    config.relora.update({"every_steps": 1000, "restarts": 1, "warmup_steps": 10, "prune": "magnitude", "prune_ratio": 0.9, "seed": 0})
+    config.bottleneck = rider(("o_proj", "down_proj"), **bottleneck("gelu", 1.0))
+    config.parallel_bottleneck = rider(("down_proj",), **bottleneck("relu", 4.0))
     config.prompt_tuning = ConfigDict({"num_tokens": 20, "init": text("vocabulary")})
     config.p_tuning = ConfigDict({"num_tokens": 20, "hidden_size": 128})
     config.prefix_tuning = ConfigDict({"num_tokens": 20, "hidden_size": config_dict.placeholder(int), "init": "random"})
     config.bitfit = ConfigDict({"targets": text(r"(.*/)?bias"), "exclude": config_dict.placeholder(object)})
-    config.bottleneck = rider(("o_proj", "down_proj"), **bottleneck("gelu", 1.0))
-    config.parallel_bottleneck = rider(("down_proj",), **bottleneck("relu", 4.0))
     config.norm_tuning = ConfigDict({"targets": text("norms"), "exclude": config_dict.placeholder(object)})
     config.tokens = ConfigDict({"ids": text(()), "targets": text("embed_tokens/kernel")})
+    config.value_head = ConfigDict({"init": "zeros", "bias": True, "reads": "norm/scale"})
 
     config.loss = ConfigDict({"label_smoothing": 0.0})
     config.data = data()
@@ -56,7 +67,6 @@ def sft() -> ConfigDict:
     config.eval.batches = 8  # of the held-out data, for loss, perplexity and accuracy; 0: all
     config.eval.generate = ConfigDict()
     config.eval.generate.examples = 0  # held-out prompts that are completed before and after training, and compared; 0: none
-    config.value_head = ConfigDict({"init": "zeros", "bias": True, "reads": "norm/scale"})
     config.eval.generate.max_tokens = 64
     config.eval.generate.batch_size = 32
     config.eval.generate.metric = "exact_match"  # or "numeric_match": the last number counts
@@ -79,6 +89,18 @@ def sft() -> ConfigDict:
     return config
 
 
+def rope() -> ConfigDict:
+    """Another RoPE than the model's own, for a longer context: see `ftjax.models.stretch`."""
+    config = ConfigDict()
+    config.rope_type = ""  # empty: the model's own; "linear" (position interpolation) or "yarn"
+    config.factor = config_dict.placeholder(float)  # how many times longer the context becomes
+    config.original_max_position_embeddings = config_dict.placeholder(int)  # the context that is stretched; empty: the model's
+    config.attention_factor = config_dict.placeholder(float)  # of yarn, as its two bounds; empty: 0.1 ln(factor) + 1
+    config.beta_fast = config_dict.placeholder(float)
+    config.beta_slow = config_dict.placeholder(float)
+    return config
+
+
 def text(value: str) -> config_dict.FieldReference:
     """Return a field that may hold a string or, later, a list of module names."""
     return config_dict.FieldReference(value, field_type=object)
@@ -93,9 +115,10 @@ def lora(rank: int = 16, alpha: float = 32.0) -> ConfigDict:
     config.alpha = alpha
     config.dropout = 0.0
     config.rslora = False
-    config.init = "uniform"
+    config.init = "uniform"  # see ftjax.peft.inits; lora has also those of the weight (pissa, olora) and of the data (eva, corda, lora_ga)
     config.rank_pattern = config_dict.placeholder(object)
     config.alpha_pattern = config_dict.placeholder(object)
+    config.layers = config_dict.placeholder(object)  # indices, "first n" or "last n"; empty: all
     return config
 
 
@@ -107,6 +130,17 @@ def rider(targets="all-linear", **options) -> ConfigDict:
     config.layers = config_dict.placeholder(object)  # indices, "first n" or "last n"; empty: all
     config.update(options)
     return config
+
+
+def bottleneck(activation: str, scale: float) -> dict:
+    """The fields of a bottleneck adapter: see `ftjax.peft.bottleneck`."""
+    return {"reduction": 16, "width": config_dict.placeholder(int), "activation": activation, "scale": scale}
+
+
+def budget() -> dict:
+    """When AdaLoRA prunes: see `ftjax.peft.adalora`."""
+    steps = {"warmup_steps": 0, "final_steps": 0, "every_steps": 1, "beta1": 0.85, "beta2": 0.85}
+    return {"steps": config_dict.placeholder(int), **steps}  # the first empty: the steps of the run
 
 
 def data() -> ConfigDict:
@@ -132,13 +166,6 @@ def source(
     """One data set: a file, a folder, a hub id, or `tasks:NAME` (generated by ftjax).
 
     Args:
-def bottleneck(activation: str, scale: float) -> dict:
-    """The fields of a bottleneck adapter: see `ftjax.peft.bottleneck`."""
-    return {"reduction": 16, "width": config_dict.placeholder(int), "activation": activation, "scale": scale}
-
-
-
-
       path: where it is.
       format: messages, prompt_completion, alpaca, sharegpt, self_instruct, question_answer, text; "auto" tells it from the columns.
       split: the part, perhaps a slice of it: "train[:95%]".
@@ -184,14 +211,16 @@ def finish(config: ConfigDict, arg: str, *, tiny: str) -> ConfigDict:
 
 def _shrink(config: ConfigDict, tiny: str) -> None:
     config.steps = 4
-    config.model.update({"preset": tiny, "random": True, "dtype": "float32"})
+    config.model.update({"preset": tiny, "random": True, "dtype": "float32", "group_tokens": 32 if config.model.group_tokens else 0})
     config.tokenizer = "bytes"
     config.data.update({"max_tokens": 128, "batch_size": 4, "accumulation": min(2, config.data.accumulation)})
     for sources, split in ((config.data.sources, "train[:64]"), (config.data.eval_sources, "test[:8]")):
         for one in sources.values():
             one.update({"path": "tasks:compare", "format": "auto", "split": split, "name": "", "columns": None, "end_marker": ""})
-    for block in (config.lora, config.dora, config.lora_fa):
+    for block in (config.lora, config.dora, config.lora_fa, config.delta_lora, config.relora):
         block.update({"rank": 4, "alpha": 8.0})
+    config.adalora.update({"init_rank": 4, "target_rank": 2})
+    config.relora.every_steps = 2
     config.optimizer.warmup_steps = 1
     config.eval.update({"every_steps": 2, "batches": 1, "samples": min(2, config.eval.samples)})
     config.eval.generate.update({"examples": min(2, config.eval.generate.examples), "max_tokens": 4, "batch_size": 2})

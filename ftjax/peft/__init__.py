@@ -5,11 +5,13 @@ A method is a `Transform` (see `ftjax.types`). `METHODS` lists them once: for co
 `ftjax.hf.peft` reads and writes by them.
 """
 
+from ftjax.peft.adalora import ADALORA, adalora
 from ftjax.peft.bitfit import bitfit, norm_tuning
 from ftjax.peft.boft import BOFT, boft
-from ftjax.peft.chain import chain
 from ftjax.peft.bottleneck import bottleneck, parallel_bottleneck
+from ftjax.peft.chain import chain
 from ftjax.peft.combine import combine
+from ftjax.peft.delta_lora import DELTA_LORA, delta_lora
 from ftjax.peft.dora import DORA, dora
 from ftjax.peft.format import Format, Tensor
 from ftjax.peft.full import full
@@ -18,50 +20,59 @@ from ftjax.peft.ia3 import IA3, ia3
 from ftjax.peft.layers import on_layers
 from ftjax.peft.loha import LOHA, loha
 from ftjax.peft.lokr import LOKR, lokr
-from ftjax.peft.lora import LORA, lora, plain
+from ftjax.peft.lora import LORA, lora
 from ftjax.peft.lora_fa import LORA_FA, lora_fa
 from ftjax.peft.merge import merge
 from ftjax.peft.miss import MISS, miss
+from ftjax.peft.mixed import assign_rows, mixed, row_indices, stack_adapters
 from ftjax.peft.neftune import neftune
 from ftjax.peft.oft import OFT, oft
 from ftjax.peft.p_tuning import P_TUNING, p_tuning
+from ftjax.peft.plain import plain
 from ftjax.peft.prefix_tuning import PREFIX_TUNING, prefix_tuning
 from ftjax.peft.prompt_tuning import PROMPT_TUNING, prompt_tuning
 from ftjax.peft.randlora import RANDLORA, randlora
+from ftjax.peft.relora import RELORA, relora
 from ftjax.peft.shira import SHIRA, shira
 from ftjax.peft.soft_prompt import SoftPrompt
 from ftjax.peft.tokens import tokens
+from ftjax.peft.value_head import value_head
 from ftjax.peft.vera import VERA, vera
 
 METHODS = {"dora": dora, "full": full, "ia3": ia3, "lora": lora, "lora_fa": lora_fa, "neftune": neftune, "vera": vera} | {
+    "adalora": adalora,
     "bitfit": bitfit,
     "boft": boft,
-from ftjax.peft.value_head import value_head
+    "bottleneck": bottleneck,
+    "delta_lora": delta_lora,
     "hira": hira,
     "loha": loha,
     "lokr": lokr,
     "miss": miss,
     "norm_tuning": norm_tuning,
     "oft": oft,
-    "bottleneck": bottleneck,
+    "parallel_bottleneck": parallel_bottleneck,
     "p_tuning": p_tuning,
     "prefix_tuning": prefix_tuning,
     "prompt_tuning": prompt_tuning,
     "randlora": randlora,
+    "relora": relora,
     "shira": shira,
     "tokens": tokens,
+    "value_head": value_head,
 }
-    "parallel_bottleneck": parallel_bottleneck,
 
 FORMATS: dict[str, Format] = {"lora": LORA, "dora": DORA, "lora_fa": LORA_FA, "ia3": IA3, "vera": VERA} | {
+    "adalora": ADALORA,
     "boft": BOFT,
+    "delta_lora": DELTA_LORA,
     "hira": HIRA,
     "loha": LOHA,
     "lokr": LOKR,
     "miss": MISS,
-    "value_head": value_head,
     "oft": OFT,
     "randlora": RANDLORA,
+    "relora": RELORA,
     "shira": SHIRA,
 }
 
@@ -75,10 +86,14 @@ __all__ = [
     "Format",
     "SoftPrompt",
     "Tensor",
+    "adalora",
+    "assign_rows",
     "bitfit",
     "boft",
+    "bottleneck",
     "chain",
     "combine",
+    "delta_lora",
     "dora",
     "full",
     "hira",
@@ -89,19 +104,22 @@ __all__ = [
     "lora_fa",
     "merge",
     "miss",
+    "mixed",
     "neftune",
-    "bottleneck",
     "norm_tuning",
     "oft",
     "on_layers",
+    "parallel_bottleneck",
     "p_tuning",
     "plain",
     "prefix_tuning",
     "prompt_tuning",
     "randlora",
+    "relora",
+    "row_indices",
     "shira",
+    "stack_adapters",
     "tokens",
+    "value_head",
     "vera",
 ]
-    "parallel_bottleneck",
-    "value_head",
