@@ -104,6 +104,7 @@ def from_flags(flags: absl_flags.FlagValues) -> Setting:
     source = {"path": flags.data, "format": flags.format, "split": flags.split}
     variables = runtime.json_object("template_variables", flags.template_variables)
     examples = list(data.read(source))  # before the model: a bad row should not have to wait for it
+    pretrained.only_folder(flags.adapter)
     adapted = pretrained.load(flags)
     encoder = data.make_encoder(adapted.tokenizer, max_tokens=flags.row_tokens, template=flags.template, template_variables=variables)
     loader, _ = data.load({"data": source}, encoder, batch_size=8, shuffle=False)
@@ -130,7 +131,7 @@ def from_config(flags: absl_flags.FlagValues) -> Setting:
         config.model.update({"name": flags.model, "random": False})
     mesh = build.mesh(config)
     loaded = build.model(config, mesh)
-    folder = pretrained.adapter_folder(flags.adapter) if flags.adapter else None
+    folder = pretrained.only_folder(flags.adapter)
     encoder = build.encoder(config, pretrained.tokenizer(folder, loaded.model, base=loaded.tokenizer))
     loader, _ = build.loader(config, encoder, mesh, held_out=True)
     asked = config.eval.generate

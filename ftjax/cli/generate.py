@@ -3,11 +3,13 @@
   ftjax generate --prompt="Why is the sky blue?"                                streams to the terminal
   ftjax generate --prompts=questions.txt --output=answers.jsonl                 one object a line: prompt and completion
   ftjax generate --adapter=runs/quickstart                                      a chat; /reset forgets, /exit or Ctrl-D ends
+  ftjax generate --adapter=a=DIR --adapter=b=DIR --prompts=rows.jsonl            each row by the adapter that its column `adapter` names
 
 A file of prompts is .txt (one a line), or .jsonl, .json, .csv or .parquet with a column `prompt` (a text or a list of messages),
 `messages`, `question`, or the columns of another format that `ftjax train` reads; an answer at the end is left out. A text is sent as a
-user's message where the model has a chat template, and continued as it is with --raw. Lines go to FILE.partial as they are finished, and
-that becomes FILE when all are there.
+user's message where the model has a chat template, and continued as it is with --raw. Rows of one batch may have different
+adapters; a row without one, or with null, is completed by the model itself. Lines go to FILE.partial as they are finished, and that becomes
+FILE when all are there.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,21 +27,23 @@ import jax
 from absl import flags as absl_flags
 from etils import epath
 
-from ftjax import data, rollout
+from ftjax import data, peft, rollout
 from ftjax.cli import pretrained, runtime
 from ftjax.cli.pretrained import Adapted
 from ftjax.data.sources import open_file
+from ftjax.tree import nearest
 
 WINDOW_BATCHES = 8
 """Batches between two writes of the output: within them prompts are sorted by length."""
 
 
 class Asked(NamedTuple):
-    """A prompt as the file has it, what the model is given, and where it stands."""
+    """A prompt as the file has it, what the model is given, where it stands, and the name of its adapter."""
 
     shown: Any
     prompt: rollout.Prompt
     where: str
+    adapter: str | None = None
 
 
 def define_flags(flags: absl_flags.FlagValues, argv: Sequence[str]) -> None:
@@ -74,16 +78,18 @@ def main(flags: absl_flags.FlagValues) -> None:
         runtime.local_path("output", flags.output)
     _sampling(flags)  # a wrong setting should not have to wait for the model
     asked = _asked(flags)
+    _check_adapters(asked, flags)
     variables = runtime.json_object("template_variables", flags.template_variables)
     runtime.start(flags)
     adapted = pretrained.load(flags)
     encoder = rollout.Encoder(adapted.model, adapted.tokenizer, template_variables=variables)
+    encoders = {name: rollout.Encoder(adapted.model, one, template_variables=variables) for name, one in adapted.tokenizers.items()}
     if chatting:
         chat(adapted, encoder, flags)
     elif flags.prompts is None and not flags.output:
         say(adapted, encoder, _wrapped(flags.prompt, encoder, flags), flags)
     else:
-        complete(adapted, encoder, asked, flags)
+        complete(adapted, {None: encoder, **encoders}, asked, flags)
 
 
 def read_prompts(path: str) -> list[Asked]:
@@ -100,29 +106,58 @@ def read_prompts(path: str) -> list[Asked]:
         asked = [Asked(line, line, f"{path}:{at}") for at, line in enumerate(lines, 1) if line.strip()]
     else:
         source = open_file(epath.Path(path))
-        asked = [_from_row(source.read(at), source.where(at)) for at in range(source.size)]
+        rows = ((source.read(at), source.where(at)) for at in range(source.size))
+        asked = [_from_row(row, where)._replace(adapter=row.get("adapter") or None) for row, where in rows]
     if not asked:
         raise ValueError(f"--prompts: {path} holds no prompt.")
     return asked
 
 
-def complete(adapted: Adapted, encoder: rollout.Encoder, asked: Sequence[Asked], flags: absl_flags.FlagValues) -> None:
+def complete(
+    adapted: Adapted, encoders: Mapping[str | None, rollout.Encoder], asked: Sequence[Asked], flags: absl_flags.FlagValues
+) -> None:
     """Complete many prompts and write a line for each, in their order."""
-    encoded = [_encoded(encoder, one, flags) for one in asked]
+    tokenizer = _common_tokenizer({one.adapter: encoders[one.adapter] for one in asked})
+    encoded = [_encoded(encoders[one.adapter], one, flags) for one in asked]
+    adapters = peft.row_indices([one.adapter for one in asked], adapted.tokenizers) if adapted.tokenizers else None
     keys = jax.random.split(jax.random.key(flags.seed), len(encoded))
     size, began, done = WINDOW_BATCHES * flags.batch_size, time.monotonic(), 0
     with _lines(flags.output) as write:
         for first in range(0, len(encoded), size):
             window = slice(first, first + size)
             texts = rollout.generate_text(
-                adapted.model, adapted.params, adapted.tokenizer, encoded[window], max_tokens=flags.max_tokens,
+                adapted.model, adapted.params, tokenizer, encoded[window], max_tokens=flags.max_tokens,
                 temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, min_p=flags.min_p, key=keys[window],
-                batch_size=flags.batch_size, stop=flags.stop,
+                batch_size=flags.batch_size, stop=flags.stop, adapters=adapters and adapters[window],
             )  # fmt: skip
             for one, text in zip(asked[window], texts, strict=True):
-                write({"prompt": one.shown, "completion": text})
+                write({"prompt": one.shown, **({"adapter": one.adapter} if adapters else {}), "completion": text})
             done += len(texts)
             print(f"{done:,} of {len(asked):,} prompts, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+
+
+def _check_adapters(asked: Sequence[Asked], flags: absl_flags.FlagValues) -> None:
+    """Refuse named adapters without rows that could name them, and rows that name one which is not there."""
+    names = [name for name in pretrained.adapter_folders(flags.adapter) if name]
+    if names and flags.prompts is None:
+        raise ValueError("generate: adapters with names are for --prompts, whose rows choose; give --adapter=FOLDER here.")
+    for one in asked:
+        if one.adapter is not None and one.adapter not in names:
+            raise ValueError(
+                f"{one.where}: there is no adapter {one.adapter!r}; nearest: {nearest(str(one.adapter), names)}. Add --adapter=NAME=FOLDER."
+            )
+
+
+def _common_tokenizer(encoders: Mapping[str | None, rollout.Encoder]) -> Any:
+    """Return the tokenizer that reads all completions; adapters with other tokens than others cannot share a batch with them."""
+    first, *others = encoders
+    for name in others:
+        one, other = encoders[first], encoders[name]
+        if one.eos_ids != other.eos_ids or one.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+            raise ValueError(
+                f"generate: adapters {first!r} and {name!r} have other tokens or ends of a turn (None is the model); run them one by one."
+            )
+    return encoders[first].tokenizer
 
 
 def say(adapted: Adapted, encoder: rollout.Encoder, prompt: rollout.Prompt, flags: absl_flags.FlagValues, *, turn: int = 0) -> str:

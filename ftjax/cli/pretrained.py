@@ -1,22 +1,30 @@
-"""A model by name and an adapter on it, unmerged: what `generate` and `eval` begin with."""
+"""A model by name and an adapter on it, or several that have names, unmerged: what `generate` and `eval` begin with."""
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
 
-from ftjax import hub
+from ftjax import hub, peft
 from ftjax.cli import build, runtime
+from ftjax.hf import adapter as hf_adapter
+from ftjax.hf import architecture
 from ftjax.hf import load as hf_load
 from ftjax.hf import peft as hf_peft
 from ftjax.hf import tokenizer as hf_tokenizer
 from ftjax.hf.folder import read_json
+from ftjax.models import Config
 from ftjax.types import Model, Params
 
 DEFAULT = "smollm2-135m-instruct"
+CONFIGS = (hf_peft.CONFIG, hf_adapter.CONFIG)
+"""Either of which makes a folder an adapter."""
 
 
 class Adapted(NamedTuple):
@@ -24,10 +32,13 @@ class Adapted(NamedTuple):
 
     model: Model
     params: Params
+    """Those of `peft.stack_adapters` where adapters have names."""
     tokenizer: object
     name: str
     adapter: str
     """The adapter's folder, or nothing."""
+    tokenizers: Mapping[str, Any] = {}
+    """The tokenizer of each adapter that has a name, in the order of the stack."""
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -35,31 +46,49 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_string(
         "model", "", f"a folder, a .gguf file, a hub id or a known name (default: the adapter's base, else {DEFAULT})", flags
     )
-    absl_flags.DEFINE_string("adapter", "", "a PEFT folder, or the workdir of `ftjax train`", flags)
+    about = "a PEFT folder, or the workdir of `ftjax train`; for rows that choose, several as NAME=FOLDER (`generate --prompts` alone)"
+    absl_flags.DEFINE_multi_string("adapter", [], about, flags)
     absl_flags.DEFINE_string("dtype", "auto", "of the weights: float32, bfloat16, or auto for the faster one here", flags)
 
 
 def load(flags: absl_flags.FlagValues) -> Adapted:
-    """Return the model that the flags name, the adapter on it.
+    """Return the model that the flags name, the adapter on it, or the adapters that have names beside each other.
 
     Raises:
-      ValueError: the model is unknown, or the adapter belongs to another base.
-      FileNotFoundError: the adapter's folder holds none.
+      ValueError: the model is unknown, or an adapter belongs to another base.
+      FileNotFoundError: an adapter's folder holds none.
     """
-    folder = adapter_folder(flags.adapter) if flags.adapter else None
-    base = base_name(folder, default=flags.model or DEFAULT) if folder else DEFAULT
-    name = flags.model or base
-    if folder and name != base:  # the same model may go by many names, so this is no error
-        print(f"note: the adapter {folder} names {base!r} as its base and is put on {name!r}", file=sys.stderr)
-    found = hf_load.load(name, dtype=build.dtype(flags.dtype))
-    params = attach(found.model, found.params, folder)
-    return Adapted(found.model, params, tokenizer(folder, found.model, base=found.tokenizer), name, str(folder or ""))
+    folders = adapter_folders(flags.adapter)
+    bases = {folder: base_name(folder, default=flags.model or DEFAULT) for folder in folders.values()}
+    name = flags.model or next(iter(bases.values()), DEFAULT)
+    for folder, base in bases.items():
+        if base != name:  # the same model may go by many names, so this is no error
+            print(f"note: the adapter {folder} names {base!r} as its base and is put on {name!r}", file=sys.stderr)
+    found = hf_load.load(name, dtype=build.dtype(flags.dtype), change=partial(trained_in, list(folders.values())))
+    if set(folders) <= {""}:
+        folder = folders.get("")
+        params = attach(found.model, found.params, folder)
+        return Adapted(found.model, params, tokenizer(folder, found.model, base=found.tokenizer), name, str(folder or ""))
+    stacked = peft.stack_adapters(found.params, {name: attach(found.model, found.params, folder) for name, folder in folders.items()})
+    tokenizers = {name: tokenizer(folder, found.model, base=found.tokenizer) for name, folder in folders.items()}
+    return Adapted(found.model, stacked, found.tokenizer, name, ", ".join(folders), tokenizers)
+
+
+def trained_in(folders: Sequence[Path], config: Config) -> Config:
+    """Return a base's architecture as the adapters of some folders were trained in it."""
+    found = {folder: architecture.trained_in(folder, config) for folder in folders}
+    if len(set(found.values())) > 1:
+        names = ", ".join(map(str, folders))
+        raise ValueError(f"--adapter: {names} were trained with different RoPEs, and a model has one: use them one by one.")
+    return next(iter(found.values()), config)
 
 
 def attach(model: Model, params: Params, folder: Path | None) -> Params:
     """Return the parameters with the adapter of a folder on them, dropout off; the same parameters without one."""
     if folder is None:
         return params
+    if (folder / hf_adapter.CONFIG).is_file():
+        return hf_adapter.load_adapter(folder, model).attach(params)
     adapter = hf_peft.load_adapter(folder, model)
     return adapter.method.attach(adapter.join(params), adapter.trainable)
 
@@ -78,17 +107,40 @@ def tokenizer(folder: Path | None, model: Model, *, base: Any) -> Any:
 
 def base_name(folder: Path, *, default: str = DEFAULT) -> str:
     """Return the model that an adapter says it belongs to, the registry's copy if there is one; `default` if it says nothing."""
-    name = read_json(folder / hf_peft.CONFIG).get("base_model_name_or_path") or default
+    config = next(folder / name for name in CONFIGS if (folder / name).is_file())
+    name = read_json(config).get("base_model_name_or_path") or default
     known = name.rsplit("/", 1)[-1].lower()
     return known if known in hub.WHEELS and not Path(name).exists() else name
+
+
+def adapter_folders(given: Sequence[str]) -> dict[str, Path]:
+    """Return `{name: PEFT folder}` of what `--adapter` was given: one without a name, or any number of `NAME=FOLDER`."""
+    folders: dict[str, Path] = {}
+    for value in filter(None, given):
+        named = re.fullmatch(r"([\w.-]+)=(.+)", value)
+        name, place = named.groups() if named and not Path(value).exists() else ("", value)
+        if name in folders:
+            raise ValueError(f"--adapter: {value!r} is a second one {f'named {name!r}' if name else 'without a name'}; write NAME=FOLDER.")
+        folders[name] = adapter_folder(place)
+    if "" in folders and len(folders) > 1:
+        raise ValueError("--adapter: where there are several, each needs a name, as in --adapter=NAME=FOLDER.")
+    return folders
+
+
+def only_folder(given: Sequence[str]) -> Path | None:
+    """Return the PEFT folder of the one adapter that `--adapter` was given, or None."""
+    folders = adapter_folders(given)
+    if set(folders) - {""}:
+        raise ValueError("--adapter: one folder without a name is expected here.")
+    return folders.get("")
 
 
 def adapter_folder(name: str) -> Path:
     """Return the PEFT folder that is meant: `name` itself, or `adapter/` in it if it is a workdir."""
     folder = runtime.local_path("adapter", name)
     for choice in (folder, folder / "adapter"):
-        if (choice / hf_peft.CONFIG).is_file():
+        if any((choice / name).is_file() for name in CONFIGS):
             return choice
     if not folder.is_dir():
         raise FileNotFoundError(f"--adapter: there is no folder {name!r}.")
-    raise FileNotFoundError(f"--adapter: neither {name} nor {name}/adapter holds an {hf_peft.CONFIG}; a run writes it when it ends.")
+    raise FileNotFoundError(f"--adapter: neither {name} nor {name}/adapter holds an {' or '.join(CONFIGS)}; a run writes it when it ends.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,9 @@ class BoftWeight(Wrapper):
     def rotations(self) -> jax.Array:
         """Return the blocks as rotations, `[..., m, i / n, n, n]`."""
         return cayley(0.5 * (self.blocks - jnp.swapaxes(self.blocks, -1, -2)))
+
+    def neutral(self) -> BoftWeight:
+        return dataclasses.replace(super().neutral(), outputs=jnp.ones_like(self.outputs))
 
     def dot(self, x: jax.Array) -> jax.Array:
         y = weights.dot(self._turn(x).astype(x.dtype), self.base)
@@ -79,7 +84,7 @@ def boft(
 
     y = (x R_m … R₁) W ⊙ s,   R_k = P_k diag(R_k1, …) P_kᵀ,   R_kj = (I - Q)(I + Q)⁻¹,   2 Q = B - Bᵀ;   B = 0, s = 1 at the start
 
-    Liu et al., 2023, arXiv 2311.06243, section 4 (there on the other side of W, and s from OFT's section on magnitudes). The order of
+    Liu et al., 2023, arXiv 2311.06243 (there on the other side of W; s as in OFT). The order of
     channels is PEFT's; PEFT without its CUDA kernel refuses more than one factor silently, this does not. B holds n² numbers a block of
     which n (n - 1) / 2 matter, as in PEFT. Not here: dropout of blocks.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -12,6 +13,7 @@ from ftjax import tree, weights
 from ftjax.peft import inits, low_rank
 from ftjax.peft.format import Tensor
 from ftjax.peft.inits import Init
+from ftjax.peft.layers import Layers, on_layers
 from ftjax.peft.lora import LORA, LowRankWeight, dropped
 from ftjax.peft.riding import as_last
 from ftjax.types import Params, Transform, pytree, static
@@ -39,6 +41,9 @@ class DoraWeight(LowRankWeight):
     def materialize(self) -> jax.Array:
         base = weights.materialize(self.base)
         return ((base.astype(jnp.float32) + self.delta()) * self.ratio[..., None, :]).astype(base.dtype)
+
+    def neutral(self) -> DoraWeight:
+        return dataclasses.replace(super().neutral(), ratio=jnp.ones_like(self.ratio))
 
     def dot_transposed(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32) * as_last(self.ratio, x)
@@ -85,6 +90,7 @@ def dora(
     exclude: tree.Filter | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    layers: Layers | None = None,
     name: str = "dora",
 ) -> Transform:
     """Train the length of each column of frozen matrices, and their direction by a low-rank term.
@@ -107,6 +113,7 @@ def dora(
       exclude: matrices to leave out among the targets.
       rank_pattern: other ranks for some of them, `{regex or module name: rank}`; the first match wins.
       alpha_pattern: other alphas likewise.
+      layers: the layers that are trained, all if None (see `ftjax.peft.layers`).
       name: the key in the trainable tree.
 
     Raises:
@@ -139,7 +146,8 @@ def dora(
             leaves[row.path] = DoraWeight(row.base, a, b, row.scale, ratio, *row.dropout)
         return tree.replace(frozen, leaves)
 
-    return Transform(init_fn, attach, spec.plan)
+    method = Transform(init_fn, attach, spec.plan)
+    return method if layers is None else on_layers(method, layers)
 
 
 DORA = LORA._replace(

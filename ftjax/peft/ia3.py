@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
@@ -29,6 +31,9 @@ class Rescaled(Wrapper):
         rows = 1.0 if self.inputs is None else self.inputs[..., :, None]
         columns = 1.0 if self.outputs is None else self.outputs[..., None, :]
         return _times(_times(dense, rows), columns)
+
+    def neutral(self) -> Rescaled:
+        return dataclasses.replace(jax.tree.map(jnp.ones_like, dataclasses.replace(self, base=None)), base=self.base)
 
     def dot(self, x: jax.Array) -> jax.Array:
         return _scaled(weights.dot(_scaled(x, self.inputs), self.base), self.outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -28,6 +29,9 @@ class TokensWeight(Wrapper):
     def materialize(self) -> jax.Array:
         dense = weights.materialize(self.base)
         return dense.at[np.array(self.ids)].set(self.rows.astype(dense.dtype))
+
+    def neutral(self) -> TokensWeight:
+        return dataclasses.replace(self, rows=weights.embed(jnp.array(self.ids), self.base).astype(jnp.float32))
 
     def embed(self, ids: jax.Array) -> jax.Array:
         base = weights.embed(ids, self.base)

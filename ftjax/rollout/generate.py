@@ -135,7 +135,7 @@ def _prefill(model: Model, params: Params, tokens, segment_ids, key, eos_ids, sa
     b, t = tokens.shape
     real = segment_ids > 0
     positions = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
-    activations = jax.eval_shape(lambda: model.apply(params, tokens[:1])[0]).dtype
+    activations = jax.eval_shape(lambda: model.apply(params, tokens)[0]).dtype
     cache = models.init_cache(model.config, b, t + max_tokens, activations)
     hidden, cache = model.apply(params, tokens, positions=positions, segment_ids=segment_ids, cache=cache)
     keys = key if key.ndim else jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(b))

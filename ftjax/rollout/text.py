@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ftjax.peft.mixed import NONE, assign_rows
 from ftjax.rollout.generate import Decoding, extend, start
 from ftjax.rollout.prompts import Encoder, Prompt, pad
 from ftjax.rollout.sampling import Sampling, settings
@@ -35,6 +36,7 @@ def generate_text(
     batch_size: int = 32,
     stop: Sequence[str] = (),
     template: str = "auto",
+    adapters: Sequence[int] | None = None,
 ) -> list[str]:
     """Return the completion of each prompt, in order, without its end-of-sequence token.
 
@@ -55,6 +57,7 @@ def generate_text(
       batch_size: the most rows generated at a time. On a CPU 16, 32 and 64 take about the same time.
       stop: texts that end a completion, and are not part of it.
       template: how messages become text: see `data.make_encoder`.
+      adapters: for each prompt the place of its adapter, -1 for none, where `params` are those of `peft.stack_adapters`.
 
     Raises:
       ValueError: a prompt is empty, malformed or too long for the context; a setting is out of range.
@@ -67,11 +70,12 @@ def generate_text(
     texts = [""] * len(encoded)
     for chosen, rows in _batches(encoded, batch_size):
         tokens, segment_ids = pad([encoded[at] for at in chosen], rows=rows)
+        given = params if adapters is None else assign_rows(params, [*(adapters[at] for at in chosen), *[NONE] * (rows - len(chosen))])
         keys = None if key is None else _row_keys(key, chosen, rows)
         state = start(
-            model, params, tokens, segment_ids, max_tokens=max_tokens, eos_ids=encoder.eos_ids, sampling=sampling, key=keys
+            model, given, tokens, segment_ids, max_tokens=max_tokens, eos_ids=encoder.eos_ids, sampling=sampling, key=keys
         )  # fmt: skip
-        found = _finish(model, params, state, encoder, sampling, tuple(stop))
+        found = _finish(model, given, state, encoder, sampling, tuple(stop))
         for at, text in zip(chosen, found, strict=False):
             texts[at] = text
     return texts

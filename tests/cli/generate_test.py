@@ -11,6 +11,7 @@ import pytest
 from ftjax import models, peft
 from ftjax.cli import generate
 from ftjax.cli.main import main
+from ftjax.hf import adapter as hf_adapter
 from ftjax.hf import peft as hf_peft
 from ftjax.hf.tokenizer import byte_tokenizer
 
@@ -58,6 +59,18 @@ def test_an_adapter_of_a_workdir_is_found_and_acts(base, run, compiled, tmp_path
     common = [f"--compile_cache={compiled}", "--max_tokens=4", "--dtype=float32"]
     main(["generate", *common, "--prompt=one", f"--adapter={tmp_path}/run/adapter"])
     assert capsys.readouterr().out == adapted != plain
+
+
+def test_an_adapter_that_peft_has_no_place_for_acts_too(base, run, tmp_path, capsys):
+    folder, model, params = base
+    methods = [["parallel_bottleneck", {"width": 4}], ["tokens", {"ids": [101]}]]
+    method = peft.chain(*(peft.METHODS[name](**options) for name, options in methods))
+    trainable = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(3), x.shape), method.init(jax.random.key(2), params)[1])
+    hf_adapter.save_adapter(tmp_path / "run" / "adapter", methods, trainable, base_name=str(folder))
+    run("--prompt=one")
+    plain = capsys.readouterr().out
+    assert run("--prompt=one", f"--adapter={tmp_path}/run") == 0
+    assert capsys.readouterr().out != plain
 
 
 def test_the_template_of_the_adapters_tokenizer_is_used(base, run, tmp_path, monkeypatch):
@@ -175,3 +188,52 @@ def test_an_adapter_that_names_another_base_is_noted(base, run, tmp_path, capsys
     hf_peft.save_adapter(tmp_path / "adapter", model, trainable, method.plan(params), base_name="org/twin")
     assert run("--prompt=one", f"--adapter={tmp_path}/adapter") == 0
     assert f"names 'org/twin' as its base and is put on '{folder}'" in capsys.readouterr().err
+
+
+@pytest.fixture
+def adapters(base, tmp_path):
+    """Two adapters of unequal rank and targets that change what the tiny model writes."""
+    folder, model, params = base
+    for n, (name, method) in enumerate({"a": peft.lora("all-linear", rank=4), "b": peft.lora(["q_proj", "down_proj"], rank=2)}.items()):
+        trainable = method.init(jax.random.key(2), params)[1]
+        moved = jax.tree.map(lambda x, n=n: x + (1 + n) * jax.random.normal(jax.random.key(n), x.shape), trainable)
+        hf_peft.save_adapter(tmp_path / name, model, moved, method.plan(params), base_name=str(folder))
+    return tmp_path
+
+
+def test_each_row_is_completed_by_the_adapter_that_it_names(adapters, run, tmp_path):
+    chosen = ["a", None, "b", "a", None]
+    asked = [{"prompt": "one" + "!" * n, "adapter": name} for n, name in enumerate(chosen)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, asked)) + '\n{"prompt": "no column"}\n')
+    common = [f"--prompts={tmp_path}/rows.jsonl", "--batch_size=4"]
+    assert run(*common, f"--adapter=a={adapters}/a", f"--adapter=b={adapters}/b", f"--output={tmp_path}/mixed.jsonl") == 0
+    mixed = rows(tmp_path / "mixed.jsonl")
+    assert [row["adapter"] for row in mixed] == [*chosen, None]
+    (tmp_path / "plain.jsonl").write_text("\n".join(json.dumps({"prompt": row["prompt"]}) for row in mixed))
+    alone = {}
+    for name in (None, "a", "b"):
+        given = [] if name is None else [f"--adapter={adapters}/{name}"]
+        assert run(f"--prompts={tmp_path}/plain.jsonl", "--batch_size=4", *given, f"--output={tmp_path}/alone.jsonl") == 0
+        alone[name] = [row["completion"] for row in rows(tmp_path / "alone.jsonl")]
+    assert [row["completion"] for row in mixed] == [alone[name][n] for n, name in enumerate([*chosen, None])]
+    assert len({alone[name][0] for name in alone}) == 3
+
+
+NAMED = {
+    "unknown": (["rows.jsonl"], ["alpha=a"], "rows.jsonl:1: there is no adapter 'alhpa'; nearest: 'alpha'"),
+    "none": (["rows.jsonl"], [], "there is no adapter 'alhpa'; nearest: none"),
+    "twice": (["rows.jsonl"], ["a=a", "a=b"], "a second one named 'a'"),
+    "half": (["rows.jsonl"], ["a", "b=b"], "each needs a name"),
+    "no rows": ([], ["a=a"], "adapters with names are for --prompts"),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_adapters_that_nobody_can_mean_are_refused_before_the_model_is_loaded(case, adapters, run, tmp_path, monkeypatch, capsys):
+    files, given, message = NAMED[case]
+    monkeypatch.setattr(generate.pretrained, "load", lambda flags: pytest.fail("the model was loaded"))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "x", "adapter": "alhpa"}\n')
+    asked = [f"--prompts={tmp_path}/{name}" for name in files] or ["--prompt=x"]
+    named = [f"--adapter={name}{eq}{adapters}/{place}" for name, eq, place in (value.rpartition("=") for value in given)]
+    assert run(*asked, *named) == 1
+    assert message in capsys.readouterr().err
