@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
 import optax
 
 from ftjax import tree
@@ -122,11 +123,12 @@ def build(
         final_fraction=final_fraction,
         decay_steps=decay_steps,
     )
+    traced = isinstance(weight_decay, jax.Array)  # of members of a sweep, some of which may have none
     parts = [
         optax.clip_by_global_norm(clip_norm) if clip_norm else None,
         rules[name](),
         optax.clip_by_block_rms(1.0) if name == "adafactor" else None,
-        optax.add_decayed_weights(weight_decay, mask=_decayed) if weight_decay else None,
+        optax.add_decayed_weights(weight_decay, mask=_decayed) if traced or weight_decay else None,
         optax.scale_by_learning_rate(rate),
         scale_by_path(groups) if groups else None,
     ]

@@ -29,6 +29,7 @@ FLOORS = {
     "hub": 3,
     "optimizers": 3,
     "train": 4,
+    "sweep": 4,
     "cli": 5,
 }
 STRANGERS = ("models", "peft", "losses", "data", "rewards")  # floor 2: never each other

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from ftjax.weights import Leaf
 
 def scale(rank: int, alpha: float, options: Mapping[str, Any]) -> float:
     """Return alpha / rank, or alpha / √rank with the option `rslora`."""
-    return alpha / (math.sqrt(rank) if options["rslora"] else rank)
+    return alpha / (rank**0.5 if options["rslora"] else rank)
 
 
 class Target(NamedTuple):
