@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ftjax.kernels import attention
+from ftjax.kernels.attention import banded, block
 
 
 def inputs(key, *, b=2, t=200, s=None, h=4, k=2, c=8, dtype=jnp.float32):
@@ -51,7 +52,7 @@ CASES = {
     "softcap": {"softcap": 1.5},
     "window and softcap": {"window": 130, "softcap": 1.5},
     "part of a row": {"t": 140, "s": 200, "window": 50},
-    "groups that split a key head": {"h": 3, "k": 1, "group_tokens": 48, "softcap": 1.5},
+    "groups that split a key head": {"t": 520, "h": 3, "k": 1, "group_tokens": 256, "softcap": 1.5},
     "groups and a window": {"group_tokens": 96, "window": 50},
     "groups and a traced window": {"group_tokens": 48, "window": jnp.int32(30)},
 }
@@ -104,6 +105,15 @@ def test_shifted_groups_of_packed_documents_are_those_of_each_alone(key):
         places = np.flatnonzero(ids["q_segment_ids"][0] == segment)
         alone = attend(**{n: x[:, places] for n, x in arrays.items()}, **{n: x[:, places] for n, x in ids.items()})
         np.testing.assert_allclose(packed[:, places], alone, rtol=0, atol=1e-5)
+
+
+def test_a_block_takes_its_keys_from_the_beginning_of_its_group():
+    """By hand, groups of 512, blocks of 128: documents of 700 and 324 tokens, so that the sixth block holds the border, at place 700."""
+    positions = jnp.concatenate([jnp.arange(700), jnp.arange(324)])
+    for shift, expected in ((0, [0, 1, 2, 3, 0, 1, 1, 2]), (256, [0, 1, 0, 1, 2, 3, 1, 2])):
+        row = block.Row(positions, positions, positions * 0, positions * 0, (positions + shift) % 512 + 1)
+        band = banded._band(block.Form("map", None, 1.0, None, 512), row)
+        assert band.widths == (128, 256, 384, 512, 640) and band.chosen.tolist() == expected
 
 
 def test_the_cost_of_shifted_groups_grows_with_the_row_and_not_with_its_square():
