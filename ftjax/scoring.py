@@ -51,7 +51,7 @@ def score(
     # Position t predicts token t + 1, inside one document only.
     counted = _ahead(mask) * (_ahead(segments) == segments).astype(mask.dtype)
     head = model.head(params)
-    vocabulary = jax.eval_shape(model.unembed, head, hidden).shape[-1]
+    vocabulary = jax.eval_shape(model.unembed, head, hidden[:, :1]).shape[-1]
     rows = -(-tokens.shape[0] // batch_shards)
     chunk = chunk_tokens or max(1, CHUNK_LOGITS // (rows * vocabulary))
     wanted = ("logps", *(name for name in outputs if name not in ("logps", "values")))
