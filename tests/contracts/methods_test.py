@@ -1,5 +1,6 @@
 """What every fine-tuning method must keep, whoever wrote it: a new one joins by a line in EXAMPLES."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -9,7 +10,8 @@ import optax
 import pytest
 
 from ftjax import losses, peft, scoring, sharding, train, tree, weights
-from tests import toy
+from ftjax.types import masked_mean
+from tests import tiny, toy
 
 VECTORS = r".*(norm/scale|bias)"
 EXAMPLES = {
@@ -32,13 +34,28 @@ EXAMPLES = {
     "shira": [partial(peft.shira, "everything", exclude=VECTORS, rank=1)],
     "randlora": [partial(peft.randlora, "everything", exclude=VECTORS, rank=3, bases="sparse")],
     "oft": [partial(peft.oft, block_size=4), partial(peft.oft, block_size=8, neumann_terms=5, share=True)],
+    "adalora": [partial(peft.adalora, "everything", exclude=VECTORS, steps=20, init_rank=4, target_rank=3, dropout=0.3)],
+    "delta_lora": [partial(peft.delta_lora, rank=2), partial(peft.delta_lora, "everything", exclude=VECTORS, rank=2, start_steps=3)],
+    "relora": [partial(peft.relora, "everything", exclude=VECTORS, rank=2, every_steps=7, restarts=2, dropout=0.3)],
     "boft": [partial(peft.boft, block_size=2, factors=3)],
+    "bottleneck": [
+        partial(peft.bottleneck, ["down_proj"], width=3, activation="identity"),
+        partial(peft.bottleneck, ["down_proj"], width=5),
+    ],
+    "parallel_bottleneck": [partial(peft.parallel_bottleneck, width=3)],
+    "value_head": [lambda: peft.chain(peft.value_head(), peft.lora("all-linear", rank=1))],
     "bitfit": [peft.bitfit],
     "norm_tuning": [peft.norm_tuning],
     "tokens": [partial(peft.tokens, range(1, 15, 2))],
+    "prompt_tuning": [partial(peft.prompt_tuning, 3)],
+    "p_tuning": [partial(peft.p_tuning, 3, hidden_size=6)],
+    "prefix_tuning": [partial(peft.prefix_tuning, 3), partial(peft.prefix_tuning, 3, hidden_size=6)],
     "neftune": [lambda: peft.chain(peft.neftune(), peft.lora("all-linear", rank=1))],
 }
 CASES = [pytest.param(make(), id=f"{name}{n}") for name, makes in EXAMPLES.items() for n, make in enumerate(makes)]
+SOFT_PROMPTS = [case for case in CASES if case.id[:-1] in peft.SOFT_PROMPTS]  # for their own laws see tests/models/virtual_test.py
+NEUTRAL = [case for case in CASES if case not in SOFT_PROMPTS]
+MERGED = [case for case in NEUTRAL if case.id not in ("bottleneck1", "parallel_bottleneck0")]  # these are no matrices
 both_dtypes = pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
 
 
@@ -46,9 +63,16 @@ def test_every_method_is_listed():
     assert set(EXAMPLES) == set(peft.METHODS)
 
 
-def base(key, dtype=jnp.float32):
-    params = toy.init(key)
-    params["layers"]["mlp"]["down_proj"]["bias"] = jnp.full((toy.LAYERS, toy.DIM), 0.1)
+HOMES = {case.values[0]: tiny for case in SOFT_PROMPTS}
+"""The model of a method, where the toy has no slot for it."""
+
+
+def base(method, key, dtype=jnp.float32):
+    if method in HOMES:
+        params = jax.jit(HOMES[method].init)(key)
+    else:
+        params = toy.init(key)
+        params["layers"]["mlp"]["down_proj"]["bias"] = jnp.full((toy.LAYERS, toy.DIM), 0.1)
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
@@ -60,47 +84,57 @@ def moved(trainable, key):
 
 
 def hidden(params, batch):
-    return toy.apply(params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)[0]
+    model = tiny if "self_attn" in params["layers"] else toy
+    return model.apply(params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)[0]
+
+
+def objective(scores, batch):
+    """Likely tokens and, where there is a value head, values of 1."""
+    mean, metrics = losses.sft(scores, batch)
+    if scores.values is None:
+        return mean, metrics
+    return dataclasses.replace(mean, total=mean.total + masked_mean(jnp.square(scores.values - 1), batch.loss_mask).total), metrics
 
 
 @both_dtypes
-@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize("method", NEUTRAL)
 def test_a_method_is_the_identity_at_init(method, dtype, key):
-    params, batch = base(key, dtype), toy.batch(key)
+    params, batch = base(method, key, dtype), toy.batch(key)
     np.testing.assert_array_equal(hidden(method.attach(*method.init(key, params)), batch), hidden(params, batch))
 
 
-@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize("method", MERGED)
 def test_dot_equals_materialize_and_merged_equals_unmerged(method, key):
-    frozen, trainable = method.init(key, base(key))
+    frozen, trainable = method.init(key, base(method, key))
     trainable, batch = moved(trainable, key), toy.batch(key)
     attached, merged = method.attach(frozen, trainable), peft.merge(method, frozen, trainable)
     assert not any(isinstance(leaf, weights.Weight) for leaf in tree.flatten(merged).values())
     for params in (attached, merged):
         got = scoring.score(toy.MODEL, params, batch).logps
         np.testing.assert_allclose(got, scoring.score(toy.MODEL, weights.dense(attached), batch).logps, rtol=1e-4, atol=1e-5)
-    assert not np.allclose(hidden(merged, batch), hidden(base(key), batch), atol=1e-3)
+    assert not np.allclose(hidden(merged, batch), hidden(base(method, key), batch), atol=1e-3)
 
 
 @both_dtypes
 @pytest.mark.parametrize("method", CASES)
 def test_what_is_trainable_is_float32_and_named_after_a_method(method, dtype, key):
-    frozen, trainable = method.init(key, base(key, dtype))
+    frozen, trainable = method.init(key, base(method, key, dtype))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(trainable)} == {"float32"}
-    assert set(trainable) <= {row.method for row in method.plan(base(key))}
-    assert {leaf.dtype for leaf in tree.flatten(method.attach(frozen, trainable)).values()} == {jnp.dtype(dtype)}
+    assert set(trainable) <= {row.method for row in method.plan(base(method, key))}
+    attached = tree.flatten(method.attach(frozen, trainable))
+    assert {attached[path].dtype for path in tree.flatten(base(method, key, dtype))} == {jnp.dtype(dtype)}
 
 
 @pytest.mark.parametrize("method", CASES)
 def test_the_plan_names_leaves_of_the_tree(method, key):
-    params = jax.eval_shape(base, key)
+    params = jax.eval_shape(partial(base, method), key)
     rows = method.plan(params)
     assert rows and all(row.paths and set(row.paths) <= set(tree.flatten(params)) for row in rows)
 
 
 @pytest.mark.parametrize("method", CASES)
 def test_the_frozen_tree_shares_the_buffers_of_the_base(method, key):
-    params = base(key)
+    params = base(method, key)
     frozen, _ = method.init(key, params)
     own, flat = {row.method for row in method.plan(params)}, tree.flatten(params)
     assert set(frozen) <= set(params) | own
@@ -110,23 +144,23 @@ def test_the_frozen_tree_shares_the_buffers_of_the_base(method, key):
 
 @pytest.mark.parametrize("method", CASES)
 def test_init_works_from_shapes_alone(method, key):
-    shapes = jax.eval_shape(method.init, key, jax.eval_shape(base, key))[1]
-    values = method.init(key, base(key))[1]
+    shapes = jax.eval_shape(method.init, key, jax.eval_shape(partial(base, method), key))[1]
+    values = method.init(key, base(method, key))[1]
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), values)
 
 
 @pytest.mark.parametrize("method", CASES)
 def test_every_array_of_a_method_has_a_place_on_a_mesh(method, key):
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    sharding.shardings(jax.eval_shape(method.init, key, jax.eval_shape(base, key)), mesh)
+    sharding.shardings(jax.eval_shape(method.init, key, jax.eval_shape(partial(base, method), key)), mesh)
 
 
 @pytest.mark.parametrize("method", CASES)
 def test_every_trainable_leaf_gets_a_gradient_and_a_method_learns(method, key):
-    score = partial(scoring.score, toy.MODEL)
+    frozen, start = method.init(key, base(method, key))
+    score = partial(scoring.score, HOMES.get(method, toy).MODEL, outputs=("logps", *(["values"] if "value_head" in start else [])))
     optimizer = optax.adam(0.03)
-    frozen, start = method.init(key, base(key))
-    step = train.make_train_step(score, method, losses.sft, optimizer)
+    step = train.make_train_step(score, method, objective, optimizer)
     state, batch, seen = train.init_state(key, jax.tree.map(jnp.copy, start), method, optimizer), toy.batch(key), []
     for _ in range(30):
         state, metrics = step(state, frozen, batch)
@@ -138,6 +172,6 @@ def test_every_trainable_leaf_gets_a_gradient_and_a_method_learns(method, key):
 
 @pytest.mark.parametrize("method", CASES)
 def test_nothing_is_random_without_a_key(method, key):
-    frozen, trainable = method.init(key, base(key))
+    frozen, trainable = method.init(key, base(method, key))
     trainable, batch = moved(trainable, key), toy.batch(key)
     np.testing.assert_array_equal(*(hidden(method.attach(frozen, trainable), batch) for _ in range(2)))

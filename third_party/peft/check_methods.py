@@ -3,8 +3,8 @@
     python third_party/peft/check_methods.py write DIR     # with ftjax
     python third_party/peft/check_methods.py check DIR     # with torch, transformers and peft
 
-`write` puts each method of `peft.FORMATS`, away from its start, on one tiny random Llama; `check` prints the largest difference of PEFT's
-logits relative to the largest logit, and how far the adapter moved them.
+`write` puts each method of `peft.FORMATS` and `peft.SOFT_PROMPTS`, away from its start, on one tiny random Llama; `check` prints the
+largest difference of PEFT's logits relative to the largest logit, and how far the adapter moved them.
 
 It printed:
 
@@ -22,6 +22,10 @@ It printed:
     lora_pissa         4.2e-07 (moved by 1.15)
     miss               4.0e-07 (moved by 1.87)
     oft                1.9e-07 (moved by 0.17)
+    p_tuning           1.5e-07 (moved by 0.42)
+    prefix_tuning      1.5e-07 (moved by 0.25)
+    prefix_tuning_mlp  1.9e-07 (moved by 0.84)
+    prompt_tuning      1.5e-07 (moved by 0.26)
     randlora           2.7e-06 (moved by 2.25)
     shira              2.8e-07 (moved by 1.18)
     vera               1.5e-07 (moved by 0.09)
@@ -57,12 +61,19 @@ def write(folder):
         "loha": partial(peft.loha, rank=4),
         "lokr": partial(peft.lokr, rank=2),
         "miss": partial(peft.miss, rank=4),
+        "adalora": partial(peft.adalora, steps=9, init_rank=4, target_rank=2, alpha=8),
+        "delta_lora": partial(peft.delta_lora, rank=4, alpha=8, start_steps=3),
+        "relora": partial(peft.relora, rank=2, alpha=4, restarts=2),
         "shira": partial(peft.shira, rank=2),
         "randlora": partial(peft.randlora, rank=4),
         "oft": partial(peft.oft, block_size=4),
         "boft": partial(peft.boft, block_size=4),
+        "prompt_tuning": partial(peft.prompt_tuning, 5),
+        "p_tuning": partial(peft.p_tuning, 5, hidden_size=7),
+        "prefix_tuning": partial(peft.prefix_tuning, 5),
+        "prefix_tuning_mlp": partial(peft.prefix_tuning, 5, hidden_size=7),
     }
-    assert set(peft.FORMATS) <= set(made)
+    assert {*peft.FORMATS, *peft.SOFT_PROMPTS} <= set(made)
     model = models.build(models.preset("tiny-llama"))
     params = model.init(jax.random.key(0))
     export.export_model(folder / "base", model, params, None)
@@ -101,7 +112,7 @@ def check(folder):
         base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
         model, wanted = peft.PeftModel.from_pretrained(base, folder / golden.stem).eval(), np.load(golden)
         with torch.no_grad():
-            logits = model(torch.tensor(TOKENS, dtype=torch.long)).logits[0].numpy()
+            logits = model(torch.tensor(TOKENS, dtype=torch.long)).logits[0, -TOKENS.shape[1] :].numpy()  # behind a prompt's
         error, distance = (np.abs(wanted - other).max() / np.abs(wanted).max() for other in (logits, untouched))
         print(f"{golden.stem:18} {error:.1e} (moved by {distance:.2f})")
         worst = max(worst, error)
