@@ -1,4 +1,4 @@
-"""The adapter at the end of a run, as a PEFT folder in the workdir."""
+"""The adapter at the end of a run, as a folder in the workdir: PEFT's form where PEFT has the methods, else ftjax's own."""
 
 from __future__ import annotations
 
@@ -11,24 +11,42 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
+from ftjax import tree
 from ftjax.cli.build import Loaded
+from ftjax.hf import adapter as hf_adapter
 from ftjax.hf import peft as hf_peft
 from ftjax.types import Params, Plan
 
 
 def export(
-    folder: epath.Path, loaded: Loaded, trainable: Params, plans: Sequence[Plan], frozen: Params, *, say: Callable
+    folder: epath.Path,
+    loaded: Loaded,
+    trainable: Params,
+    plans: Sequence[Plan],
+    frozen: Params,
+    *,
+    methods: hf_adapter.Methods,
+    say: Callable,
 ) -> epath.Path | None:
-    """Write what was trained and the tokenizer, in place of an earlier export; return the folder, or None where it is no adapter to PEFT.
+    """Write what was trained and the tokenizer, in place of an earlier export; return the folder, or None where there is none.
 
-    A local folder appears when everything in it is written.
+    A local folder appears when everything in it is written. Where as much is trained as the model has, nothing is written: an adapter would
+    be no smaller than the model (`ftjax export --workdir`).
 
-    All processes take part; process 0 writes. `say` tells the user why nothing was written. Of the frozen tree goes in what a
-    method keeps there for itself.
+    All processes take part; process 0 writes. Of the frozen tree goes in what a method keeps there for itself.
+
+    Args:
+      folder: where.
+      loaded: the base.
+      trainable: `{method name: tree}`.
+      plans: `method.plan(params)`.
+      frozen: the frozen tree.
+      methods: names and arguments of the methods (see `build.methods`).
+      say: tells the user why PEFT cannot read it, or why nothing was written.
     """
     own = {row.method for row in plans}
     frozen = {name: branch for name, branch in frozen.items() if name in own}
-    if not hf_peft.exportable(plans):
+    if not hf_peft.exportable(plans) and tree.num_bytes(trainable) >= tree.num_bytes(jax.eval_shape(loaded.model.init, jax.random.key(0))):
         return None
     if jax.process_count() > 1:
         trainable, frozen = multihost_utils.process_allgather((trainable, frozen), tiled=True)
@@ -38,7 +56,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix=".adapter.", dir=None if remote else folder.parent) as temporary:
         written = Path(temporary) / "adapter"
         try:
-            hf_peft.save_adapter(written, loaded.model, trainable, plans, base_name=loaded.name, tokenizer=loaded.tokenizer, frozen=frozen)
+            _write(written, loaded, trainable, plans, frozen, methods, say)
         except ValueError as error:
             say(f"no adapter folder was written: {error}")
             return None
@@ -49,6 +67,25 @@ def export(
                 os.replace(folder, Path(temporary) / "earlier")
             os.replace(written, folder)
     return folder
+
+
+def _write(
+    written: Path,
+    loaded: Loaded,
+    trainable: Params,
+    plans: Sequence[Plan],
+    frozen: Params,
+    methods: hf_adapter.Methods,
+    say: Callable,
+) -> None:
+    about = {"base_name": loaded.name, "tokenizer": loaded.tokenizer}
+    if hf_peft.exportable(plans):
+        try:
+            hf_peft.save_adapter(written, loaded.model, trainable, plans, frozen=frozen, **about)
+            return
+        except ValueError as error:
+            say(f"PEFT has no place for all of this adapter, so it is in ftjax's own form: {error}")
+    hf_adapter.save_adapter(written, methods, trainable, own=frozen, **about)
 
 
 def _copy(written: Path, folder: epath.Path) -> None:

@@ -96,17 +96,22 @@ def _with_template(config, tokenizer: Any) -> Any:
 
 def method(config) -> Transform:
     """Return the chain of `config.methods`, each with the block of its name."""
+    return peft.chain(*(peft.METHODS[name](**options) for name, options in methods(config)))
+
+
+def methods(config) -> list[tuple[str, dict[str, Any]]]:
+    """Return the methods of a config with their arguments."""
     if not config.methods:
         raise ValueError("methods: name at least one, such as ('lora',).")
-    return peft.chain(*(_method(name, config) for name in config.methods))
+    return [(name, _options(name, config)) for name in config.methods]
 
 
-def _method(name: str, config) -> Transform:
+def _options(name: str, config) -> dict[str, Any]:
     if name not in peft.METHODS:
         raise ValueError(f"methods: there is no method {name!r}; nearest: {nearest(name, peft.METHODS)}.")
     if name not in config:
         raise ValueError(f"methods: {name!r} needs a block config.{name} with its options.")
-    return peft.METHODS[name](**plain(config[name]))
+    return plain(config[name])
 
 
 def loss(config) -> LossFn:

@@ -4,6 +4,7 @@ ftjax export --output=DIR                              the default model
 ftjax export --model=… --adapter=DIR --output=DIR      a model with a PEFT adapter folded in (`ftjax merge` is the same)
 ftjax export --workdir=runs/mine --output=DIR          what a run trained, from its last checkpoint, by any method
 ftjax export --workdir=runs/mine --step=best …         the checkpoint with the best evaluation, or --step=200
+ftjax export --workdir=runs/critic --novalue_head …     the language model without the value head, which else makes it a classifier
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ftjax.hf import export as hf_export
 from ftjax.hf import load as hf_load
 from ftjax.peft.soft_prompt import check_no_virtual_tokens
 from ftjax.train import init_state
-from ftjax.types import Params
+from ftjax.types import VALUE_HEAD, Params
 
 
 def define_flags(flags: absl_flags.FlagValues, argv) -> None:
@@ -43,6 +44,7 @@ def define_flags(flags: absl_flags.FlagValues, argv) -> None:
     absl_flags.DEFINE_enum(
         "dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "of the files (auto: the model's)", flag_values=flags
     )
+    absl_flags.DEFINE_bool("value_head", True, "write a model that has a value head as a classifier; else the language model alone", flags)
     runtime.define_flags(flags)
 
 
@@ -55,6 +57,8 @@ def main(flags: absl_flags.FlagValues, *, check: Callable[[Found, str | None], N
     output = runtime.local_path("output", flags.output)
     runtime.start(flags)
     found = trained(epath.Path(flags.workdir), flags.step) if flags.workdir else pretrained_model(flags.model, flags.adapter)
+    if not flags.value_head:
+        found = found._replace(params={name: branch for name, branch in found.params.items() if name != VALUE_HEAD})
     check_no_virtual_tokens(tree.flatten(found.params), "export")
     dtype = None if flags.dtype == "auto" else flags.dtype
     check(found, dtype)

@@ -23,6 +23,7 @@ from ftjax import data, logs, sharding, tree
 from ftjax.cli.build import Loaded
 from ftjax.cli.loop import EARLY
 from ftjax.data import inspect
+from ftjax.hf import adapter as hf_adapter
 from ftjax.logs.terminal import megabytes
 from ftjax.logs.writers import read_jsonl
 
@@ -131,7 +132,8 @@ def ending(
     terminal.say(f"{reason} after {minutes}")
     terminal.say(f"loss curve   {picture}", soft_wrap=True)
     if exported is not None:
-        terminal.say(f"adapter      {exported}  (PEFT format)", soft_wrap=True)
+        form = "ftjax's own" if (exported / hf_adapter.CONFIG).exists() else "PEFT"
+        terminal.say(f"adapter      {exported}  ({form} format)", soft_wrap=True)
     step = "best" if reason == EARLY else "last"
     if command := _next_command(workdir, config, exported, step=step, prompt=after["prompts"][0] if after else "Hello!"):
         terminal.say(f"{'to use it' if exported is None else 'try it':13s}{command}", soft_wrap=True)

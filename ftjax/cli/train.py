@@ -97,7 +97,15 @@ def train(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_c
             if after:
                 scores = {"before": memory.before, "after": after}
                 writers.write(done, {f"eval/score_{when}": part.get("score", float("nan")) for when, part in scores.items()})
-    exported = adapter.export(run.workdir / "adapter", policy.loaded, state.trainable, policy.plans, policy.frozen, say=run.terminal.say)
+    exported = adapter.export(
+        run.workdir / "adapter",
+        policy.loaded,
+        state.trainable,
+        policy.plans,
+        policy.frozen,
+        methods=build.methods(run.config),
+        say=run.terminal.say,
+    )
     if jax.process_index() == 0:
         seconds = time.monotonic() - began
         show.ending(run.terminal, run.workdir, run.config, memory.before, after, reason=reason, exported=exported, seconds=seconds)

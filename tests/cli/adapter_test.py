@@ -1,13 +1,17 @@
 """The adapter of a run appears whole, takes the place of an earlier one, and carries the tokenizer with the template that was trained."""
 
+from types import SimpleNamespace
+
 import jax
+import numpy as np
 import pytest
 from etils import epath
 
 from ftjax import models, peft
-from ftjax.cli import adapter, build, pretrained
+from ftjax.cli import adapter, build, export, pretrained
 from ftjax.hf.tokenizer import byte_tokenizer
 
+METHODS = [("lora_fa", {"targets": ["q_proj"], "rank": 1})]
 TEMPLATE = "{% for message in messages %}{{ message['role'] }}> {{ message['content'] }}<|endoftext|>{% endfor %}"
 
 
@@ -15,7 +19,7 @@ TEMPLATE = "{% for message in messages %}{{ message['role'] }}> {{ message['cont
 def trained():
     model = models.build(models.preset("tiny-llama"))
     params = jax.jit(model.init)(jax.random.key(1))
-    method = peft.lora_fa(["q_proj"], rank=1)  # the frozen factor must come along
+    method = peft.lora_fa(**METHODS[0][1])  # the frozen factor must come along
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     frozen, trainable = method.init(jax.random.key(0), params)
@@ -26,7 +30,7 @@ def test_an_adapter_takes_the_place_of_an_earlier_one_and_leaves_nothing_else(tr
     folder = epath.Path(tmp_path / "adapter")
     folder.mkdir()
     (folder / "stale").write_text("")
-    assert adapter.export(folder, *trained, say=pytest.fail) == folder
+    assert adapter.export(folder, *trained, methods=METHODS, say=pytest.fail) == folder
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert not (folder / "stale").exists() and (folder / "adapter_model.safetensors").exists()
 
@@ -41,19 +45,19 @@ def test_an_export_that_fails_leaves_the_earlier_adapter(trained, tmp_path, monk
 
     monkeypatch.setattr("ftjax.hf.peft.write_tokenizer", full_disk)
     with pytest.raises(OSError, match="no space"):
-        adapter.export(folder, *trained, say=pytest.fail)
+        adapter.export(folder, *trained, methods=METHODS, say=pytest.fail)
     assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "earlier"]
 
 
 def test_a_folder_elsewhere_is_filled_file_by_file(trained, tmp_path):
-    adapter.export(epath.Path(tmp_path / "adapter"), *trained, say=pytest.fail)
+    adapter.export(epath.Path(tmp_path / "adapter"), *trained, methods=METHODS, say=pytest.fail)
     adapter._copy(tmp_path / "adapter", epath.Path(tmp_path / "copy"))
     names = [sorted(path.name for path in (tmp_path / where).iterdir()) for where in ("adapter", "copy")]
     assert names[0] == names[1] and "tokenizer.json" in names[0]
 
 
 def test_the_tokenizer_beside_an_adapter_has_the_template_that_was_trained(trained, tmp_path, capsys):
-    adapter.export(epath.Path(tmp_path / "adapter"), *trained, say=pytest.fail)
+    adapter.export(epath.Path(tmp_path / "adapter"), *trained, methods=METHODS, say=pytest.fail)
     model, base = trained[0].model, byte_tokenizer()
     found = pretrained.tokenizer(tmp_path / "adapter", model, base=base)
     assert found.chat_template == TEMPLATE and found.encode("é<|im_end|>") == base.encode("é<|im_end|>")
@@ -66,7 +70,39 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_not_used(trained, tmp_pa
     loaded, *rest = trained
     larger = byte_tokenizer()
     larger.add_tokens([f"<{number}>" for number in range(loaded.model.config.vocab_size)])
-    adapter.export(epath.Path(tmp_path / "adapter"), loaded._replace(tokenizer=larger), *rest, say=pytest.fail)
+    adapter.export(
+        epath.Path(tmp_path / "adapter"),
+        loaded._replace(tokenizer=larger),
+        *rest,
+        methods=METHODS,
+        say=pytest.fail,
+    )
     base = byte_tokenizer()
     assert pretrained.tokenizer(tmp_path / "adapter", loaded.model, base=base) is base
     assert "has more tokens than the model" in capsys.readouterr().err
+
+
+def test_what_peft_has_no_place_for_is_written_in_ftjaxs_own_form(trained, tmp_path):
+    loaded, said = trained[0], []
+    methods = [("lora", {"targets": ["q_proj"], "rank": 1}), ("bottleneck", {"width": 2})]
+    method = peft.chain(*(peft.METHODS[name](**options) for name, options in methods))
+    frozen, trainable = method.init(jax.random.key(0), loaded.params)
+    adapter.export(
+        epath.Path(tmp_path / "adapter"), loaded, trainable, method.plan(loaded.params), frozen, methods=methods, say=said.append
+    )
+    assert "not yet: the method 'bottleneck'" in said[0]
+    folder = pretrained.adapter_folder(str(tmp_path))
+    assert folder == tmp_path / "adapter" and pretrained.base_name(folder) == "tiny"
+    assert pretrained.tokenizer(folder, loaded.model, base=byte_tokenizer()).chat_template == TEMPLATE
+    attached, again = method.attach(frozen, trainable), pretrained.attach(loaded.model, loaded.params, folder)
+    assert jax.tree.structure(attached) == jax.tree.structure(again)
+    assert all(np.array_equal(*pair) for pair in zip(jax.tree.leaves(attached), jax.tree.leaves(again), strict=True))
+
+
+def test_a_model_that_is_trained_whole_has_no_adapter(trained, tmp_path):
+    loaded, method = trained[0], peft.full(".*")
+    frozen, trainable = method.init(jax.random.key(0), loaded.params)
+    plans = method.plan(loaded.params)
+    folder = epath.Path(tmp_path / "adapter")
+    assert adapter.export(folder, loaded, trainable, plans, frozen, methods=[("full", {"targets": ".*"})], say=pytest.fail) is None
+    assert not list(tmp_path.iterdir())

@@ -3,12 +3,16 @@
 import json
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from ftjax import peft
 from ftjax.cli import build, main
 from ftjax.cli import config as configs
+from ftjax.hf import adapter as hf_adapter
 from ftjax.hf import export as hf_export
 
 CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py") + ":smoke"
@@ -69,6 +73,21 @@ def test_merging_says_how_much_it_changes_and_refuses_too_much(folders, capsys):
     assert "changes the logits by" in capsys.readouterr().out
     assert main.main([*argv, f"--output={folders / 'coarse'}", "--dtype=float16", "--max_change=1e-9"]) == 1
     assert "logits change by" in capsys.readouterr().err and not (folders / "coarse").exists()
+
+
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+def test_an_adapter_of_its_own_form_is_merged_where_it_is_linear_and_refused_where_not(activation, base, tmp_path, capsys):
+    methods = [["bottleneck", {"width": 2, "activation": activation}]]
+    trainable = jax.tree.map(jnp.ones_like, peft.bottleneck(**methods[0][1]).init(jax.random.key(0), base.params)[1])
+    hf_adapter.save_adapter(tmp_path / "adapter", methods, trainable, base_name=str(base.folder))
+    code = main.main(["export", f"--adapter={tmp_path / 'adapter'}", f"--output={tmp_path / 'out'}"])
+    if activation == "identity":
+        got, was = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", base.folder))
+        changed = {name for name in was if not np.array_equal(got[name], was[name])}
+        assert code == 0 and changed == {name for name in was if name.endswith(("o_proj.weight", "down_proj.weight"))}
+    else:
+        assert code == 1 and "cannot be merged into one" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def test_models_are_mixed_from_the_command_line(folders):
