@@ -9,7 +9,9 @@ largest difference of PEFT's logits relative to the largest logit, and how far t
 It printed:
 
     transformers 5.23.0, peft 0.21.2, torch 2.13.0+cpu, float32
+    adalora            1.5e-07 (moved by 0.11)
     boft               3.0e-07 (moved by 0.11)
+    delta_lora         4.3e-07 (moved by 1.26)
     dora               2.2e-07 (moved by 0.33)
     hira               1.5e-07 (moved by 0.01)
     ia3                1.5e-07 (moved by 0.04)
@@ -27,6 +29,7 @@ It printed:
     prefix_tuning_mlp  1.9e-07 (moved by 0.84)
     prompt_tuning      1.5e-07 (moved by 0.26)
     randlora           2.7e-06 (moved by 2.25)
+    relora             8.5e-07 (moved by 1.32)
     shira              2.8e-07 (moved by 1.18)
     vera               1.5e-07 (moved by 0.09)
 """
