@@ -1,0 +1,86 @@
+"""Quantised bases as methods: transforms that replace frozen matrices by packed ones and train nothing.
+
+`peft.chain(quant.nf4(), peft.lora())` is QLoRA (Dettmers et al. 2023, arXiv:2305.14314): the adapter rides on the packed leaf.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+
+from ftjax import tree
+from ftjax.quant.quantize import quantize
+from ftjax.quant.weight import SPECS
+from ftjax.types import Params, Plan, Transform
+from ftjax.weights import Weight
+
+
+def quantized(
+    format: str,
+    targets: tree.Filter = "all-linear",
+    *,
+    group: int | None = 64,
+    nested: bool = False,
+    exclude: tree.Filter | None = None,
+    name: str = "",
+) -> Transform:
+    """Store frozen matrices in a 4-bit or 8-bit format.
+
+    y = x D(codes, scales)   (see `ftjax.quant.quantize` and `ftjax.kernels.int4_matmul.decode`)
+
+    Bits of a number: those of its code, 32 / group for its scale (nested: 8 / group + 32 / (256 group)), and as many again for zeros.
+
+    Args:
+      format: "nf4", "fp4", "int4", "uint4" (with zero points) or "int8".
+      targets: which matrices (see `ftjax.tree`).
+      group: consecutive rows (of `[i, o]`) that share a scale; None: all.
+      nested: quantise the scales too (QLoRA's double quantisation).
+      exclude: matrices to leave as they are.
+      name: the method's name in the plan, the format's if empty.
+
+    Raises:
+      ValueError: a filter matches nothing, or a leaf that is no plain matrix; the rows do not divide into groups; there is no such format.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"layers": {"q_proj": {"kernel": jnp.ones((2, 128, 6), jnp.bfloat16)}}}
+      >>> frozen, trainable = quantized("nf4", ["q_proj"]).init(jax.random.key(0), params)
+      >>> frozen["layers"]["q_proj"]["kernel"].codes.shape, trainable
+      ((2, 64, 6), {})
+    """
+    name = name or format
+    if format not in SPECS:
+        raise ValueError(f"{name}: there is no format {format!r}; nearest: {tree.nearest(format, SPECS)}.")
+
+    def init(key: jax.Array, params: Params) -> tuple[Params, Params]:
+        del key
+        flat, packed = tree.flatten(params), {}
+        for path in tree.matches(params, targets, who=name, exclude=exclude):
+            if isinstance(flat[path], Weight) or len(flat[path].shape) < 2 or not path.endswith("kernel"):
+                raise ValueError(
+                    f"{name}: {path!r} with shape {list(flat[path].shape)} is no plain matrix; target kernels, and quantise once."
+                )
+            try:
+                packed[path] = quantize(flat[path], format, group=group, nested=nested)
+            except ValueError as error:
+                raise ValueError(f"{name}: {path!r}: {error} Choose another group, or exclude it.") from error
+        return tree.replace(params, packed), {}
+
+    def attach(frozen: Params, trainable: Params, *, key: jax.Array | None = None) -> Params:
+        del trainable, key
+        return frozen
+
+    def plan(params: Params) -> tuple[Plan, ...]:
+        paths = tree.matches(params, targets, who=name, exclude=exclude)
+        return (Plan(name, tree.describe(targets), paths, {"group": group, "nested": nested}, format),)
+
+    return Transform(init, attach, plan)
+
+
+nf4 = partial(quantized, "nf4", nested=True)
+fp4 = partial(quantized, "fp4", nested=True)
+int4 = partial(quantized, "int4")
+int8 = partial(quantized, "int8", group=None)
+METHODS = {"nf4": nf4, "fp4": fp4, "int4": int4, "int8": int8}
+"""`{name: function}`, for configs, as `ftjax.peft.METHODS`."""

@@ -1,0 +1,91 @@
+"""From numbers to codes: `quantize` makes a `QuantizedWeight` of a matrix, one layer of a stack after another."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ftjax import tree
+from ftjax.kernels import int4_matmul
+from ftjax.quant import codes
+from ftjax.quant.weight import NESTED_BLOCK, SPECS, NestedScales, QuantizedWeight
+
+_TINY = 2e-38
+"""What a group of zeros is divided by: normal, for XLA takes what is smaller for 0."""
+
+
+def quantize(w: Float[Array, "*l i o"], format: str = "nf4", *, group: int | None = 64, nested: bool = False) -> QuantizedWeight:
+    """Return the matrix in a 4-bit or 8-bit format.
+
+    nf4, fp4, int8: the code nearest to w / a, with a the largest magnitude of the group; int4: round(w / s), s = a / 7; uint4:
+    round(w / s) + z, s = (max - min) / 15 and z = round(-min / s), with zero between min and max.
+
+    Codes and scales of nf4, fp4 and int8 are those of bitsandbytes 0.50, bit for bit (its blocks run along the rows of `[o, i]`, which are
+    our columns); nested scales too: of a - mean(a) the nearest number of the dynamic code, 256 a block.
+
+    Args:
+      w: `[..., i, o]`, finite.
+      format: of `weight.SPECS`.
+      group: consecutive rows that share a scale; None: all.
+      nested: quantise the scales too.
+
+    Raises:
+      ValueError: there is no such format, the rows do not divide into groups, or w is no matrix.
+    """
+    if format not in SPECS:
+        raise ValueError(f"quant: there is no format {format!r}; nearest: {tree.nearest(format, SPECS)}.")
+    if w.ndim < 2:
+        raise ValueError(f"quant: a matrix [..., i, o] is expected, not {list(w.shape)}.")
+    group = group or w.shape[-2]
+    if w.shape[-2] % group or group % 2:
+        raise ValueError(f"quant: {w.shape[-2]} rows of {list(w.shape)} do not divide into groups of {group}, an even number.")
+
+    def one(matrix: jax.Array) -> QuantizedWeight:
+        return _quantize(matrix.astype(jnp.float32), format, group, nested)
+
+    for _ in range(w.ndim - 2):
+        one = _over_layers(one)
+    found = one(w)
+    return QuantizedWeight(found.codes, found.scales, found.zeros, format, jnp.dtype(w.dtype).name)
+
+
+def _over_layers(one):
+    return lambda stack: jax.lax.map(one, stack)
+
+
+def _quantize(w: jax.Array, format: str, group: int, nested: bool) -> QuantizedWeight:
+    i, o = w.shape
+    grouped = w.reshape(i // group, group, o)
+    zeros = None
+    if format == "uint4":
+        low, high = jnp.minimum(jnp.min(grouped, axis=1), 0), jnp.maximum(jnp.max(grouped, axis=1), 0)
+        scales = (high - low) / 15
+        zeros = jnp.round(-low / jnp.maximum(scales, _TINY))
+        found = jnp.round(grouped / jnp.maximum(scales, _TINY)[:, None]) + zeros[:, None]
+        found = jnp.clip(found, 0, 15).astype(jnp.uint8)
+    else:
+        scales = jnp.max(jnp.abs(grouped), axis=1)
+        if format == "int4":
+            scales = scales / 7
+            found = jnp.clip(jnp.round(grouped / jnp.maximum(scales, _TINY)[:, None]), -7, 7).astype(jnp.int8).astype(jnp.uint8) & 15
+        elif format == "int8":
+            found = jnp.round(grouped * (127.0 / jnp.maximum(scales, _TINY))[:, None]).astype(jnp.int8)
+        else:
+            scaled = jnp.clip(grouped * (1.0 / jnp.maximum(scales, _TINY))[:, None], -1, 1)
+            found = codes.nearest(scaled, codes.NF4 if format == "nf4" else codes.FP4)
+    found = found.reshape(i, o)
+    return QuantizedWeight(
+        found if format == "int8" else int4_matmul.pack(found), _nest(scales) if nested else scales, zeros, format, "float32"
+    )
+
+
+def _nest(scales: jax.Array) -> NestedScales:
+    """Return scales `[n, o]` quantised: minus their mean, by the largest magnitude of 256 of them, to the nearest number of the code."""
+    n, o = scales.shape
+    flat = scales.T.reshape(-1)
+    mean = jnp.mean(flat)
+    blocks = jnp.pad(flat - mean, (0, -flat.size % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
+    largest = jnp.max(jnp.abs(blocks), axis=1)
+    found = codes.nearest(blocks * (1.0 / jnp.maximum(largest, _TINY))[:, None], codes.dynamic())
+    return NestedScales(found.reshape(-1)[: flat.size].reshape(o, n), largest, mean)

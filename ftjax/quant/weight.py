@@ -1,0 +1,96 @@
+"""A quantised matrix as a leaf that knows how to multiply: packed codes, a scale for each group of rows, and how to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ftjax.kernels import int4_matmul
+from ftjax.kernels.int4_matmul import Packed, Spec
+from ftjax.quant import codes
+from ftjax.types import pytree, static
+from ftjax.weights import Weight
+
+SPECS: Mapping[str, Spec] = {
+    "nf4": Spec(4, tuple(codes.NF4.tolist())),
+    "fp4": Spec(4, tuple(codes.FP4.tolist())),
+    "int4": Spec(4, (*map(float, range(8)), *map(float, range(-8, 0)))),  # two's complement
+    "uint4": Spec(4, tuple(map(float, range(16)))),
+    "int8": Spec(8, None, 1 / 127),
+}
+"""How the codes of each format are read. The scale is the group's largest magnitude, of the integers of four bits the size of a step."""
+
+NESTED_BLOCK = 256
+"""Scales that share a scale, where they are quantised themselves."""
+
+
+@pytree
+class NestedScales:
+    """Scales quantised in turn: `dynamic[code] · scale + mean`, 256 a block, output by output (Dettmers et al. 2023, arXiv:2305.14314)."""
+
+    codes: jax.Array
+    """uint8 `[..., o, n]`: of n groups of rows."""
+    scales: jax.Array
+    """float32 `[..., ceil(o n / 256)]`."""
+    mean: jax.Array
+    """float32 `[...]`."""
+
+    def expand(self) -> Float[Array, "*l n o"]:
+        """Return the scales, float32."""
+        *layers, o, n = self.codes.shape
+        numbers = jnp.asarray(codes.dynamic())[self.codes.astype(jnp.int32)].reshape(*layers, o * n)
+        scales = jnp.repeat(self.scales, NESTED_BLOCK, axis=-1)[..., : o * n]
+        return jnp.swapaxes((numbers * scales + self.mean[..., None]).reshape(*layers, o, n), -1, -2)
+
+
+@pytree
+class QuantizedWeight(Weight):
+    """A matrix `[..., i, o]` of which only codes and scales exist; `ftjax.kernels.int4_matmul.decode` says what they stand for."""
+
+    codes: jax.Array
+    """uint8 `[..., i/2, o]`, two 4-bit codes a byte, or int8 `[..., i, o]`."""
+    scales: jax.Array | NestedScales
+    """float32 `[..., n, o]`: of n groups of i/n rows."""
+    zeros: jax.Array | None = None
+    """float32 `[..., n, o]`: the number that stands for zero, of `uint4`."""
+    format: str = static(default="nf4")
+    """Of `SPECS`."""
+    dtype_name: str = static(default="bfloat16")
+    """Of what was quantised, and of `materialize`."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *layers, rows, o = self.codes.shape
+        return (*layers, rows * 8 // self._spec.bits, o)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype_name)
+
+    def materialize(self) -> Float[Array, "*l i o"]:
+        return int4_matmul.dense(self._spec, self._packed(), self.dtype)
+
+    def dot(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        return int4_matmul.product(x, self._packed(), self._spec)
+
+    def dot_transposed(self, x: Float[Array, "*b o"]) -> Float[Array, "*b i"]:
+        return int4_matmul.product_transposed(x, self._packed(), self._spec)
+
+    def embed(self, ids: jax.Array) -> jax.Array:
+        packed, spec, (i, _) = self._packed(), self._spec, self.shape
+        at = ids // (i // packed.scales.shape[-2])
+        halves = (4 * (ids % 2)).astype(jnp.uint8)[..., None]
+        row = packed.codes[ids] if spec.bits == 8 else (packed.codes[ids // 2] >> halves) & 15
+        zeros = None if packed.zeros is None else packed.zeros[at]
+        return int4_matmul.values(spec, row, packed.scales[at], zeros, self.dtype)
+
+    @property
+    def _spec(self) -> Spec:
+        return SPECS[self.format]
+
+    def _packed(self) -> Packed:
+        scales = self.scales.expand() if isinstance(self.scales, NestedScales) else self.scales
+        return Packed(self.codes, scales, self.zeros)

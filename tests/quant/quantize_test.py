@@ -1,0 +1,94 @@
+"""Codes and scales are those of bitsandbytes, bit for bit; what they stand for is near what was quantised."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ftjax import quant, tree
+from ftjax.quant import codes
+from ftjax.quant.quantize import quantize
+
+GOLDEN = load_file(pathlib.Path(__file__).parents[1] / "goldens" / "bitsandbytes.safetensors")
+O, I = GOLDEN["weight"].shape  # noqa: E741
+ROWS = 8
+FORMATS = list(quant.SPECS)
+
+
+def golden_matrix():
+    return jnp.asarray(GOLDEN["weight"].astype(np.float32).T)
+
+
+def test_the_dynamic_code_is_theirs():
+    np.testing.assert_array_equal(codes.dynamic(), GOLDEN["dynamic"])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_four_bits_are_theirs(kind):
+    ours = quantize(golden_matrix(), kind)
+    theirs = GOLDEN[f"{kind}/codes"].reshape(O, I // 2).T
+    np.testing.assert_array_equal(ours.codes, (theirs >> 4) | (theirs & 15) << 4)  # the first of two in their high half, in our low one
+    np.testing.assert_array_equal(ours.scales.T.reshape(-1), GOLDEN[f"{kind}/absmax"])
+    np.testing.assert_array_equal(ours.materialize().T[:ROWS], GOLDEN[f"{kind}/values"])
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_nested_scales_are_theirs(kind):
+    ours = quantize(golden_matrix(), kind, nested=True)
+    np.testing.assert_array_equal(ours.scales.codes.reshape(-1), GOLDEN[f"{kind}/nested/absmax"])
+    np.testing.assert_array_equal(ours.scales.scales, GOLDEN[f"{kind}/nested/absmax_absmax"])
+    np.testing.assert_array_equal(ours.scales.mean, GOLDEN[f"{kind}/nested/offset"][0])
+    np.testing.assert_array_equal(ours.materialize().T[:ROWS], GOLDEN[f"{kind}/nested/values"])
+
+
+def test_eight_bits_are_theirs():
+    ours = quantize(golden_matrix(), "int8", group=None)
+    np.testing.assert_array_equal(ours.codes.T, GOLDEN["int8/codes"])
+    np.testing.assert_array_equal(ours.scales[0], GOLDEN["int8/absmax"])
+    np.testing.assert_array_equal(ours.materialize().T[:ROWS], GOLDEN["int8/values"])
+
+
+@pytest.mark.parametrize(("format", "error"), [("nf4", 0.0922), ("fp4", 0.1219), ("int4", 0.1076), ("uint4", 0.0911), ("int8", 0.0059)])
+def test_the_error_on_normal_numbers_is_the_formats(format, error, key):
+    w = jax.random.normal(key, (3, 256, 192))
+    assert float(jnp.sqrt(jnp.mean(jnp.square(quantize(w, format).materialize() - w)))) == pytest.approx(error, rel=0.02)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("group", [32, 128, None])
+def test_what_is_quantised_again_stays_as_it_is(format, group, key):
+    once = quantize(jax.random.normal(key, (2, 128, 6)), format, group=group).materialize()
+    again = quantize(once, format, group=group).materialize()
+    np.testing.assert_allclose(again, once, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_stack_is_its_layers_and_zeros_are_zeros(format, key):
+    w = jax.random.normal(key, (2, 128, 6)).at[1, :64].set(0)
+    stacked = quantize(w, format)
+    for layer in range(2):
+        alone, one = quantize(w[layer], format), jax.tree.map(lambda x, layer=layer: x[layer], stacked)
+        np.testing.assert_array_equal(one.materialize(), alone.materialize())
+    np.testing.assert_array_equal(stacked.materialize()[1, :64], 0)
+
+
+def test_nf4_with_nested_scales_takes_4_127_bits_a_number():
+    shapes = jax.eval_shape(lambda w: quantize(w, "nf4", nested=True), jax.ShapeDtypeStruct((4, 4096, 4096), jnp.bfloat16))
+    assert 8 * tree.num_bytes(shapes) / (4 * 4096**2) == pytest.approx(4.127, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((128, 6), {"format": "nf5"}, "no format 'nf5'; nearest: 'nf4'"),
+        ((100, 6), {"group": 64}, "100 rows .* groups of 64"),
+        ((99, 6), {"group": None}, "an even number"),
+        ((128,), {}, "a matrix"),
+    ],
+)
+def test_what_cannot_be_quantised_is_said(shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(jnp.ones(shape), **options)
