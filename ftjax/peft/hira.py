@@ -43,7 +43,7 @@ def hira(
 
     W' = W + W ⊙ (A B)
 
-    Huang et al., 2025, HiRA: Parameter-Efficient Hadamard High-Rank Adaptation (ICLR), equation 6. A `[i, r]` ~ U(-1/√i, 1/√i), B
+    Huang et al., 2025, HiRA: Parameter-Efficient Hadamard High-Rank Adaptation (ICLR). A `[i, r]` ~ U(-1/√i, 1/√i), B
     `[r, o]` = 0, as PEFT starts them. There is no scale. A layer forms its dense change and multiplies by it, as PEFT does: twice the
     time of the frozen product.
 

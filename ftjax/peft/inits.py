@@ -100,7 +100,7 @@ def _randomised_svd(key: jax.Array, weight: jax.Array, rank: int, iterations: in
 
 
 def olora() -> FromWeight:
-    """Start from an orthonormal basis: A = R_rᵀ, B = Q_rᵀ with Wᵀ = Q R (Büyükakyüz 2024, arXiv:2406.01775, algorithm 1)."""
+    """Start from an orthonormal basis: A = R_rᵀ, B = Q_rᵀ with Wᵀ = Q R (Büyükakyüz 2024, arXiv:2406.01775)."""
 
     def factors(key: jax.Array, weight: jax.Array, rank: int) -> Factors:
         del key
@@ -121,10 +121,9 @@ def eva(moments: Mapping[str, jax.Array]) -> OfPath:
     """
 
     def at(path: str) -> Init:
-        moment = _known(moments, path, "eva")
-
         def factors(key: jax.Array, shape: tuple[int, ...], rank: int) -> Factors:
             del key
+            moment = _known(moments, path, "eva")
             *layers, i, o = shape
             _, vectors = jnp.linalg.eigh(moment)  # in ascending order
             return vectors[..., ::-1][..., :rank], jnp.zeros((*layers, rank, o), jnp.float32)
@@ -137,7 +136,7 @@ def eva(moments: Mapping[str, jax.Array]) -> OfPath:
 def corda(moments: Mapping[str, jax.Array], *, keep: str = "task") -> OfPath:
     """Start from the part of the weight that matters most, or least, to the inputs: A = C⁻¹ U √S, B = √S Vᵀ with C W = U S Vᵀ.
 
-    Yang et al. 2024, arXiv:2406.05223, section 3, C the second moment of the inputs.
+    Yang et al. 2024, arXiv:2406.05223, C the second moment of the inputs.
 
     Args:
       moments: from `ftjax.peft.calibration.input_moments`: on the new task's text for "task", on text that must not be forgotten for
@@ -149,10 +148,9 @@ def corda(moments: Mapping[str, jax.Array], *, keep: str = "task") -> OfPath:
         raise ValueError(f"inits: corda keeps 'task' or 'knowledge', not {keep!r}.")
 
     def at(path: str) -> FromWeight:
-        moment = _known(moments, path, "corda")
-
         def factors(key: jax.Array, weight: jax.Array, rank: int) -> Factors:
             del key
+            moment = _known(moments, path, "corda")
             size = moment.shape[-1]
             mean = jnp.trace(moment, axis1=-2, axis2=-1)[..., None, None] / size
             c = moment / mean + jnp.broadcast_to(
@@ -171,7 +169,7 @@ def corda(moments: Mapping[str, jax.Array], *, keep: str = "task") -> OfPath:
 def lora_ga(gradients: Mapping[str, jax.Array], *, gamma: float = 16.0) -> OfPath:
     """Start along the weight's own gradient, so that the first step is near that of full fine-tuning.
 
-    A = U_r, B = (o^¼ / √γ) S_{r..2r} V_{r..2r}ᵀ with dL/dW = U S Vᵀ: Wang et al. 2024, arXiv:2407.05000, section 3, in the form that PEFT
+    A = U_r, B = (o^¼ / √γ) S_{r..2r} V_{r..2r}ᵀ with dL/dW = U S Vᵀ: Wang et al. 2024, arXiv:2407.05000, in the form that PEFT
     has as direction "ArB2r" and scale "stable" (the paper's B has no S). Needs matrices with at least 2 r columns and rows.
 
     Args:
@@ -180,10 +178,9 @@ def lora_ga(gradients: Mapping[str, jax.Array], *, gamma: float = 16.0) -> OfPat
     """
 
     def at(path: str) -> FromWeight:
-        gradient = _known(gradients, path, "lora_ga")
-
         def factors(key: jax.Array, weight: jax.Array, rank: int) -> Factors:
             del key
+            gradient = _known(gradients, path, "lora_ga")
             if 2 * rank > min(weight.shape[-2:]):
                 raise ValueError(f"inits: lora_ga takes 2 · {rank} directions, and {path} {list(weight.shape)} has fewer.")
             u, s, vt = jnp.linalg.svd(gradient, full_matrices=False)
@@ -197,7 +194,10 @@ def lora_ga(gradients: Mapping[str, jax.Array], *, gamma: float = 16.0) -> OfPat
 
 def _known(statistics: Mapping[str, jax.Array], path: str, who: str) -> jax.Array:
     if path not in statistics:
-        raise ValueError(f"inits: {who} knows nothing of {path!r}; nearest: {tree.nearest(path, statistics)}. Calibrate the same targets.")
+        raise ValueError(
+            f"inits: {who} knows nothing of {path!r}; nearest: {tree.nearest(path, statistics)}. Calibrate the same targets: "
+            "see ftjax.peft.calibration (ftjax train does so by itself)."
+        )
     return statistics[path]
 
 
@@ -208,16 +208,20 @@ FROM_WEIGHT: dict[str, Callable[[], FromWeight]] = {
     "pissa_niter_16": functools.partial(pissa, 16),
     "olora": olora,
 }
+CALIBRATED: dict[str, Callable[..., OfPath]] = {"eva": eva, "corda": corda, "lora_ga": lora_ga}
+"""Each takes what `ftjax.peft.calibration` finds. By its name alone one can be planned and attached, but not started from."""
 
 
 def named(init: Init | FromWeight | OfPath | str, who: str) -> Init | FromWeight | OfPath:
-    """Return what `init` names among `INITS` and `FROM_WEIGHT`, or `init` itself."""
+    """Return what `init` names among `INITS`, `FROM_WEIGHT` and `CALIBRATED`, or `init` itself."""
     if not isinstance(init, str):
         return init
     if init in FROM_WEIGHT:
         return FROM_WEIGHT[init]()
+    if init in CALIBRATED:
+        return CALIBRATED[init]({})
     if init not in INITS:
-        raise ValueError(f"{who}: there is no init {init!r}; nearest: {tree.nearest(init, [*INITS, *FROM_WEIGHT])}.")
+        raise ValueError(f"{who}: there is no init {init!r}; nearest: {tree.nearest(init, [*INITS, *FROM_WEIGHT, *CALIBRATED])}.")
     return INITS[init]
 
 

@@ -43,6 +43,9 @@ def on_layers(transform: Transform, layers: Layers, *, neutral: Mapping[str, flo
 
     def init(key: jax.Array, params: Params) -> tuple[Params, Params]:
         frozen, trainable = transform.init(key, params)
+        for name, branch in trainable.items():
+            if tree.flatten(branch).keys() & tree.flatten(frozen.get(name, {})).keys():
+                raise ValueError(f"layers: {name!r} keeps where it started for all layers; say which in its own argument `layers`.")
         return frozen, {
             name: _each(branch, params, lambda x, count, _: x[np.array(chosen(layers, count))]) for name, branch in trainable.items()
         }

@@ -49,8 +49,8 @@ def loha(
 
     W' = W + s · (A₁ B₁) ⊙ (A₂ B₂),   s = alpha / rank
 
-    Hyeon-Woo et al. (FedPara), 2022, arXiv 2108.06098, proposition 1; as an adapter Yeh et al. (LyCORIS), 2023, arXiv 2309.14859, section
-    3.2. A₂ starts at 0 and the others as PEFT's: A₁ ~ U(±1/√i), B₁, B₂ ~ U(±1/√r) (LyCORIS: normal). 2 r (i + o) numbers for each matrix.
+    Hyeon-Woo et al. (FedPara), 2022, arXiv 2108.06098, proposition 1; as an adapter Yeh et al. (LyCORIS), 2023, arXiv 2309.14859.
+    A₂ starts at 0 and the others as PEFT's: A₁ ~ U(±1/√i), B₁, B₂ ~ U(±1/√r) (LyCORIS: normal). 2 r (i + o) numbers for each matrix.
 
     Args:
       targets: which matrices (see `ftjax.tree`).

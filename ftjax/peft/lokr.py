@@ -80,7 +80,7 @@ def lokr(
 
     W' = W + s · W₁ ⊗ W₂,   W₁ `[i₁, o₁]`,   W₂ = A₂ B₂ `[i₂, o₂]`,   s = alpha / rank
 
-    Yeh et al. (LyCORIS), 2023, arXiv 2309.14859, section 3.2. Each side is split in two near its square root (64 = 8 · 8, 127 = 1 · 127).
+    Yeh et al. (LyCORIS), 2023, arXiv 2309.14859. Each side is split in two near its square root (64 = 8 · 8, 127 = 1 · 127).
     A factor is trained whole where `2 rank ≥ max(its sides)`, W₁ always unless `decompose_both`. Started as PEFT's: W₁ (or its B) 0, the
     rest U(±1/√fan); LyCORIS starts W₂ at 0 instead, and takes s = 1 where both factors are whole.
 

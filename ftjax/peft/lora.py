@@ -15,6 +15,7 @@ from ftjax import tree, weights
 from ftjax.peft import inits, low_rank
 from ftjax.peft.format import Format, Tensor
 from ftjax.peft.inits import FromWeight, Init, OfPath
+from ftjax.peft.layers import Layers, on_layers
 from ftjax.peft.riding import added
 from ftjax.types import Params, Plan, Transform, pytree, static
 from ftjax.weights import Leaf, Wrapper
@@ -125,6 +126,7 @@ def lora(
     exclude: tree.Filter | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    layers: Layers | None = None,
     name: str = "lora",
 ) -> Transform:
     """Add a trained low-rank term to frozen matrices.
@@ -146,6 +148,7 @@ def lora(
       exclude: matrices to leave out among the targets.
       rank_pattern: other ranks for some of them, `{regex or module name: rank}`; the first match wins.
       alpha_pattern: other alphas likewise.
+      layers: the layers that are trained, all if None (see `ftjax.peft.layers`).
       name: the key in the trainable tree.
 
     Raises:
@@ -162,26 +165,20 @@ def lora(
     spec = low_rank.LowRank("lora", name, targets, rank, alpha, rslora, dropout, exclude, rank_pattern, alpha_pattern)
 
     def init_fn(key: jax.Array, params: Params) -> tuple[Params, Params]:
-        trained, start = {}, {}
+        trained = {}
         for path, leaf, leaf_rank, leaf_key in spec.matrices(key, params):
             here = inits.at(make, path)
             if isinstance(here, inits.FromWeight):
                 factors = here.factors(leaf_key, weights.materialize(leaf).astype(jnp.float32), leaf_rank)
                 root = jnp.sqrt(spec.scales(path, leaf.shape))[..., None, None] if here.divided else 1.0
                 a, b = (factor / root for factor in factors)
-                start[f"{path}/a"], start[f"{path}/b"] = jnp.copy(a), jnp.copy(b)  # the state is donated, the start must outlive it
             else:
                 a, b = here(leaf_key, leaf.shape, leaf_rank)
             trained[f"{path}/a"], trained[f"{path}/b"] = a, b
-        frozen = {**params, name: tree.unflatten(start)} if start else params
-        return frozen, {name: tree.unflatten(trained)}
+        return params, {name: tree.unflatten(trained)}
 
     def attach(frozen: Params, trainable: Params, *, key: jax.Array | None = None) -> Params:
-        model = {part: branch for part, branch in frozen.items() if part != name}
-        rows = spec.joined(model, relative(frozen, trainable, name), key=key)
-        return tree.replace(
-            model, {row.path: LoraWeight(row.base, row.fields["a"], row.fields["b"], row.scale, *row.dropout) for row in rows}
-        )
+        return ride(spec, frozen, trainable, key=key)
 
     def plan(params: Params) -> tuple[Plan, ...]:
         rows = spec.plan(params)
@@ -189,30 +186,34 @@ def lora(
             return rows
         return tuple(row._replace(options={**row.options, "init": init if isinstance(init, str) else "from weight"}) for row in rows)
 
-    return Transform(init_fn, attach, plan)
+    method = Transform(init_fn, attach, plan)
+    return _since_start(method if layers is None else on_layers(method, layers), name)
 
 
-def plain(frozen: Params, trainable: Params, plans: Sequence[Plan]) -> tuple[Params, tuple[Plan, ...]]:
-    """Return trainable tree and plans with every LoRA that started from the weights as the plain one of rank 2r and the same scale.
+def ride(spec: low_rank.LowRank, frozen: Params, trainable: Params, *, key: jax.Array | None) -> Params:
+    """Return the tree with a `LoraWeight` on each leaf for which there are `a` and `b`."""
+    rows = spec.joined(frozen, trainable, key=key)
+    return tree.replace(frozen, {row.path: LoraWeight(row.base, row.fields["a"], row.fields["b"], row.scale, *row.dropout) for row in rows})
 
-    Raises:
-      ValueError: where it started is not in the frozen tree.
-    """
-    for name in {row.method for row in plans if _from_weight(row)}:
-        if name not in frozen:
-            raise ValueError(f"{name}: it started from the weights, and where is in the frozen tree: pass frozen=frozen.")
-        trainable = trainable | relative(frozen, trainable, name)
-    return trainable, tuple(_doubled(row) if _from_weight(row) else row for row in plans)
+
+def _since_start(method: Transform, name: str) -> Transform:
+    """Return the method whose term is what A B has become since it started, if it started from the weights."""
+
+    def init(key: jax.Array, params: Params) -> tuple[Params, Params]:
+        frozen, trainable = method.init(key, params)
+        if not any(map(_from_weight, method.plan(params))):
+            return frozen, trainable
+        return {**frozen, name: jax.tree.map(jnp.copy, trainable[name])}, trainable  # the state is donated, the start must outlive it
+
+    def attach(frozen: Params, trainable: Params, *, key: jax.Array | None = None) -> Params:
+        model = {part: branch for part, branch in frozen.items() if part != name}
+        return method.attach(model, relative(frozen, trainable, name), key=key)
+
+    return method._replace(init=init, attach=attach)
 
 
 def _from_weight(row: Plan) -> bool:
     return (row.kind or row.method) == "lora" and "init" in row.options
-
-
-def _doubled(row: Plan) -> Plan:
-    options = {name: value for name, value in row.options.items() if name != "init"}
-    factor = 2**0.5 if options["rslora"] else 2
-    return row._replace(options=options | {"rank": 2 * options["rank"], "alpha": factor * options["alpha"]})
 
 
 def relative(frozen: Params, trainable: Params, name: str = "lora") -> Params:

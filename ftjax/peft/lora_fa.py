@@ -9,7 +9,8 @@ import jax
 from ftjax import tree
 from ftjax.peft import inits, low_rank
 from ftjax.peft.inits import Init
-from ftjax.peft.lora import LORA, LoraWeight
+from ftjax.peft.layers import Layers, on_layers
+from ftjax.peft.lora import LORA, ride
 from ftjax.types import Params, Transform
 
 
@@ -24,13 +25,14 @@ def lora_fa(
     exclude: tree.Filter | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    layers: Layers | None = None,
     name: str = "lora_fa",
 ) -> Transform:
     """Add a low-rank term of which only the second factor is trained.
 
     y = x W + s · dropout(x) A B,   A random and frozen,   s = alpha / rank   (rsLoRA: alpha / √rank)
 
-    Zhang et al., 2023, arXiv 2308.03303, section 3. The gradient of B needs x A and not x, so an input that nothing else keeps is not kept
+    Zhang et al., 2023, arXiv 2308.03303. The gradient of B needs x A and not x, so an input that nothing else keeps is not kept
     (with dropout its mask is). A lies in the frozen tree at `lora_fa/<path>/a`: the optimiser never sees it, and `init` with the same key
     makes the same one. A PEFT folder holds it as a plain LoRA's, so it reads back as `lora`. PEFT's LoRA-FA optimiser also preconditions
     the gradient by the inverse of A Aᵀ, which the paper's does not.
@@ -45,6 +47,7 @@ def lora_fa(
       exclude: matrices to leave out among the targets.
       rank_pattern: other ranks for some of them, `{regex or module name: rank}`; the first match wins.
       alpha_pattern: other alphas likewise.
+      layers: the layers that are trained, all if None (see `ftjax.peft.layers`).
       name: the key in the trainable and in the frozen tree.
 
     Raises:
@@ -71,13 +74,11 @@ def lora_fa(
     def attach(frozen: Params, trainable: Params, *, key: jax.Array | None = None) -> Params:
         if name not in frozen:
             raise ValueError(f"{name}: the frozen tree has no {name!r} with the frozen A; use the one that init returned.")
-        model, fixed = {part: branch for part, branch in frozen.items() if part != name}, tree.flatten(frozen[name])
-        rows = spec.joined(model, trainable, key=key)
-        return tree.replace(
-            model, {row.path: LoraWeight(row.base, fixed[f"{row.path}/a"], row.fields["b"], row.scale, *row.dropout) for row in rows}
-        )
+        model = {part: branch for part, branch in frozen.items() if part != name}
+        return ride(spec, model, {name: tree.combine(frozen[name], trainable[name])}, key=key)
 
-    return Transform(init_fn, attach, spec.plan)
+    method = Transform(init_fn, attach, spec.plan)
+    return method if layers is None else on_layers(method, layers)
 
 
 LORA_FA = LORA._replace(tensors={**LORA.tensors, "a": LORA.tensors["a"]._replace(trained=False)})

@@ -83,7 +83,7 @@ def oft(
 
     y = (x R) W,   R = diag(R₁, …),   R_k = (I - Q_k)(I + Q_k)⁻¹,   Q_k skew-symmetric and 0 at the start
 
-    Qiu et al., 2023, arXiv 2306.07280, section 4 (there R rotates the other side of W). The inverse is solved exactly, in float32. PEFT's
+    Qiu et al., 2023, arXiv 2306.07280 (there R rotates the other side of W). The inverse is solved exactly, in float32. PEFT's
     default is a series of 5 terms instead (OFTv2, arXiv 2506.19847), which is only near a rotation, and whose sign is such that the same
     numbers turn the other way: `neumann_terms=5` reads its files. Not here: the constrained form, and dropout of blocks.
 

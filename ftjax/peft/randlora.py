@@ -77,7 +77,7 @@ def randlora(
 
     W' = W + s · Σ_n B_n Λ_n A Γ_n,   n = 1 … ⌈min(i, o) / r⌉,   s = alpha / rank;   Λ = 0 and Γ = 1 / min(i, o) at the start
 
-    Albert et al., 2025, arXiv 2502.00987, equation 4. A `[r, smaller side]` and B `[larger side, n, r]` are random, frozen, of unit
+    Albert et al., 2025, arXiv 2502.00987. A `[r, smaller side]` and B `[larger side, n, r]` are random, frozen, of unit
     variance and one for the whole model, as in VeRA: the numbers that PEFT draws for `projection_prng_key=seed`. They live in the frozen
     tree as `randlora/a` and `randlora/b` (`name` for `randlora`); put other ones there to use those. PEFT pairs the columns of B with the
     rows of A in another order than the equation, and so does this.

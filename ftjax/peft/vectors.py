@@ -39,7 +39,7 @@ def ties(vectors: Sequence[np.ndarray], factors: Sequence[float], *, density: fl
 
 
 def dare(vectors: Sequence[np.ndarray], factors: Sequence[float], *, density: float, random: np.random.Generator) -> np.ndarray:
-    """Drop entries at random and rescale the rest by 1/density, then add (Yu et al. 2024, arXiv:2311.03099, section 3)."""
+    """Drop entries at random and rescale the rest by 1/density, then add (Yu et al. 2024, arXiv:2311.03099)."""
     return linear([_dropped(v, density, random) for v in vectors], factors)
 
 

@@ -1,25 +1,14 @@
 """An adapter that started from the weights stands in a PEFT folder as a plain LoRA of twice the rank."""
 
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax import models, peft
-from ftjax.hf import folder, load
+from ftjax import peft
 from ftjax.hf import peft as hf_peft
-
-GOLDENS = Path(__file__).parents[1] / "goldens" / "peft"
-
-
-@pytest.fixture(scope="module")
-def base():
-    checkpoint = folder.read(GOLDENS / "base")
-    model = models.build(models.config_from_hf(checkpoint.config))
-    return model, load.load_params(checkpoint, model)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -10,15 +10,29 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ftjax import models, peft, tree, weights
-from ftjax.hf import folder, load, peft_config
+from ftjax import peft, tree, weights
 from ftjax.hf import names as hf_names
 from ftjax.hf import peft as hf_peft
+from ftjax.hf import peft_config
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "peft"  # third_party/peft/folder_golden.py
 FOLDERS = {"dora": "dora", "ia3": "ia3", "vera": "vera", "vera_drawn": "vera"} | {
     name: name.partition("_")[0]
-    for name in ("boft", "hira", "loha", "lokr", "lokr_both", "miss", "miss_bat", "miss_mini", "oft", "oft_exact", "randlora", "shira")
+    for name in (
+        "adalora",
+        "boft",
+        "hira",
+        "loha",
+        "lokr",
+        "lokr_both",
+        "miss",
+        "miss_bat",
+        "miss_mini",
+        "oft",
+        "oft_exact",
+        "randlora",
+        "shira",
+    )
 }
 METHODS = {
     "dora": partial(peft.dora, ["q_proj", "lm_head"], rank=3, alpha=6, rank_pattern={"lm_head": 2}, dropout=0.25),
@@ -37,9 +51,14 @@ METHODS = {
     "miss": partial(peft.miss, ["q_proj", "down_proj"], rank=5),
     "miss bat": partial(peft.miss, ["q_proj", "up_proj"], rank=4, form="bat"),
     "miss mini": partial(peft.miss, ["q_proj"], rank=4, form="mini", mini_rank=3),
+    "adalora": partial(peft.adalora, ["q_proj", "down_proj"], steps=9, init_rank=4, target_rank=2, alpha=6, final_steps=2, dropout=0.25),
     "shira": partial(peft.shira, ["q_proj", "down_proj"], rank=2, seed=3),
 }
 LAYERS = {
+    "lora": (partial(peft.lora, ["q_proj"], rank=3, layers="last 1"), {"layers_to_transform": [2], "target_modules": ["q_proj"]}),
+    "pissa": (partial(peft.lora, ["q_proj"], rank=2, init="pissa", layers=[0, 1]), {"layers_to_transform": [0, 1], "r": 4}),
+    "lora_fa": (partial(peft.lora_fa, ["q_proj"], rank=3, layers=[1]), {"layers_to_transform": [1]}),
+    "adalora": (partial(peft.adalora, ["q_proj"], steps=9, init_rank=4, target_rank=2, layers=[1]), {"layers_to_transform": [1]}),
     "vera": (partial(peft.vera, ["q_proj"], rank=5, layers=[0, 2]), {"layers_to_transform": [0, 2], "target_modules": ["q_proj"]}),
     "shira": (partial(peft.shira, ["q_proj"], rank=2, layers=[1]), {"target_modules": ["model.layers.1.self_attn.q_proj"]}),
     "ia3": (
@@ -47,13 +66,6 @@ LAYERS = {
         {"target_modules": ["model.layers.2.self_attn.k_proj"], "feedforward_modules": []},
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def base():
-    checkpoint = folder.read(GOLDENS / "base")
-    model = models.build(models.config_from_hf(checkpoint.config))
-    return model, load.load_params(checkpoint, model)
 
 
 def logits(model, params):
@@ -152,7 +164,7 @@ def test_an_adapter_of_some_layers_names_them(tmp_path, base, name):
 
 def test_dora_on_some_layers_of_a_leaf_is_refused(tmp_path, base):
     model, params = base
-    method = peft.on_layers(peft.dora(["q_proj"], rank=2), [1])
+    method = peft.dora(["q_proj"], rank=2, layers=[1])
     save(tmp_path / "a", model, method, params, *trained(method, params))
     with pytest.raises(
         ValueError, match="not yet: LORA with 'magnitude' on some layers of 'layers/self_attn/q_proj/kernel' only, 2 have none"
@@ -177,6 +189,32 @@ def test_lora_fa_is_a_lora_to_those_who_read_it(tmp_path, base):
     assert adapter.kind == "lora"
     for path, leaf in tree.flatten(tree.combine(frozen["lora_fa"], trainable["lora_fa"])).items():
         np.testing.assert_array_equal(tree.flatten(adapter.trainable["lora"])[path], leaf)
+
+
+def test_an_adalora_without_what_was_pruned_is_filled_up(base):
+    """PEFT leaves pruned triplets out of its files; layers then differ, and one of them has none left."""
+    model, params = base
+    adapter = hf_peft.load_adapter(GOLDENS / "adalora_pruned", model)
+    assert {leaf.shape[-1] for path, leaf in tree.flatten(adapter.trainable).items() if path.endswith("/e")} == {3}
+    close(logits(model, adapter.method.attach(params, adapter.trainable)), np.load(GOLDENS / "adalora_pruned" / "logits.npy"), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "rank"),
+    [
+        (peft.delta_lora(["q_proj"], rank=2, alpha=3), 2),
+        (peft.delta_lora(["q_proj"], rank=2, alpha=3, start_steps=5), 4),
+        (peft.relora(["q_proj"], rank=2, alpha=3, restarts=3, layers=[0, 2]), 8),
+    ],
+    ids=["delta_lora", "delta_lora later", "relora"],
+)
+def test_what_is_added_to_the_weights_in_training_is_a_lora_to_those_who_read_it(tmp_path, base, method, rank):
+    model, params = base
+    frozen, trainable = trained(method, params)
+    config, _ = save(tmp_path / "a", model, method, params, frozen, trainable)
+    adapter = hf_peft.load_adapter(tmp_path / "a", model)
+    assert (adapter.kind, config["r"]) == ("lora", rank)
+    close(logits(model, adapter.method.attach(params, adapter.trainable)), logits(model, method.attach(frozen, trainable)), 1e-5)
 
 
 def test_half_a_dora_is_listed(tmp_path, base):

@@ -12,18 +12,11 @@ import pytest
 import safetensors.numpy
 
 from ftjax import models, peft
-from ftjax.hf import folder, load, peft_config
 from ftjax.hf import peft as hf_peft
+from ftjax.hf import peft_config
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "peft"
 TOKENS = (np.arange(10, dtype=np.int32) * 11 % 61)[None]  # third_party/peft/lora_golden.py
-
-
-@pytest.fixture(scope="module")
-def base():
-    checkpoint = folder.read(GOLDENS / "base")
-    model = models.build(models.config_from_hf(checkpoint.config))
-    return model, load.load_params(checkpoint, model)
 
 
 def logits(model, params):

@@ -8,7 +8,10 @@ from ftjax.peft.layers import chosen
 from tests import toy
 
 METHODS = {
-    "lora": peft.on_layers(peft.lora("all-linear", rank=2), "last 2"),
+    "lora": peft.lora("all-linear", rank=2, layers="last 2"),
+    "dora": peft.dora("all-linear", rank=2, layers="last 2"),
+    "lora_fa": peft.lora_fa("all-linear", rank=2, layers=[1, 2]),
+    "pissa": peft.lora("all-linear", rank=2, init="pissa", layers="last 2"),
     "ia3": peft.ia3("all-linear", layers=[-1, 1]),
     "vera": peft.vera(rank=4, layers=slice(1, None)),
     "boft": peft.boft(block_size=2, factors=2, layers="last 2"),
