@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from ftjax import data, hub, losses, models, optimizers, peft, scoring, sharding
 from ftjax.cli import measure
 from ftjax.hf import load as hf_load
 from ftjax.hf import tokenizer as hf_tokenizer
+from ftjax.peft import inits
 from ftjax.train import Score, Step, make_eval_step, make_train_step
 from ftjax.tree import nearest
 from ftjax.types import Batch, LossFn, Metrics, Model, Params, Scores, TrainState, Transform
@@ -31,6 +32,8 @@ class Loaded(NamedTuple):
     params: Params
     tokenizer: Any
     name: str
+    stretched: bool = False
+    """Whether `config.model.rope` made its RoPE another than the base's."""
 
 
 def mesh(config) -> Mesh:
@@ -63,19 +66,38 @@ def resolved(config) -> ConfigDict:
 
 def architecture(config) -> tuple[Model, models.Config]:
     """Return the model of `config.model.preset`, without weights."""
-    shape = dataclasses.replace(_named("model.preset", models.preset, config.model.preset), dtype=dtype(config.model.dtype))
+    shape = _named("model.preset", models.preset, config.model.preset)
+    shape = stretch(config, dataclasses.replace(shape, dtype=dtype(config.model.dtype)))
     return models.build(shape, remat=config.model.remat), shape
+
+
+def stretch(config, shape: models.Config) -> models.Config:
+    """Return the architecture with the RoPE of `config.model.rope`, or as it is where that is empty."""
+    options = {name: value for name, value in plain(config.model.rope).items() if value not in (None, "")}
+    if options and "rope_type" not in options:
+        raise ValueError(f"model.rope: {sorted(options)[0]} says nothing without a rope_type, such as 'linear' or 'yarn'.")
+    return _named("model.rope", partial(models.stretch, shape), options) if options else shape
+
+
+def in_training(config, model: Model) -> Model:
+    """Return the model as a training step applies it: attention stays in groups of `config.model.group_tokens`, unless that is 0."""
+    size = config.model.group_tokens
+    if not size:
+        return model
+    return _named("model.group_tokens", lambda size: models.build(model.config, remat=config.model.remat, group_tokens=size), size)
 
 
 def model(config, mesh: Mesh) -> Loaded:
     """Return the model with its weights on the mesh; random ones where `config.model.random` says so."""
+    stretched = bool(config.model.rope.rope_type)
     if config.model.random:
         built, _ = architecture(config)
         params = sharding.init_on_mesh(built.init, jax.random.key(config.seed), mesh=mesh)
-        return Loaded(built, params, tokenizer(config), f"{config.model.preset} (random)")
-    found = hf_load.load(config.model.name, dtype=dtype(config.model.dtype), remat=config.model.remat, place=sharding.placement(mesh))
+        return Loaded(built, params, tokenizer(config), f"{config.model.preset} (random)", stretched)
+    options = {"dtype": dtype(config.model.dtype), "remat": config.model.remat, "place": sharding.placement(mesh)}
+    found = hf_load.load(config.model.name, **options, change=partial(stretch, config))
     chosen = tokenizer(config) if config.tokenizer else _with_template(config, found.tokenizer)
-    return Loaded(found.model, found.params, chosen, config.model.name)
+    return Loaded(found.model, found.params, chosen, config.model.name, stretched)
 
 
 def tokenizer(config) -> Any:
@@ -94,9 +116,14 @@ def _with_template(config, tokenizer: Any) -> Any:
     return tokenizer
 
 
-def method(config) -> Transform:
-    """Return the chain of `config.methods`, each with the block of its name."""
-    return peft.chain(*(peft.METHODS[name](**options) for name, options in methods(config)))
+def method(config, statistics: Mapping[str, Mapping[str, Any]] = {}) -> Transform:
+    """Return the chain of `config.methods`, each with the block of its name.
+
+    `statistics`, of `ftjax.cli.beginning`, are for those whose start needs it; shapes will do where nothing is started.
+    """
+    starts = {name: inits.CALIBRATED[config[name].init](found) for name, found in statistics.items()}
+    options = ((name, block | {"init": starts[name]} if name in starts else block) for name, block in methods(config))
+    return peft.chain(*(peft.METHODS[name](**block) for name, block in options))
 
 
 def methods(config) -> list[tuple[str, dict[str, Any]]]:
@@ -111,7 +138,10 @@ def _options(name: str, config) -> dict[str, Any]:
         raise ValueError(f"methods: there is no method {name!r}; nearest: {nearest(name, peft.METHODS)}.")
     if name not in config:
         raise ValueError(f"methods: {name!r} needs a block config.{name} with its options.")
-    return plain(config[name])
+    options = plain(config[name])
+    if "steps" in options and options["steps"] is None:
+        options["steps"] = config.steps
+    return options
 
 
 def loss(config) -> LossFn:
@@ -144,7 +174,7 @@ def score(config, model: Model, mesh: Mesh) -> Score:
 def train_step(config, model: Model, method: Transform, rule: optax.GradientTransformation, mesh: Mesh, state: TrainState) -> Step:
     """Return the training step of the config on a mesh, for states of the shapes of `state`."""
     return make_train_step(
-        score(config, model, mesh),
+        score(config, in_training(config, model), mesh),
         method,
         loss(config),
         rule,
@@ -260,8 +290,8 @@ def plain(block) -> dict[str, Any]:
     return block.to_dict() if isinstance(block, ConfigDict) else dict(block)
 
 
-def _named(field: str, function, name: str):
+def _named(field: str, function, value: Any):
     try:
-        return function(name)
+        return function(value)
     except ValueError as error:
         raise ValueError(f"{field}: {error}") from error

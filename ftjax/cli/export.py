@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 
 from ftjax import sharding, tree
 from ftjax.checkpoint import Checkpoints
-from ftjax.cli import build, pretrained, runtime
+from ftjax.cli import beginning, build, pretrained, runtime, sweep
 from ftjax.hf import export as hf_export
 from ftjax.hf import load as hf_load
 from ftjax.peft.soft_prompt import check_no_virtual_tokens
@@ -79,7 +80,7 @@ def pretrained_model(name: str, adapter: str) -> Found:
     """Return a model by name, in the dtype of its file, with a PEFT adapter attached if one is named."""
     folder = pretrained.adapter_folder(adapter) if adapter else None
     name = name or (pretrained.base_name(folder) if folder else pretrained.DEFAULT)
-    model, params, tokenizer, _ = hf_load.load(name)
+    model, params, tokenizer, _ = hf_load.load(name, change=partial(pretrained.trained_in, [folder] if folder else []))
     tokenizer = pretrained.tokenizer(folder, model, base=tokenizer)
     return Found(build.Loaded(model, params, tokenizer, name), pretrained.attach(model, params, folder))
 
@@ -90,12 +91,15 @@ def trained(workdir: epath.Path, step: str = "last") -> Found:
     if not path.exists():
         raise ValueError(f"export: {workdir} holds no run: {path.name} is missing.")
     config = ConfigDict(json.loads(path.read_text()))
+    if config.get("sweep"):
+        if step not in ("last", "best"):
+            raise ValueError("export: of a sweep the best weights of the best member are written; leave --step out.")
+        return Found(*sweep.best(config, workdir))
     checkpoints = Checkpoints(workdir / "checkpoints", best_metric=config.checkpoint.best_metric)
     chosen = _chosen(checkpoints, step)
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     loaded = build.model(config, mesh)
-    method = build.method(config)
-    frozen, trainable = sharding.init_on_mesh(method.init, jax.random.key(0), loaded.params, mesh=mesh)
+    method, frozen, trainable = beginning.method(config, loaded, mesh)
     optimizer = build.optimizer(config)
     like = sharding.init_on_mesh(lambda key, tree: init_state(key, tree, method, optimizer), jax.random.key(0), trainable, mesh=mesh)
     state, record = checkpoints.restore(like, step=chosen, fall_back=config.checkpoint.fall_back)

@@ -3,6 +3,7 @@
   ftjax train --config=configs/quickstart.py --workdir=runs/quickstart
   ftjax train --config=configs/quickstart.py:smoke --workdir=/tmp/smoke        a few seconds, with a tiny random model
   ftjax train --config=… --workdir=… --config.optimizer.learning_rate=3e-4     any field of the config
+  ftjax train --config=… --workdir=… --sweep="seed=0,1 lora.rank=8,16"         four runs side by side, and the best of them
 
 The same command in the same workdir goes on where it stopped, with the same bits as if it never had. SIGTERM and Ctrl-C save and exit with
 code 0, after the evaluation if one is due; a second one aborts. The workdir (a folder, or gs://…) holds metrics.jsonl, tensorboard/,
@@ -24,7 +25,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ftjax import checkpoint, logs, sharding
-from ftjax.cli import adapter, build, measure, runtime, show
+from ftjax.cli import adapter, beginning, build, measure, runtime, show, sweep
 from ftjax.cli import config as configs
 from ftjax.cli.loop import EARLY, FINISHED, Evaluate, Loop, Memory, take_steps
 from ftjax.cli.run import Lessons, Run, ask, begin, open_writers, read
@@ -37,6 +38,9 @@ def define_flags(flags: absl_flags.FlagValues, argv) -> None:
     """Define the flags of `ftjax train`."""
     configs.define(flags, argv)
     absl_flags.DEFINE_string("workdir", None, "folder of the run: checkpoints, metrics, the adapter", flag_values=flags)
+    absl_flags.DEFINE_string(
+        "sweep", "", "runs to train side by side, as in 'optimizer.learning_rate=1e-4,3e-4 seed=0,1'", flag_values=flags
+    )
     absl_flags.DEFINE_bool("allow_config_change", False, "resume although the config is another than the run began with", flag_values=flags)
     runtime.define_flags(flags)
 
@@ -46,10 +50,14 @@ def main(flags: absl_flags.FlagValues) -> None:
     if flags.config is None or not flags.workdir:
         missing = "--workdir=FOLDER" if flags.config is not None else "--config=FILE"
         raise ValueError(f"train: {missing} is needed, as in: ftjax train --config=configs/quickstart.py --workdir=runs/quickstart")
+    if flags.sweep:
+        with flags.config.unlocked() as config:
+            config.sweep = flags.sweep
     runtime.start(flags)
     alone = checkpoint.lock(flags.workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     with alone, Stop() as stop:
-        train(flags.config, epath.Path(flags.workdir), stop, allow_config_change=flags.allow_config_change)
+        whole = sweep.train if flags.config.get("sweep") else train
+        whole(flags.config, epath.Path(flags.workdir), stop, allow_config_change=flags.allow_config_change)
 
 
 class Policy(NamedTuple):
@@ -116,8 +124,7 @@ def _load(run: Run) -> tuple[Policy, Params]:
     config, mesh, terminal = run.config, run.mesh, run.terminal
     loaded = build.model(config, mesh)
     terminal.say(show.model(loaded))
-    method, key = build.method(config), jax.random.fold_in(jax.random.key(config.seed), 0)
-    frozen, trainable = sharding.init_on_mesh(method.init, key, loaded.params, mesh=mesh)
+    method, frozen, trainable = beginning.method(config, loaded, mesh)
     plans = method.plan(loaded.params)
     terminal.heading("What is trained")
     terminal.say(logs.plan_table(plans, loaded.params, trainable))
@@ -155,7 +162,7 @@ def _loop(
         frozen=policy.frozen,
         batches=lessons.loader.iterate,
         put=partial(build.on_mesh, mesh=mesh),
-        flops=partial(logs.flops_per_batch, policy.frozen, shapes, loaded.model.config),
+        flops=partial(logs.flops_per_batch, policy.frozen, shapes, loaded.model.config, group_tokens=config.model.group_tokens),
         parts=sharding.batch_share(mesh)[1],
         learning_rate=build.learning_rate(config),
         evaluate=evaluate,
