@@ -75,10 +75,10 @@ def test_each_member_ends_early_for_itself_with_its_best_weights(arguments, tmp_
     results = iter([(3.0, 3.0), (2.0, 4.0), (2.5, 1.0), (2.6, 1.0)])  # the second member ends at step 2 and its 1.0 do not count
     monkeypatch.setattr(measure, "evaluate_each", lambda step, batches, count: [{"loss": loss} for loss in next(results)])
     command = arguments(tmp_path, "--config.eval.every_steps=1", "--config.checkpoint.every_steps=1", "--config.checkpoint.keep=9")
-    command += ["--config.early_stopping.patience=1", "--config.logging.every_steps=1", "--sweep=seed=0,1"]
+    command += ["--config.early_stopping.patience=1", "--config.logging.every_steps=1", "--sweep=optimizer.learning_rate=1e-3,2e-3"]
     assert main.main(command) == 0
     out = capsys.readouterr().out
-    assert "early stopping after" in out and "what follows is of member 0 (seed 0) at step 2" in out
+    assert "early stopping after" in out and "what follows is of member 0 (learning_rate 0.001) at step 2" in out
     result = json.loads((tmp_path / "sweep.json").read_text())
     assert [(member["best"], member["best_step"], member["steps"]) for member in result["members"]] == [(2.0, 2, 3), (3.0, 1, 2)]
     steps = {step: stored(tmp_path, step) for step in Checkpoints(tmp_path / "checkpoints").steps()}
