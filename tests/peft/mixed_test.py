@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax import peft, scoring, weights
+from ftjax import peft, quant, scoring, weights
 from tests import toy
 from tests.contracts.methods_test import EXAMPLES, VECTORS, moved
 
@@ -107,6 +107,19 @@ def test_the_base_is_multiplied_by_once_for_all_rows(key):
     flops = [jax.jit(weights.dot).lower(x, w).compile().cost_analysis()["flops"] for w in (params["q_proj"]["kernel"], both)]
     thin = 2 * 30 * 2 * (64 + 128)
     assert flops[0] == 2 * 30 * 64 * 128 and flops[0] + thin <= flops[1] < flops[0] + 2 * thin
+
+
+def test_a_quantised_base_stays_packed_and_gives_the_same_rows(key):
+    method = peft.chain(quant.nf4(["q_proj"]), peft.lora(["q_proj"], rank=2))
+    frozen, _ = method.init(key, {"q_proj": {"kernel": jax.random.normal(key, (64, 8))}})
+    trees = {name: moved(method.init(key, {"q_proj": {"kernel": jnp.ones((64, 8))}})[1], jax.random.key(n)) for n, name in enumerate("ab")}
+    named = {name: method.attach(frozen, tree) for name, tree in trees.items()}
+    x, rows = jax.random.normal(key, (3, 2, 64)), ["b", None, "a"]
+    both = peft.mixed(frozen, named, rows)["q_proj"]["kernel"]
+    assert both.base is frozen["q_proj"]["kernel"]
+    for n, (name, got) in enumerate(zip(rows, weights.dot(x, both), strict=True)):
+        alone = frozen if name is None else named[name]
+        np.testing.assert_allclose(got, weights.dot(x[n], alone["q_proj"]["kernel"]), rtol=1e-5, atol=1e-5)
 
 
 def test_another_adapter_and_other_rows_compile_nothing(key):
