@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from ftjax import tree
 from ftjax.cli.build import Loaded
 from ftjax.hf import adapter as hf_adapter
+from ftjax.hf import architecture
 from ftjax.hf import peft as hf_peft
 from ftjax.types import Params, Plan
 
@@ -57,6 +58,8 @@ def export(
         written = Path(temporary) / "adapter"
         try:
             _write(written, loaded, trainable, plans, frozen, methods, say)
+            if loaded.stretched:
+                architecture.write(written, loaded.model.config)
         except ValueError as error:
             say(f"no adapter folder was written: {error}")
             return None

@@ -106,3 +106,17 @@ def test_a_model_that_is_trained_whole_has_no_adapter(trained, tmp_path):
     folder = epath.Path(tmp_path / "adapter")
     assert adapter.export(folder, loaded, trainable, plans, frozen, methods=[("full", {"targets": ".*"})], say=pytest.fail) is None
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_of_a_stretched_model_is_put_on_the_stretched_base(base, trained, tmp_path):
+    loaded, *rest = trained
+    long = models.stretch(loaded.model.config, {"rope_type": "yarn", "factor": 4.0})
+    for stretched, config in ((True, long), (False, loaded.model.config)):
+        run = loaded._replace(model=models.build(config), stretched=stretched)
+        folder = tmp_path / str(stretched)
+        adapter.export(epath.Path(folder), run, *rest, methods=METHODS, say=pytest.fail)
+        flags = SimpleNamespace(model=str(base.folder), adapter=[str(folder)], dtype="float32")
+        assert pretrained.load(flags).model.config == export.pretrained_model(str(base.folder), str(folder)).loaded.model.config == config
+    flags.adapter = [f"{name}={tmp_path / name}" for name in ("True", "False")]
+    with pytest.raises(ValueError, match="were trained with different RoPEs"):
+        pretrained.load(flags)

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from ftjax import data, sharding
+from ftjax import data, models, sharding
 from ftjax.cli import build
 from ftjax.cli import config as configs
+from ftjax.train import init_state
+from ftjax.types import Batch
 
 QUICKSTART = str(pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py") + ":smoke"
 
@@ -92,3 +94,41 @@ def test_the_second_decay_is_the_rules_own_unless_it_is_set(config, rule, b2):
         states = [one.update({"w": jnp.ones(2)}, one.init(params), params)[1] for one in (left, right, other)]
     leaves = [[float(x.sum()) for x in jax.tree.leaves(state)] for state in states]
     assert leaves[0] == leaves[1] != leaves[2]
+
+
+def test_a_rope_of_the_config_stretches_the_model(config):
+    config.model.rope.update({"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0})
+    model, shape = build.architecture(config)
+    assert model.config == shape == models.stretch(models.preset("tiny-llama"), {"rope_type": "yarn", "factor": 4.0, "beta_fast": 16.0})
+    assert build.model(config, build.mesh(config)).stretched
+    config.model.rope.rope_type = "dynamic"
+    with pytest.raises(ValueError, match=r"model\.rope: .*'dynamic' is not supported"):
+        build.architecture(config)
+    config.model.rope.rope_type = ""
+    with pytest.raises(ValueError, match=r"model\.rope: beta_fast says nothing without a rope_type"):
+        build.architecture(config)
+
+
+def test_training_attends_in_groups_and_evaluation_to_everything(config):
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    model, method, rule = build.architecture(config)[0], build.method(config), build.optimizer(config)
+    params = jax.jit(model.init)(jax.random.key(0))
+    ones = jnp.ones((2, 16), jnp.int32)
+    positions = ones * jnp.arange(16)[None]
+    batch = Batch(jax.random.randint(jax.random.key(1), (2, 16), 0, 260), (positions > 0).astype(jnp.float32), positions, ones)
+
+    def losses():
+        frozen, trainable = method.init(jax.random.key(0), params)
+        state = init_state(jax.random.key(0), trainable, method, rule)
+        evaluated = build.eval_step(config, model, method, mesh)(trainable, frozen, batch)["loss"].value()
+        trained = build.train_step(config, model, method, rule, mesh, state)(state, frozen, batch)[1]["loss"].value()
+        return trained, evaluated
+
+    config.data.accumulation = 1
+    full = losses()
+    config.model.group_tokens = 4
+    grouped = losses()
+    assert full[0] == pytest.approx(full[1], rel=1e-6) and grouped[1] == full[1] and abs(grouped[0] - full[0]) > 1e-4
+    config.model.group_tokens = 5
+    with pytest.raises(ValueError, match=r"model\.group_tokens: .* positive even number"):
+        build.in_training(config, model)
