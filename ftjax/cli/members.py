@@ -33,6 +33,11 @@ class Member(NamedTuple):
     config: ConfigDict
     """What it would be alone."""
 
+    def value(self, name: str) -> Any:
+        """Return the value of a field, whether it is one of its options or what all have."""
+        block, field = _place(self.config, name)
+        return block[field]
+
     @property
     def label(self) -> str:
         """What a table calls it: `learning_rate 0.0003, seed 1`."""
@@ -66,7 +71,7 @@ def numbers(members: Sequence[Member]) -> dict[str, np.ndarray]:
     """Return `{field: float32 [n]}` for the fields of which the step has to know, where members name them."""
     named = dict.fromkeys(name for member in members for name in member.options)
     known = _traceable(members[0].config)
-    return {name: np.array([_get(member.config, name) for member in members], np.float32) for name in named if name in known}
+    return {name: np.array([member.value(name) for member in members], np.float32) for name in named if name in known}
 
 
 def traced(config: ConfigDict, numbers: Mapping[str, Any]) -> ConfigDict:
@@ -153,8 +158,3 @@ def _place(config: ConfigDict, name: str) -> tuple[ConfigDict, str]:
     for block in blocks:
         config = config[block]
     return config, field
-
-
-def _get(config: ConfigDict, name: str) -> Any:
-    block, field = _place(config, name)
-    return block[field]

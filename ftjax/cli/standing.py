@@ -87,7 +87,7 @@ def table(members: Sequence[Member], standings: Sequence[Standing], metric: str)
     shown.add_column("")
     for index, (member, standing) in enumerate(zip(members, standings, strict=True)):
         value = "–" if standing.best is None else f"{standing.best:.4f}"
-        options = (str(member.options.get(name, "")) for name in names)
+        options = (str(member.value(name)) for name in names)
         cells = (str(index), *options, f"{standing.train_loss:.4f}", value, str(standing.best_step))
         notes = [*(["best"] if index == best else []), *([f"{standing.ended} at step {standing.steps}"] if standing.ended else [])]
         shown.add_row(*map(Text, cells), Text(", ".join(notes)), style="bold" if index == best else None)
