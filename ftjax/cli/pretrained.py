@@ -46,7 +46,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_string(
         "model", "", f"a folder, a .gguf file, a hub id or a known name (default: the adapter's base, else {DEFAULT})", flags
     )
-    about = "a PEFT folder, or the workdir of `ftjax train`; for rows that choose, several as NAME=FOLDER (`generate --prompts` alone)"
+    about = "an adapter's folder, or the workdir of `ftjax train`; where rows choose, several as NAME=FOLDER (`generate --prompts` alone)"
     absl_flags.DEFINE_multi_string("adapter", [], about, flags)
     absl_flags.DEFINE_string("dtype", "auto", "of the weights: float32, bfloat16, or auto for the faster one here", flags)
 

@@ -23,6 +23,7 @@ from ftjax import peft, tree
 from ftjax.hf import architecture
 from ftjax.hf.folder import file_tensors, read_json
 from ftjax.hf.write import Entry, new_folder, write_json, write_safetensors, write_tokenizer
+from ftjax.peft.inits import CALIBRATED
 from ftjax.types import Model, Params, Transform
 
 CONFIG, WEIGHTS = "ftjax_adapter.json", "ftjax_adapter.safetensors"
@@ -64,9 +65,13 @@ def save_adapter(
 
     Raises:
       FileExistsError: the folder exists and is not empty.
-      ValueError: an argument of a method is not plain data; nothing is written.
+      ValueError: an argument of a method is not plain data, or a LoRA started from batches; nothing is written.
     """
     for name, options in methods:
+        if str(options.get("init")) in CALIBRATED:
+            raise ValueError(
+                f"adapter: {name} started from batches (init={options['init']!r}), which a folder has not: export the merged model."
+            )
         try:
             json.dumps(options, allow_nan=False)
         except (TypeError, ValueError) as error:

@@ -59,6 +59,8 @@ def test_an_adapter_comes_back_bit_for_bit(folder, trained, base):
 def test_a_folder_is_written_whole_or_not_at_all(trained, tmp_path):
     with pytest.raises(ValueError, match="arguments of lora are not plain data"):
         adapter.save_adapter(tmp_path / "a", [("lora", {"init": lambda: None})], trained[1])
+    with pytest.raises(ValueError, match="lora started from batches"):
+        adapter.save_adapter(tmp_path / "a", [("lora", {"init": "eva"})], trained[1])
 
     class Broken:
         def save_pretrained(self, path):
