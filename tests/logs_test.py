@@ -164,6 +164,7 @@ def test_names_in_brackets_are_printed_as_they_are(key):
     terminal.say("[b]bold[/]", markup=True)
     out = console.file.getvalue()
     assert "[up_proj, down_proj]" in out and "[/INST] :smile: [b]\nbold\n" in out
+    assert "[dim]" not in out and "[b]all" not in out
 
 
 def test_progress_without_a_terminal_is_plain_lines():

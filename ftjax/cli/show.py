@@ -52,7 +52,8 @@ def layout(arrays: Any, mesh: Mesh) -> Group:
     rows = sharding.report(arrays, mesh)
     for row in rows:
         axes = ", ".join("-" if entry is None else "*".join(sharding.rules.names(entry)) for entry in row.spec)
-        table.add_row(Text(row.rule), axes or "[dim]every device[/]", str(row.leaves), f"{row.parameters:,}", megabytes(row.device_bytes))
+        where = axes or Text("every device", "dim")
+        table.add_row(Text(row.rule), where, str(row.leaves), f"{row.parameters:,}", megabytes(row.device_bytes))
     dropped = [what for row in rows for what in row.dropped]
     return Group(table, *(Text(f"whole on every device: {what}", style="yellow") for what in dropped))
 

@@ -41,15 +41,15 @@ def plan_table(plan: Sequence[Plan], params: Params, trainable: Params) -> Table
         named = (Text(part) for part in (row.method, row.rule, options))  # `[q_proj]` is no markup
         table.add_row(*named, str(len(row.paths)), f"{tree.size(mine):,}", megabytes(tree.num_bytes(mine)))
     rest = [leaf for path, leaf in flat.items() if path not in covered]
-    table.add_row("[dim]frozen[/]", "[dim]whatever no rule names[/]", "", str(len(rest)), "[dim]0[/]", megabytes(0))
+    table.add_row(Text("frozen", "dim"), Text("whatever no rule names", "dim"), "", str(len(rest)), Text("0", "dim"), megabytes(0))
     total, base = tree.size(trainable), tree.size(params)
     table.add_section()
     table.add_row(
-        "[b]all[/]",
+        Text("all", "bold"),
         f"of {base:,} parameters ({megabytes(tree.num_bytes(params))})",
         f"{100 * total / base:.2f} %",
         str(len(flat)),
-        f"[b]{total:,}[/]",
+        Text(f"{total:,}", "bold"),
         megabytes(tree.num_bytes(trainable)),
     )
     return table
