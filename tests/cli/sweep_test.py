@@ -7,9 +7,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from ftjax.checkpoint import Checkpoints
-from ftjax.cli import main, measure
+from ftjax.cli import build, main, measure
+from ftjax.cli import config as configs
 from ftjax.cli.stop import Stop
+from ftjax.hf import export as hf_export
 from ftjax.logs.writers import read_jsonl
+from tests.cli.conftest import CONFIG
 from tests.cli.train_test import assert_bitwise_equal, stored
 
 SWEEP = "optimizer.learning_rate=1e-3,1e-2 lora.rank=2; lora.rank=4 lora.alpha=4 seed=0,1"
@@ -120,3 +123,17 @@ def test_a_sweep_that_makes_no_sense_is_refused_by_name(more, message, arguments
 def test_another_sweep_in_the_same_workdir_is_refused(swept, arguments, capsys):
     assert main.main(arguments(swept, *HELD_OUT, "--sweep=seed=0,1")) == 1
     assert "sweep:" in capsys.readouterr().err
+
+
+def test_a_sweep_exports_its_best_member_whole(swept, tmp_path, capsys):
+    config = configs.load(CONFIG)
+    base = build.model(config, build.mesh(config))
+    hf_export.export_model(tmp_path / "base", base.model, base.params, base.tokenizer)
+    assert main.main(["export", f"--workdir={swept}", f"--output={tmp_path / 'swept'}"]) == 0
+    assert "member 1 (learning_rate 0.01, rank 2) at step 6" in capsys.readouterr().out
+    assert main.main(["merge", f"--model={tmp_path / 'base'}", f"--adapter={swept / 'adapter'}", f"--output={tmp_path / 'merged'}"]) == 0
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("swept", "merged"))
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-6, atol=1e-7, err_msg=name)
+    assert main.main(["export", f"--workdir={swept}", "--step=3", f"--output={tmp_path / 'no'}"]) == 1
