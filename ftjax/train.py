@@ -49,8 +49,8 @@ def make_train_step(
       state_sharding: shardings of the state on a mesh, so that it leaves the step as it came.
 
     Returns:
-      The step. It donates the state and keeps `frozen`. The metrics are `Mean`s: `loss`, the loss's own, `grad_norm` (before clipping),
-      `update_norm`, `tokens` (supervised, the total is what counts) and `skipped`.
+      The step. It donates the state and keeps `frozen`. The metrics are `Mean`s: `loss`, the loss's own, the method's own,
+      `grad_norm` (before clipping), `update_norm`, `tokens` (supervised, the total is what counts) and `skipped`.
     """
     rule = method.optimizer(optimizer)
 
@@ -91,7 +91,7 @@ def make_train_step(
             "update_norm": Mean(update_norm, one),
             "tokens": Mean(jnp.sum(batch.loss_mask), one),
             "skipped": Mean(1.0 - finite.astype(jnp.float32), one),
-        }
+        } | {name: Mean(value, one) for name, value in method.metrics(trainable).items()}
         return TrainState(state.step + 1, state.key, trainable, opt_state), metrics
 
     if state_sharding is None:

@@ -61,6 +61,11 @@ def _unchanged(optimizer: Any) -> Any:
     return optimizer
 
 
+def _none(trainable: Any) -> Mapping[str, jax.Array]:
+    del trainable
+    return {}
+
+
 class Transform(NamedTuple):
     """A fine-tuning method: a function from one parameter tree to two, and back to one that a model can apply."""
 
@@ -73,6 +78,8 @@ class Transform(NamedTuple):
     optimizer: Callable[[Any], Any] = _unchanged
     """`optimizer(rule) -> rule`: what the method does to the optax transformation of a run, which goes over the whole trainable tree.
     `train.init_state` and `train.make_train_step` apply it, so that nobody has to remember it."""
+    metrics: Callable[[Params], Mapping[str, jax.Array]] = _none
+    """`metrics(trainable) -> {name: scalar}`: what the method says of its own arrays; a training step reports it."""
 
 
 @pytree

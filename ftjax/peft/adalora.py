@@ -52,6 +52,8 @@ def adalora(
     Zhang et al., 2023, arXiv 2303.10512. The ranking is done every `every_steps`; in between a λ that was pruned still gets its update,
     and so may come back. What stays at t = T - t_f stays.
 
+    A step reports the triplets that are left and the sum without γ.
+
     PEFT 0.21 differs in training: it takes I after the update of w instead of before, its penalty is γ times the mean of the unsquared
     norms, and it counts steps as its caller does. The factor s is PEFT's, alpha / (init_rank + 1e-5), and so are the files.
 
@@ -112,7 +114,11 @@ def adalora(
     def optimizer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
         return budgeted(rule, name, budget)
 
-    method = Transform(init_fn, attach, plan, optimizer)
+    def metrics(trainable: Params) -> dict[str, jax.Array]:
+        left = sum(jnp.sum(leaf != 0) for path, leaf in tree.flatten(trainable[name]).items() if path.endswith("/e"))
+        return {f"{name}_triplets": left.astype(jnp.float32), f"{name}_orthogonality": penalty(trainable[name])}
+
+    method = Transform(init_fn, attach, plan, optimizer, metrics)
     return method if layers is None else on_layers(method, layers)
 
 
@@ -199,10 +205,8 @@ def largest(found: Mapping[str, jax.Array], count: jax.Array) -> dict[str, jax.A
 
 def penalty(trained: Params) -> jax.Array:
     """Return Σ ‖QᵀQ - I‖² + ‖PPᵀ - I‖² over the matrices of a trained tree, without the γ."""
-    return sum(
-        jnp.sum(_off(fields["a"]) ** 2) + jnp.sum(_off(jnp.swapaxes(fields["b"], -1, -2)) ** 2)
-        for fields in by_leaf(tree.flatten(trained)).values()
-    )
+    leaves = by_leaf(tree.flatten(trained)).values()
+    return sum(jnp.sum(_off(leaf["a"]) ** 2) + jnp.sum(_off(jnp.swapaxes(leaf["b"], -1, -2)) ** 2) for leaf in leaves)
 
 
 def _off(x: jax.Array) -> jax.Array:
@@ -217,9 +221,8 @@ class BudgetState(NamedTuple):
     count: jax.Array
     """Updates made."""
     sensitivity: Params
-    """As what is trained."""
     uncertainty: Params
-    """As what is trained."""
+    """Both as what is trained: see `Importance`."""
     kept: Params
     """bool, as Λ: what the last ranking left."""
     rule: optax.OptState

@@ -54,4 +54,7 @@ def chain(*transforms: Transform) -> Transform:
     def optimizer(rule: Any) -> Any:
         return functools.reduce(lambda rule, transform: transform.optimizer(rule), transforms, rule)
 
-    return Transform(init, attach, plan, optimizer)
+    def metrics(trainable: Params) -> dict[str, jax.Array]:
+        return {name: value for transform in transforms for name, value in transform.metrics(trainable).items()}
+
+    return Transform(init, attach, plan, optimizer, metrics)

@@ -63,7 +63,7 @@ def on_layers(transform: Transform, layers: Layers, *, neutral: Mapping[str, flo
         rows = transform.plan(params)
         return tuple(row._replace(options={**row.options, "layers": chosen_of(layers, params, row.paths, row.method)}) for row in rows)
 
-    return Transform(init, attach, plan, transform.optimizer)
+    return transform._replace(init=init, attach=attach, plan=plan)
 
 
 def chosen(layers: Layers, count: int) -> tuple[int, ...]:

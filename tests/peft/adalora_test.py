@@ -124,8 +124,13 @@ def test_training_ends_with_the_target_budget(key):
     step = train.make_train_step(partial(scoring.score, toy.MODEL), method, losses.sft, optax.adam(0.03))
     state, left = train.init_state(key, trainable, method, optax.adam(0.03)), []
     for _ in range(8):
-        state, _ = step(state, frozen, toy.batch(key))
-        left.append(sum(int(jnp.sum(x != 0)) for path, x in tree.flatten(state.trainable).items() if path.endswith("/e")))
+        state, metrics = step(state, frozen, toy.batch(key))
+        left.append(metrics["adalora_triplets"].value())
+    flat = tree.flatten(state.trainable)
+    assert left[-1] == sum(int(jnp.sum(x != 0)) for path, x in flat.items() if path.endswith("/e"))
+    want = sum(float(np.sum((a.T @ a - np.eye(4)) ** 2)) for path, x in flat.items() for a in np.swapaxes(x, -1, -2) if path.endswith("/b"))
+    want += sum(float(np.sum((a.T @ a - np.eye(4)) ** 2)) for path, x in flat.items() for a in np.asarray(x) if path.endswith("/a"))
+    assert metrics["adalora_orthogonality"].value() == pytest.approx(want, rel=1e-4)
     assert left == [int(12 + 12 * max(0, 1 - t / 6) ** 3) for t in range(1, 9)] and step._cache_size() == 1
 
 

@@ -1,6 +1,6 @@
 """ReLoRA beside the matrix computes what merging into it computes, and a restart leaves the function as it is."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -63,43 +63,51 @@ def largest(moment):
     return size > np.quantile(size, 0.9, axis=(-2, -1), keepdims=True)
 
 
-def steps(method, key, count=STEPS):
+STAYS = {"magnitude": largest, "reset": lambda moment: np.zeros(moment.shape, bool)}
+
+
+@cache
+def run(count=STEPS, **options):
+    """Train; return the losses and what is trained after each step."""
+    method, key = MAKE(**options), jax.random.key(0)
     frozen, trainable = method.init(key, toy.init(key))
     step = train.make_train_step(SCORE, method, losses.sft, optax.adam(0.02))
-    state, seen = train.init_state(key, jax.tree.map(jnp.copy, trainable), method, optax.adam(0.02)), []
+    state, seen, trained = train.init_state(key, jax.tree.map(jnp.copy, trainable), method, optax.adam(0.02)), [], []
     for _ in range(count):
         state, metrics = step(state, frozen, toy.batch(key))
         seen.append(metrics["loss"].value())
+        trained.append(jax.tree.map(np.array, state.trainable))
     assert step._cache_size() == 1
-    return seen, frozen, state
+    return seen, trained
 
 
-@pytest.mark.parametrize(("prune", "how"), [("magnitude", largest), ("reset", lambda moment: np.zeros(moment.shape, bool))])
-def test_it_computes_what_merging_and_starting_again_computes(prune, how, key):
+@pytest.mark.parametrize("prune", STAYS)
+def test_it_computes_what_merging_and_starting_again_computes(prune, key):
     method, params = MAKE(prune=prune), toy.init(key)
     _, trainable = method.init(key, params)
     start = {"lora": tree.unflatten({p: x for p, x in tree.flatten(trainable["relora"]).items() if p.endswith(("/a", "/b"))})}
-    *want, dense = literally(params, start, toy.batch(key), how)
-    seen, frozen, state = steps(method, key)
+    *want, dense = literally(params, start, toy.batch(key), STAYS[prune])
+    seen, trained = run(prune=prune)
     np.testing.assert_allclose(seen, want, rtol=1e-5)
-    got = peft.merge(method, frozen, state.trainable)
+    got = peft.merge(method, params, trained[-1])
     for path, leaf in tree.flatten(dense).items():
         np.testing.assert_allclose(tree.flatten(got)[path], leaf, atol=2e-5, err_msg=path)
 
 
 def test_a_restart_leaves_the_function_as_it_is(key):
-    (*_, frozen, after), (*_, before) = (steps(MAKE(every_steps=every), key, EVERY) for every in (EVERY, 100))
-    tokens = toy.batch(key)
-    got, want = (toy.apply(MAKE().attach(frozen, s.trainable), tokens.tokens, segment_ids=tokens.segment_ids)[0] for s in (after, before))
+    after, before = run(prune="magnitude")[1][EVERY - 1], run(EVERY, every_steps=100)[1][-1]
+    params, batch = toy.init(key), toy.batch(key)
+    got, want = (toy.apply(MAKE().attach(params, trained), batch.tokens, segment_ids=batch.segment_ids)[0] for trained in (after, before))
     np.testing.assert_allclose(got, want, atol=1e-6)
-    b, past = (tree.flatten(after.trainable)[f"relora/layers/mlp/up_proj/kernel/{field}"] for field in ("b", "past_b"))
+    b, past = (tree.flatten(after)[f"relora/layers/mlp/up_proj/kernel/{field}"] for field in ("b", "past_b"))
     assert not np.any(b) and np.any(past[:, :2]) and not np.any(past[:, 2:])
 
 
-def test_the_factors_of_before_are_kept_bit_for_bit(key):
-    (*_, short), (*_, long) = (steps(MAKE(), key, count) for count in (EVERY, EVERY * (RESTARTS + 1)))
-    for path, leaf in tree.flatten(short.trainable).items():
-        kept = tree.flatten(long.trainable)[path]
+def test_the_factors_of_before_are_kept_bit_for_bit():
+    _, trained = run(prune="magnitude")
+    last = tree.flatten(trained[-1])
+    for path, leaf in tree.flatten(trained[EVERY - 1]).items():
+        kept = last[path]
         if path.endswith("past_a"):
             np.testing.assert_array_equal(kept[..., :2], leaf[..., :2], err_msg=path)
             assert np.any(kept[..., 2:])
