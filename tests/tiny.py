@@ -1,5 +1,7 @@
 """A Llama of two layers with the vocabulary of `tests.toy`, in the same form: for what needs attention."""
 
+import jax
+
 from ftjax import models
 from tests import toy
 
@@ -19,4 +21,4 @@ MODEL = models.build(
         }
     )
 )
-init, apply = MODEL.init, MODEL.apply
+init, apply = jax.jit(MODEL.init), MODEL.apply

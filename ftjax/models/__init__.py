@@ -8,9 +8,23 @@ from ftjax.models.decoder import make_model
 from ftjax.models.families import FAMILIES
 from ftjax.models.hf_config import config_from_hf, stretch, to_hf
 from ftjax.models.presets import PRESETS, preset
+from ftjax.models.virtual import prefix_of
 from ftjax.types import Model
 
-__all__ = ["FAMILIES", "PRESETS", "Cache", "Config", "Model", "build", "config_from_hf", "init_cache", "preset", "stretch", "to_hf"]
+__all__ = [
+    "FAMILIES",
+    "PRESETS",
+    "Cache",
+    "Config",
+    "Model",
+    "build",
+    "config_from_hf",
+    "init_cache",
+    "prefix_of",
+    "preset",
+    "stretch",
+    "to_hf",
+]
 
 
 def build(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from ftjax.kernels.attention import mask
 from ftjax.models import cache as cache_lib
 from ftjax.models.cache import Cache
-from ftjax.types import Params
+from ftjax.types import Model, Params
 
 PROMPT, PREFIX = "prompt", "prefix"
 """The slots: a branch at the root, and one of `layers/slots`."""
@@ -44,6 +44,12 @@ def count(params: Params) -> tuple[int, int]:
     """Return how many virtual tokens the parameters hold, `(of a prefix, of a prompt)`."""
     prefix, prompt = params["layers"].get("slots", {}).get(PREFIX), params.get(PROMPT)
     return 0 if prefix is None else prefix["key"].shape[1], 0 if prompt is None else prompt["embedding"].shape[0]
+
+
+def prefix_of(model: Model, params: Params, tokens: jax.Array) -> Params:
+    """Return the key and value `[l, n, k·c]` that a text `[n]` leaves in each layer: a prefix that says the same as the text."""
+    _, cache = model.apply(params, tokens[None], cache=cache_lib.init_cache(model.config, 1, len(tokens)))
+    return {field: x[:, 0].reshape(len(x), len(tokens), -1) for field, x in (("key", cache.k), ("value", cache.v))}
 
 
 def put_first(params: Params, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None) -> tuple[Row, Cache | None]:

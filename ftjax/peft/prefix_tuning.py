@@ -14,7 +14,9 @@ SCALE = 0.02
 """Standard deviation of random keys and values."""
 
 
-def prefix_tuning(num_tokens: int = 20, *, hidden_size: int | None = None, init: str = "random", name: str = "prefix_tuning") -> Transform:
+def prefix_tuning(
+    num_tokens: int = 20, *, hidden_size: int | None = None, init: str | Fields = "random", name: str = "prefix_tuning"
+) -> Transform:
     """Train n keys and values that every query sees, in each layer.
 
     y = softmax(q [P_k, K]ᵀ / √c) [P_v, V],   P_k, P_v [n, k c] of each layer
@@ -29,11 +31,13 @@ def prefix_tuning(num_tokens: int = 20, *, hidden_size: int | None = None, init:
       num_tokens: n.
       hidden_size: m; None to train the keys and values themselves.
       init: "random" for N(0, 0.02²) (PEFT draws from N(0, 1), which a trained model is not used to; with the network, e from N(0, 1) and
-        the layers as PyTorch's); "zero" for keys and values of zero. The paper's best start, the activations of real words, is not here.
+        the layers as PyTorch's); "zero" for keys and values of zero; or `models.prefix_of(model, params, ids)`, the activations of a text
+        of n tokens, the paper's best start (section 7.4): the model then begins as if every row began with that text.
       name: the key in the trainable tree.
 
     Raises:
-      ValueError: there is less than one token or unit, no such init, or the model has no key projections.
+      ValueError: there is less than one token or unit, no such init, a text of another length or another model, or the model has no key
+        projections.
 
     Example:
       >>> params = {"layers": {"self_attn": {"k_proj": {"kernel": jnp.ones((2, 8, 4))}}}}
@@ -41,8 +45,11 @@ def prefix_tuning(num_tokens: int = 20, *, hidden_size: int | None = None, init:
       >>> trainable["prefix_tuning"]["layers"]["slots"]["prefix"]["key"].shape
       (2, 3, 4)
     """
-    if init not in ("random", "zero"):
-        raise ValueError(f"{name}: init is 'random' or 'zero', not {init!r}.")
+    given = None if isinstance(init, str) else init
+    if given is None and init not in ("random", "zero"):
+        raise ValueError(f"{name}: init is 'random', 'zero' or the keys and values of a text, not {init!r}.")
+    if given is not None and hidden_size is not None:
+        raise ValueError(f"{name}: a text gives keys and values and no network that makes them: leave hidden_size or init out.")
     if hidden_size is not None and hidden_size < 1:
         raise ValueError(f"{name}: hidden_size is at least 1, or None for no network, not {hidden_size}.")
     scale = SCALE if init == "random" else 0.0
@@ -52,14 +59,23 @@ def prefix_tuning(num_tokens: int = 20, *, hidden_size: int | None = None, init:
         drawn = jax.random.split(jax.random.fold_in(key, 0))
         if hidden_size is None:
             shape = (layers, num_tokens, width)
+            if given is not None:
+                return _copied(given, shape, name)
             return {field: scale * jax.random.normal(one, shape) for field, one in zip(("key", "value"), drawn, strict=True)}
         fields = linear_layers(key, width, hidden_size, layers * 2 * width)
         if init == "zero":
             fields |= {field: jnp.zeros_like(fields[field]) for field in ("w2", "b2")}
         return {"embedding": jax.random.normal(drawn[0], (num_tokens, width)), **fields}
 
-    options = {"hidden_size": hidden_size, "init": init}
+    options = {"hidden_size": hidden_size, "init": init if given is None else "text"}
     return soft_prompt(make, _feed, name=name, kind="prefix_tuning", slot=PREFIX, reads=KEYS, num_tokens=num_tokens, options=options)
+
+
+def _copied(given: Fields, shape: tuple[int, ...], name: str) -> Fields:
+    found = {field: tuple(x.shape) for field, x in given.items()}
+    if found != {"key": shape, "value": shape}:
+        raise ValueError(f"{name}: init has {found}, expected a key and a value {shape}.")
+    return {field: jnp.array(x, jnp.float32, copy=True) for field, x in given.items()}  # the state is donated, `given` must outlive it
 
 
 def _feed(fields: Fields) -> Fields:

@@ -69,7 +69,7 @@ HOMES = {case.values[0]: tiny for case in SOFT_PROMPTS}
 
 def base(method, key, dtype=jnp.float32):
     if method in HOMES:
-        params = jax.jit(HOMES[method].init)(key)
+        params = HOMES[method].init(key)
     else:
         params = toy.init(key)
         params["layers"]["mlp"]["down_proj"]["bias"] = jnp.full((toy.LAYERS, toy.DIM), 0.1)

@@ -74,7 +74,7 @@ def test_gradients_through_the_encoder_are_those_of_peft(base, name):
     def loss(trainable):
         return jnp.sum(logits(model, ENCODED[name].attach(params, trainable)) * golden["G"])
 
-    gradient = tree.flatten(jax.grad(loss)(theirs(name, golden, "parameter")))
+    gradient = tree.flatten(jax.jit(jax.grad(loss))(theirs(name, golden, "parameter")))
     wanted = tree.flatten(theirs(name, golden, "gradient"))
     assert gradient.keys() == wanted.keys()
     assert gradient.keys() == tree.flatten(jax.eval_shape(ENCODED[name].init, jax.random.key(0), params)[1]).keys()
@@ -112,7 +112,7 @@ def test_a_round_trip_is_bitwise(base, name, tmp_path):
 def test_peft_has_the_prompt_of_a_model_that_scales_embeddings_after_that(tmp_path):
     model = models.build(models.preset("tiny-gemma3"))
     method = peft.prompt_tuning(2)
-    params = model.init(jax.random.key(0))
+    params = jax.jit(model.init)(jax.random.key(0))
     _, trainable = method.init(jax.random.key(1), params)
     hf_peft.save_adapter(tmp_path / "a", model, trainable, method.plan(params))
     written = safetensors.numpy.load_file(tmp_path / "a" / hf_peft.WEIGHTS)["prompt_embeddings"]

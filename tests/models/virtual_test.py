@@ -1,5 +1,7 @@
 """Virtual tokens are tokens: a prompt of embeddings is the text, a prefix of its keys is its past, and nothing else notices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,9 +24,7 @@ def with_text(model, params, ids, kinds):
     params, rest = dict(params), ids
     if "prefix" in kinds:
         first, rest = (ids[:N], ids[N:]) if "prompt" in kinds else (ids, ids[:0])
-        _, cache = jax.jit(model.apply)(params, first[None], cache=models.init_cache(model.config, 1, len(first)))
-        prefix = {"key": cache.k[:, 0], "value": cache.v[:, 0]}
-        prefix = {name: x.reshape(*x.shape[:2], -1) for name, x in prefix.items()}
+        prefix = jax.jit(functools.partial(models.prefix_of, model))(params, first)
         params["layers"] = {**params["layers"], "slots": {"prefix": prefix}}
     if "prompt" in kinds:
         params["prompt"] = {"embedding": params["embed_tokens"]["kernel"][rest]}

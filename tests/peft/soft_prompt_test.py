@@ -77,7 +77,7 @@ def test_a_zero_prefix_is_zero_and_trains(hidden_size, key):
 
     prefix = method.attach(frozen, trainable)["layers"]["slots"]["prefix"]
     assert not np.any(prefix["key"]) and not np.any(prefix["value"])
-    gradient = tree.flatten(jax.grad(loss)(trainable))
+    gradient = tree.flatten(jax.jit(jax.grad(loss))(trainable))
     last = ("w2", "b2") if hidden_size else ("key", "value")
     assert all(np.any(leaf) for path, leaf in gradient.items() if path.endswith(last))
 
@@ -94,6 +94,23 @@ def test_a_zero_prefix_is_zero_and_trains(hidden_size, key):
 )
 def test_the_number_of_parameters_is_the_closed_form(method, count, key):
     assert tree.size(jax.eval_shape(method.init, key, jax.eval_shape(tiny.init, key))[1]) == count
+
+
+def test_a_prompt_of_five_for_t5_xxl_is_as_small_as_its_paper_says(key):
+    """Lester et al., section 2: 20,480 parameters a task."""
+    shapes = {"embed_tokens": {"kernel": jax.ShapeDtypeStruct((32128, 4096), jnp.bfloat16)}}
+    assert tree.size(jax.eval_shape(peft.prompt_tuning(5).init, key, shapes)[1]) == 20480
+
+
+def test_a_prefix_may_begin_as_a_text(key):
+    ids, tokens = jnp.array([5, 9, 2], jnp.int32), toy.batch(key).tokens
+    params = tiny.init(key)
+    method = peft.prefix_tuning(N, init=jax.jit(partial(models.prefix_of, tiny.MODEL))(params, ids))
+    begun, _ = jax.jit(tiny.apply)(method.attach(*method.init(key, params)), tokens)
+    told, _ = jax.jit(tiny.apply)(params, jnp.concatenate([jnp.broadcast_to(ids[None], (len(tokens), N)), tokens], axis=1))
+    np.testing.assert_allclose(begun, told[:, N:], atol=1e-5)
+    with pytest.raises(ValueError, match=r"expected a key and a value \(2, 4, 8\)"):
+        peft.prefix_tuning(4, init=models.prefix_of(tiny.MODEL, params, ids)).init(key, params)
 
 
 def test_a_prompt_and_a_prefix_may_be_chained_and_two_prompts_may_not(key):
@@ -123,7 +140,8 @@ def test_merging_is_refused(method, key):
         (partial(peft.prompt_tuning, init=[3, 99]), "ids from 3 to 99; the vocabulary has 0 to 16"),
         (partial(peft.p_tuning, encoder="lstm"), "LSTM is not implemented"),
         (partial(peft.p_tuning, hidden_size=0), "hidden_size is at least 1"),
-        (partial(peft.prefix_tuning, init="zeros"), "init is 'random' or 'zero', not 'zeros'"),
+        (partial(peft.prefix_tuning, init="zeros"), "init is 'random', 'zero' or the keys and values of a text, not 'zeros'"),
+        (partial(peft.prefix_tuning, init={}, hidden_size=3), "no network that makes them"),
     ],
 )
 def test_bad_options_say_what_was_expected(make, message, key):
@@ -150,7 +168,7 @@ def test_a_model_without_the_slot_says_so(key):
 
 def test_a_model_scales_a_prompt_as_its_embeddings(key):
     model = models.build(models.preset("tiny-gemma3"))
-    params = model.init(key)
+    params = jax.jit(model.init)(key)
     ids = jnp.array([5, 9, 2], jnp.int32)
     method = peft.prompt_tuning(3, init=ids.tolist())
     tokens = jnp.array([[7, 8]], jnp.int32)
