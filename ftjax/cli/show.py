@@ -37,11 +37,14 @@ def machine(mesh: Mesh) -> str:
     return f"JAX {jax.__version__} on {kind}: {mesh.size} of {jax.device_count()} devices{f' ({sizes})' if sizes else ''}{others}"
 
 
-def model(loaded: Loaded) -> str:
-    """Return one line about the model."""
+def model(loaded: Loaded, *, group_tokens: int = 0) -> str:
+    """Return one line about the model, and one about its attention where that is not the plain one."""
     dtypes = sorted({leaf.dtype.name for leaf in jax.tree.leaves(loaded.params)})
     size = f"{tree.size(loaded.params):,} parameters in {' and '.join(dtypes)}, {megabytes(tree.num_bytes(loaded.params))}"
-    return f"{loaded.name}: {loaded.model.config.model_type}, {size}"
+    shape, rope = loaded.model.config, loaded.model.config.rope
+    kind = "" if rope.rope_type == "default" else f", {rope.rope_type} RoPE × {rope.factor:g}: context {shape.max_position_embeddings:,}"
+    groups = f"training attends in groups of {group_tokens:,} tokens, half of the heads in shifted ones (S²); evaluation to all before"
+    return f"{loaded.name}: {shape.model_type}, {size}{kind}" + (f"\n{groups}" if group_tokens else "")
 
 
 def layout(arrays: Any, mesh: Mesh) -> Group:

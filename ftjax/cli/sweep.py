@@ -115,7 +115,7 @@ def _load(run: Run, members: Sequence[Member]) -> tuple[Cast, Params]:
     """Return the model with the members' methods, and what is trainable before the first step, stacked."""
     config, mesh, terminal = run.config, run.mesh, run.terminal
     loaded = build.model(config, mesh)
-    terminal.say(show.model(loaded))
+    terminal.say(show.model(loaded, group_tokens=config.model.group_tokens))
     keys = jnp.stack([jax.random.fold_in(jax.random.key(member.config.seed), 0) for member in members])
     found = beginning.statistics(config, loaded, mesh)
     owns = [_own(member.config, loaded.params, found) for member in members]
@@ -223,7 +223,7 @@ def _loop(run: Run, cast: Cast, lessons: Lessons, state: SweepState, memory: Mem
         frozen=cast.frozen,
         batches=lessons.loader.iterate,
         put=partial(build.on_mesh, mesh=mesh),
-        flops=partial(logs.flops_per_batch, cast.frozen.model, shapes, model.config),
+        flops=partial(logs.flops_per_batch, cast.frozen.model, shapes, model.config, group_tokens=config.model.group_tokens),
         parts=sharding.batch_share(mesh)[1],
         learning_rates=[build.learning_rate(member.config) for member in cast.members],
         evaluate=evaluate,

@@ -123,7 +123,7 @@ def _load(run: Run) -> tuple[Policy, Params]:
     """Return the model with its method, and what is trainable before the first step."""
     config, mesh, terminal = run.config, run.mesh, run.terminal
     loaded = build.model(config, mesh)
-    terminal.say(show.model(loaded))
+    terminal.say(show.model(loaded, group_tokens=config.model.group_tokens))
     method, frozen, trainable = beginning.method(config, loaded, mesh)
     plans = method.plan(loaded.params)
     terminal.heading("What is trained")

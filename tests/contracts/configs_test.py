@@ -78,6 +78,7 @@ def test_a_config_smokes_through_the_command_line(name, tmp_path, capsys):
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "What is trained" in out and "step 4/4" in out
+    assert ("in groups of" in out) == bool(configs.load(spec(name)).model.group_tokens)
     config, files = configs.load(spec(name)), {path.name for path in (tmp_path / "run").glob("adapter/*")}
     form = "lora" in config.methods and ("ftjax's own" if name in OWN_FORM else "PEFT")
     assert ("adapter_model.safetensors" in files, "ftjax_adapter.safetensors" in files) == (form == "PEFT", form == "ftjax's own")
