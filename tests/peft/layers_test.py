@@ -80,3 +80,9 @@ def test_a_layer_that_is_not_there_is_refused(layers, message):
 def test_what_is_not_stacked_is_refused(key, method):
     with pytest.raises(ValueError, match="not one of the stacked layers"):
         method(r"embed_tokens/kernel", layers=[0]).init(key, toy.init(key))
+
+
+def test_a_start_in_the_weights_is_not_cut_from_outside(key):
+    """What LoRA is relative to would stay for the layers that are not trained, and change them."""
+    with pytest.raises(ValueError, match="'lora' keeps where it started for all layers; say which in its own argument `layers`"):
+        peft.on_layers(peft.lora("all-linear", rank=2, init="pissa"), "last 1").init(key, toy.init(key))
