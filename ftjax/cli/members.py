@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from ftjax import peft
 from ftjax.cli import config as configs
 from ftjax.peft import inits
 from ftjax.tree import nearest
 
 _TRACED = ("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.final_fraction")
+_PADDED = ("lora", "dora", "lora_fa")
+"""Methods of which zeros along the rank add nothing and stay zeros, and whose scale enters arithmetic alone."""
 _EXAMPLE = 'as in "optimizer.learning_rate=1e-4,3e-4 seed=0,1"'
 
 
@@ -85,11 +86,8 @@ def traced(config: ConfigDict, numbers: Mapping[str, Any]) -> ConfigDict:
 
 
 def _traceable(config: ConfigDict) -> tuple[str, ...]:
-    """Rank and alpha are those of methods whose matrices may be padded along the rank (see `peft.format.Format.scaled`).
-
-    With `layers` they are not: which leaves a method has is then asked for inside the step, by its plan, whose options are plain data.
-    """
-    padded = [name for name in config.methods if name in peft.FORMATS and peft.FORMATS[name].scaled and config[name].layers is None]
+    # With `layers` a method asks its own plan inside the step, whose options are plain data.
+    padded = [name for name in _PADDED if name in config.methods and config[name].layers is None]
     return (*_TRACED, *(f"{name}.{field}" for name in padded for field in ("rank", "alpha")))
 
 

@@ -53,6 +53,7 @@ def test_seeds_and_starts_are_no_numbers_of_the_step():
     [
         ("data.batch_size=2,4", "data.batch_size is the same for all members.*can be swept here: seed, optimizer.learning_rate.*lora.rank"),
         ("dora.rank=2,4", "dora.rank is the same for all"),
+        ("adalora.init_rank=2,4", "adalora.init_rank is the same for all"),
         ("optimizer.learning_rat=1", "no field of the config; nearest: 'optimizer.learning_rate'"),
         ("seed 0,1", "'seed' is not FIELD=VALUE"),
         ("seed=0, 1", "'seed=0,' is not FIELD=VALUE"),
