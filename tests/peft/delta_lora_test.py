@@ -69,6 +69,19 @@ def test_it_computes_what_moving_the_matrix_computes(start_steps, key):
     assert max(apart) > 0.05 and step._cache_size() == 1
 
 
+def test_it_is_lora_of_a_larger_scale_whose_gradients_are_divided_by_as_much(key):
+    params, batch = toy.init(key), toy.batch(key)
+    delta, lora = peft.delta_lora(rank=2, alpha=4, ratio=RATIO), peft.lora(rank=2, alpha=4 * (1 + RATIO))
+    trained = jax.tree.map(lambda x: x + 0.1, lora.init(key, params)[1]["lora"])
+
+    def loss(trained, method, name):
+        return losses.sft(SCORE(method.attach(params, {name: trained}), batch), batch)[0].total
+
+    got, want = (jax.grad(loss)(trained, method, name) for method, name in ((delta, "delta_lora"), (lora, "lora")))
+    for path, gradient in tree.flatten(want).items():
+        np.testing.assert_allclose(tree.flatten(got)[path] * (1 + RATIO), gradient, rtol=1e-4, atol=1e-5, err_msg=path)
+
+
 def test_the_optimiser_keeps_no_more_than_for_lora(key):
     def size(method):
         return tree.num_bytes(train.init_state(key, method.init(key, toy.init(key))[1], method, optax.adam(0.1)).opt_state)
