@@ -196,6 +196,13 @@ def test_the_loss_curve_is_a_png(tmp_path):
     assert data.startswith(b"\x89PNG") and len(data) > 10_000
 
 
+def test_the_curves_of_a_sweep_are_a_png_though_a_member_was_lost(tmp_path):
+    rows = [{"step": step, "train/loss/0": 3 / step, "train/loss/1": None, "eval/loss/0": 3.1 / step} for step in range(1, 21)]
+    plot.sweep_curves(rows, tmp_path / "loss.png", labels=["0  seed 0", "1  seed 1"], best=0, title="tiny", subtitle="best: member 0")
+    data = (tmp_path / "loss.png").read_bytes()
+    assert data.startswith(b"\x89PNG") and len(data) > 10_000
+
+
 def test_the_loss_curve_goes_wherever_etils_can_write(monkeypatch):
     stored = {}
     bucket = SimpleNamespace(Path=lambda path: SimpleNamespace(write_bytes=lambda data: stored.update({path: data})))

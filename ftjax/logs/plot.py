@@ -62,7 +62,7 @@ def sweep_curves(
     for index, color in enumerate(colormaps["viridis"](np.linspace(0, 0.9, len(labels)))):
         color, width = (_EVAL, 2.4) if index == best else (color, 1.2)
         train, held_out = _series(rows, f"train/loss/{index}"), _series(rows, f"eval/loss/{index}")
-        highest = max(highest, *train[:1, 1], *held_out[:1, 1])
+        highest = max([highest, *train[:1, 1], *held_out[:1, 1]])
         axes.plot(train[:, 0], smooth(train[:, 1]), color=color, linewidth=width / 2, alpha=0.5)
         handles += axes.plot(held_out[:, 0], held_out[:, 1], color=color, linewidth=width, marker="o", markersize=1.5 * width)
     axes.set_ylim(0, 1.1 * highest or None)
