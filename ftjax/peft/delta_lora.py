@@ -15,7 +15,7 @@ from ftjax.peft.inits import Init
 from ftjax.peft.layers import Layers, on_layers
 from ftjax.peft.lora import LORA, LoraWeight
 from ftjax.peft.unseen import unseen
-from ftjax.types import Params, Transform
+from ftjax.types import Params, Plan, Transform
 
 OWN = ("start_a", "start_b", "ratio")
 """What the optimiser of the run does not see: A and B at step K, and λ, which is 0 before it."""
@@ -97,8 +97,9 @@ def delta_lora(
             },
         )
 
-    def plan(params: Params):
-        return tuple(row._replace(options={**row.options, "ratio": ratio}) for row in spec.plan(params))
+    def plan(params: Params) -> tuple[Plan, ...]:
+        own = {"ratio": ratio, "start_steps": start_steps}
+        return tuple(row._replace(options={**row.options, **own}) for row in spec.plan(params))
 
     def optimizer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
         return anchored(rule, name, ratio=ratio, start_steps=start_steps) if start_steps else rule

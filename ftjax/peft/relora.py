@@ -17,7 +17,7 @@ from ftjax.peft.lora import LORA, LoraWeight
 from ftjax.peft.prune import PRUNES, pruned
 from ftjax.peft.riding import by_leaf, check_rank, path_key
 from ftjax.peft.unseen import unseen
-from ftjax.types import Params, Transform
+from ftjax.types import Params, Plan, Transform
 
 PAST = ("past_a", "past_b")
 """The factors of before, side by side; the optimiser of the run does not see them."""
@@ -102,10 +102,14 @@ def relora(
     def attach(frozen: Params, trainable: Params, *, key: jax.Array | None = None) -> Params:
         return tree.replace(frozen, {row.path: _joined(row) for row in spec.joined(frozen, trainable, key=key)})
 
+    def plan(params: Params) -> tuple[Plan, ...]:
+        own = {"every_steps": every_steps, "restarts": restarts}
+        return tuple(row._replace(options={**row.options, **own}) for row in spec.plan(params))
+
     def optimizer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
         return restarted(rule, name, restart)
 
-    method = Transform(init_fn, attach, spec.plan, optimizer)
+    method = Transform(init_fn, attach, plan, optimizer)
     return method if layers is None else on_layers(method, layers)
 
 
