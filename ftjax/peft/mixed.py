@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ftjax import tree, weights
 from ftjax.peft.lora import LowRankWeight
+from ftjax.peft.shared import Shared
 from ftjax.types import Params, pytree
 from ftjax.weights import Leaf, Weight, Wrapper
 
@@ -119,7 +121,7 @@ def stack_adapters(params: Params, adapters: Mapping[str, Params], *, rank: int 
       ValueError: an adapter changes more than leaves it rides on (it was trained in full, or adds to the layers), rides on another base, or
         was attached with a key.
     """
-    flat, leaves = tree.flatten(params), {}
+    flat, leaves, shared = tree.flatten(params), {}, {}
     flats = {name: tree.flatten(adapted) for name, adapted in adapters.items()}
     for name, adapted in flats.items():
         if extra := sorted(adapted.keys() ^ flat.keys()):
@@ -129,7 +131,7 @@ def stack_adapters(params: Params, adapters: Mapping[str, Params], *, rank: int 
         if any(leaf is not base for leaf in found):
             for name, leaf in zip(flats, found, strict=True):
                 _check(leaf, base, f"adapter {name!r} at {path!r}")
-            leaves[path] = RowWise(base, _stacked(found, base, rank))
+            leaves[path] = RowWise(base, _stacked([_sharing(leaf, base, shared) for leaf in found], base, rank))
     return tree.replace(params, leaves)
 
 
@@ -203,6 +205,26 @@ def _kind(leaf: Leaf, base: Leaf) -> Any:
     """Return what two leaves must have in common to be stacked."""
     arrays, structure = jax.tree.flatten(_off(leaf, base))
     return structure, tuple((x.shape, x.dtype) for x in arrays)
+
+
+def _sharing(leaf: Leaf, base: Leaf, known: dict[int, Shared]) -> Leaf:
+    """Return the leaf with the first of all arrays that are equal to one that it shares: adapters of two files then are of one kind."""
+    if leaf is base:
+        return base
+    fields = {field.name: getattr(leaf, field.name) for field in dataclasses.fields(leaf)}
+    shared = {name: _first(value, known) for name, value in fields.items() if isinstance(value, Shared)}
+    return dataclasses.replace(leaf, base=_sharing(leaf.base, base, known), **shared)
+
+
+def _first(shared: Shared, known: dict[int, Shared]) -> Shared:
+    """Return what stands for this array, which is looked at once; inside `jit` each stands for itself."""
+    x = shared.array
+    if isinstance(x, jax.core.Tracer):
+        return shared
+    if id(x) not in known:
+        same = (other for other in known.values() if other.array.shape == x.shape and np.array_equal(other.array, x))
+        known[id(x)] = next(same, shared)
+    return known[id(x)]
 
 
 def _neutral(leaf: Leaf, base: Leaf) -> Leaf:

@@ -122,6 +122,16 @@ def test_a_quantised_base_stays_packed_and_gives_the_same_rows(key):
         np.testing.assert_allclose(got, weights.dot(x[n], alone["q_proj"]["kernel"]), rtol=1e-5, atol=1e-5)
 
 
+def test_what_two_adapters_share_with_all_their_leaves_they_share_with_each_other(key):
+    """Two VeRA files bring equal projections; were they of two kinds, every row would be projected twice."""
+    params = base(key)
+    method = peft.vera(["up_proj"], rank=4)
+    apart = {name: method.attach(*method.init(jax.random.key(n), params)) for n, name in enumerate("ab")}
+    other = peft.vera(["up_proj"], rank=4, seed=1)
+    stacked = peft.stack_adapters(params, apart | {"c": other.attach(*other.init(key, params))})
+    assert len(stacked["layers"]["mlp"]["up_proj"]["kernel"].kinds) == 2
+
+
 def test_another_adapter_and_other_rows_compile_nothing(key):
     params, batch = base(key), toy.batch(key, rows=3)
     large, small = (adapters(peft.lora("all-linear", rank=rank), params, key, names) for rank, names in ((4, "ab"), (1, "cd")))
