@@ -137,3 +137,10 @@ def test_a_sweep_exports_its_best_member_whole(swept, tmp_path, capsys):
     for name, array in expected.items():
         np.testing.assert_allclose(found[name], array, rtol=1e-6, atol=1e-7, err_msg=name)
     assert main.main(["export", f"--workdir={swept}", "--step=3", f"--output={tmp_path / 'no'}"]) == 1
+
+
+def test_a_sweep_over_split_weights_equals_one_device(swept, arguments, tmp_path):
+    assert main.main(arguments(tmp_path, *HELD_OUT, "--config.mesh.fsdp=2", f"--sweep={SWEEP}")) == 0
+    found, expected = (json.loads((folder / "sweep.json").read_text()) for folder in (tmp_path, swept))
+    assert [one["best"] for one in found["members"]] == pytest.approx([one["best"] for one in expected["members"]], rel=1e-5)
+    assert [one["train_loss"] for one in found["members"]] == pytest.approx([one["train_loss"] for one in expected["members"]], rel=1e-5)
