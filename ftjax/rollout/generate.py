@@ -77,6 +77,7 @@ def generate(
 
     A row's completion depends on its prompt and key alone: not on its padding, its neighbours or the shape of the batch (up to the
     rounding of differently shaped matrix products). One pair of programs is compiled for each (shape of tokens, max_tokens).
+    What a method puts before every row (a prompt, a prefix) is read once, together with the prompts.
 
     Args:
       model: the architecture.
