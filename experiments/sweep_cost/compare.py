@@ -31,16 +31,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         common = [f"--compile_cache={folder}/compiled", *fields(args)]
         sweep = f"optimizer.learning_rate={','.join(map(str, rates))} seed={','.join(map(str, seeds))}"
-        together = [run([f"--workdir={folder}/sweep", f"--sweep={sweep}", *common])]
+        together = [run([*common, f"--workdir={folder}/sweep", f"--sweep={sweep}"])]
         alone = [
-            run([f"--workdir={folder}/{rate}-{seed}", f"--config.optimizer.learning_rate={rate}", f"--config.seed={seed}", *common])
+            run([*common, f"--workdir={folder}/{rate}-{seed}", f"--config.optimizer.learning_rate={rate}", f"--config.seed={seed}"])
             for rate, seed in itertools.product(rates, seeds)
         ]
-    print("| what | wall time | peak memory of a process |")
-    print("|---|---|---|")
+    print("| what | wall time | time of the cores | peak memory of a process |")
+    print("|---|---|---|---|")
     for name, runs in ((f"{args.members} members together", together), (f"{args.members} runs, one after the other", alone)):
-        print(f"| {name} | {sum(seconds for seconds, _ in runs):.0f} s | {max(size for _, size in runs) / 1e9:.2f} GB |")
-    print(f"\nthe runs took {', '.join(f'{seconds:.0f}' for seconds, _ in alone)} s")
+        wall, busy, sizes = zip(*runs, strict=True)
+        print(f"| {name} | {sum(wall):.0f} s | {sum(busy):.0f} s | {max(sizes) / 1e9:.2f} GB |")
+    print("\nthe runs took", ", ".join(f"{wall:.0f} s" for wall, _, _ in alone))
 
 
 def fields(args) -> list[str]:
@@ -56,16 +57,16 @@ def fields(args) -> list[str]:
     ]
 
 
-def run(flags: list[str]) -> tuple[float, int]:
-    """Return the seconds and the peak bytes of one process."""
+def run(flags: list[str]) -> tuple[float, float, int]:
+    """Return the seconds, those of the cores, and the peak bytes of one process."""
     began = time.monotonic()
     process = subprocess.Popen([sys.executable, "-m", "ftjax", "train", *flags], cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"a run failed: {' '.join(flags)}")
-    seconds = time.monotonic() - began
-    print(f"{seconds:.0f} s, {usage.ru_maxrss * 1024 / 1e9:.2f} GB: {flags[0]}", file=sys.stderr)
-    return seconds, usage.ru_maxrss * 1024
+    seconds, busy = time.monotonic() - began, usage.ru_utime + usage.ru_stime
+    print(f"{seconds:.0f} s, {busy:.0f} s of the cores, {usage.ru_maxrss * 1024 / 1e9:.2f} GB: {flags[-1]}", file=sys.stderr)
+    return seconds, busy, usage.ru_maxrss * 1024
 
 
 if __name__ == "__main__":
