@@ -1,7 +1,8 @@
 """Does LongLoRA bring SmolLM2-135M from 8,192 to 32,768 tokens: LoRA on attention, with trained norms and embeddings, on long books?
 
 Positions are interpolated (linear RoPE × 4); training attends in shifted groups of a quarter of the row (S²), evaluation to everything.
-LoRA's settings are those of arXiv:2309.12307, whose batches of 64 rows took 8 GPUs. SmolLM2's output head is its embedding, so it is trained with it.
+LoRA's settings are those of arXiv:2309.12307, whose batches of 64 rows took 8 GPUs. SmolLM2's output head is its embedding, so it is
+trained with it.
 Command: ftjax train --config=configs/pretrain_smollm2_longlora.py --workdir=runs/pretrain_smollm2_longlora
 Then: ftjax export --workdir=runs/pretrain_smollm2_longlora --output=runs/pretrain_smollm2_longlora/model
 Hardware: one 80 GB GPU. UNTESTED

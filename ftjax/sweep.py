@@ -12,6 +12,7 @@ and get no gradient but zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -60,17 +61,28 @@ Step = Callable[[SweepState, Frozen, Batch], tuple[SweepState, Metrics]]
 def init(methods: Sequence[Transform], keys: jax.Array, params: Params) -> tuple[Params, Params]:
     """Return what each member keeps in the frozen tree for itself, and its trainable tree, stacked.
 
+    Members that share a method start as one mapped program, so what is compiled grows with the methods that differ.
+
     Args:
-      methods: of each member, as it would be alone.
+      methods: of each member, as it would be alone; the same object where they do not differ.
       keys: `[n]`.
       params: the model.
 
     Raises:
       ValueError: the members' trees have different leaves.
     """
-    trees = [method.init(keys[n], params) for n, method in enumerate(methods)]
-    own = [{name: branch for name, branch in frozen.items() if name not in params} for frozen, _ in trees]
-    return stack(own), stack([trainable for _, trainable in trees])
+    started: dict[int, tuple[Params, Params]] = {}
+    for method in dict.fromkeys(methods):
+        indices = [n for n, one in enumerate(methods) if one == method]
+        together = jax.vmap(partial(_start, method, params))(keys[np.array(indices)])
+        started |= {n: jax.tree.map(lambda x, place=place: x[place], together) for place, n in enumerate(indices)}
+    own, trainable = zip(*(started[n] for n in range(len(methods))), strict=True)
+    return stack(own), stack(trainable)
+
+
+def _start(method: Transform, params: Params, key: jax.Array) -> tuple[Params, Params]:
+    frozen, trainable = method.init(key, params)
+    return {name: branch for name, branch in frozen.items() if name not in params}, trainable
 
 
 def init_state(keys: jax.Array, frozen: Frozen, trainable: Params, method: Method, optimizer: Optimizer) -> SweepState:

@@ -122,7 +122,9 @@ def _load(run: Run, members: Sequence[Member]) -> tuple[Cast, Params]:
     model = sharding.init_on_mesh(partial(_shared, members[0].config), keys[0], loaded.params, found, mesh=mesh)
 
     def start(keys: jax.Array, params: Params, found: Params) -> tuple[Params, Params]:
-        return sweep.init([build.method(member.config, found) for member in members], keys, params)
+        arguments = [repr(build.methods(member.config)) for member in members]
+        methods = {argument: build.method(member.config, found) for argument, member in zip(arguments, members, strict=True)}
+        return sweep.init([methods[argument] for argument in arguments], keys, params)
 
     where = _stacked_shardings(jax.eval_shape(start, keys, loaded.params, found), mesh)
     own, trainable = jax.jit(start, out_shardings=where)(keys, loaded.params, found)

@@ -35,7 +35,7 @@ def test_loss_and_accuracy_are_those_of_each_answer_by_itself(base, run, tmp_pat
     encoder = data.make_encoder(byte_tokenizer(), max_tokens=64)
     losses, hits = [], []
     for encoded in encoder.encode([data.parse(row)[0] for row in rows]):
-        hidden, _ = model.apply(params, encoded.tokens[None])
+        hidden, _ = model.apply(params, jnp.asarray(encoded.tokens[None]))
         logits = model.unembed(model.head(params), hidden)[0, :-1]
         at = np.flatnonzero(encoded.loss_mask[1:])
         logps = np.asarray(jax.nn.log_softmax(logits, axis=-1))

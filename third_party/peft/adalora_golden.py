@@ -4,8 +4,8 @@
 
 Two linear layers learn a random map with SGD; after each step PEFT's `RankAllocator` sees the weights and the gradients, ranks and prunes.
 Reference: peft 0.21.2, torch 2.13.0 (CPU), seed 0. Writes tests/goldens/peft_adalora.npz: for each tensor n in PEFT's name `weight|n`
-and `grad|n`, what the allocator saw at steps 1, 2, …, its averages `sensitivity|n` and `uncertainty|n` until it forgets them, `kept|n` at the
-steps `ranked`, and `budget`.
+and `grad|n`, what the allocator saw at steps 1, 2, …, its averages `sensitivity|n` and `uncertainty|n` until it forgets them, `kept|n` at
+the steps `ranked`, and `budget`.
 """
 
 import collections
