@@ -1,14 +1,17 @@
-"""The numbers of a step, read one step late so that the devices never wait for the host."""
+"""The numbers of a step, read one step late so that the devices never wait for the host, and summed until they are reported."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from ftjax import logs
-from ftjax.types import Batch, Metrics
+from ftjax.types import Batch, Mean, Metrics
+
+Sums = dict[str, list[float]]
+"""`{metric: [total, weight]}` over the steps since the last report."""
 
 
 class Late:
@@ -42,6 +45,19 @@ class Late:
 
     def _hand_on(self, step: int, metrics: Metrics, batch: Batch) -> None:
         self._read(step, jax.device_get(metrics), batch)
+
+
+def add_to(sums: Sums, means: Mapping[str, Mean]) -> None:
+    """Add the metrics of a step, on the host."""
+    for name, mean in means.items():
+        total, weight = sums.get(name, (0.0, 0.0))
+        sums[name] = [total + float(mean.total), weight + float(mean.weight)]
+
+
+def values_of(sums: Sums) -> dict[str, float]:
+    """Return what is reported of the sums: means, but of tokens and skipped steps how many."""
+    values = {name: Mean(*sum).value() for name, sum in sums.items() if name not in ("tokens", "skipped")}
+    return values | {"supervised_tokens": sums["tokens"][0], "skipped": sums["skipped"][0]}
 
 
 def first_step(writers: logs.Writers, terminal: logs.Terminal, step: int) -> None:

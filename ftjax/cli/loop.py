@@ -12,10 +12,10 @@ import numpy as np
 
 from ftjax import logs
 from ftjax.checkpoint import Checkpoints, Record, improves
-from ftjax.cli.late import Late, first_step
+from ftjax.cli.late import Late, add_to, first_step, values_of
 from ftjax.cli.stop import Stop
 from ftjax.train import Step
-from ftjax.types import Batch, Mean, Metrics, Params, TrainState
+from ftjax.types import Batch, Metrics, Params, TrainState
 
 FINISHED, EARLY = "finished", "early stopping"
 """Why a loop ended, where no signal ended it."""
@@ -174,10 +174,7 @@ class Readings:
             first_step(self._loop.writers, self._loop.terminal, step)
         self._loop.meter.add(self._loop.parts * int((np.asarray(batch.segment_ids) > 0).sum()), self._loop.parts * self._loop.flops(batch))
         self._check(step, means)
-        sums = self._loop.memory.sums
-        for name, mean in means.items():
-            total, weight = sums.get(name, (0.0, 0.0))
-            sums[name] = [total + float(mean.total), weight + float(mean.weight)]
+        add_to(self._loop.memory.sums, means)
         if step % self._loop.config.logging.every_steps == 0 or step == self._loop.config.steps:
             self._report(step)
 
@@ -203,9 +200,7 @@ class Readings:
 
     def _report(self, step: int) -> None:
         sums, self._loop.memory.sums = self._loop.memory.sums, {}
-        values = {name: Mean(*sum).value() for name, sum in sums.items() if name not in ("tokens", "skipped")}
-        values |= {"supervised_tokens": sums["tokens"][0], "skipped": sums["skipped"][0]}
-        values |= self._loop.meter.read()
+        values = values_of(sums) | self._loop.meter.read()
         values["learning_rate"] = float(self._loop.learning_rate(step - 1))
         self._loop.writers.write(step, {f"train/{name}": value for name, value in values.items()})
         self._loop.terminal.report(step, values)

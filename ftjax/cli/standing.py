@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftjax.checkpoint import improves
+from ftjax.cli.late import add_to, values_of
 from ftjax.cli.loop import EARLY
 from ftjax.cli.members import Member
 from ftjax.types import Mean
@@ -44,16 +45,14 @@ class Standing:
         missed = bool(means["skipped"].total)
         self.skipped += missed
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if missed else 0
-        for name, mean in means.items():
-            total, weight = self.sums.get(name, (0.0, 0.0))
-            self.sums[name] = [total + float(mean.total), weight + float(mean.weight)]
+        add_to(self.sums, means)
 
     def report(self) -> dict[str, float]:
         """Return the means since the last report, and begin anew."""
         sums, self.sums = self.sums, {}
-        values = {name: Mean(*sum).value() for name, sum in sums.items() if name not in ("tokens", "skipped")}
+        values = values_of(sums)
         self.train_loss = values["loss"]
-        return {**values, "skipped": sums["skipped"][0], "supervised_tokens": sums["tokens"][0]}
+        return values
 
     def judge(self, value: float, *, step: int, metric: str, patience: int, most_skipped: int) -> bool:
         """Take the result of an evaluation; return whether it is the best yet. The member may have ended by it."""
