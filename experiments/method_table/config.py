@@ -9,7 +9,7 @@ METHODS = {
     "lora_fa": ({"rank": 16, "alpha": 32.0}, (1e-3, 3e-3)),
     "adalora": ({"init_rank": 12, "target_rank": 8, "alpha": 16.0}, (1e-3, 3e-3)),
     "delta_lora": ({"rank": 8, "alpha": 16.0}, (1e-3, 3e-3)),
-    "relora": ({"rank": 8, "alpha": 16.0, "every_steps": 16, "warmup_steps": 2}, (1e-3, 3e-3)),
+    "relora": ({"rank": 8, "alpha": 16.0, "every_steps": 12, "warmup_steps": 2}, (1e-3, 3e-3)),
     "vera": ({"rank": 256}, (1e-2, 3e-2)),
     "ia3": ({}, (3e-3, 1e-2)),
     "hira": ({"rank": 8}, (1e-3, 3e-3)),
@@ -32,15 +32,15 @@ METHODS = {
 
 def get_config(arg: str = "lora"):
     config = base.sft()
-    config.steps = 32
+    config.steps = 24
     config.methods = (arg,)
     config[arg].update(METHODS[arg][0])
-    config.data.sources.train = base.source("data/spell/train.jsonl")
-    config.data.eval_sources.test = base.source("data/spell/test.jsonl")
-    config.data.update({"max_tokens": 512, "batch_size": 2})
+    config.data.sources.train = base.source("data/sums/train.jsonl")
+    config.data.eval_sources.test = base.source("data/sums/test.jsonl")
+    config.data.update({"max_tokens": 512, "batch_size": 2, "template": "none"})
     config.optimizer.update({"learning_rate": METHODS[arg][1][0], "warmup_steps": 4})
-    config.eval.update({"every_steps": 32, "batches": 0})
-    config.eval.generate.update({"examples": 256, "max_tokens": 12, "batch_size": 64})
+    config.eval.update({"every_steps": 24, "batches": 0})
+    config.eval.generate.update({"examples": 256, "max_tokens": 6, "batch_size": 64})
     config.checkpoint.update({"every_steps": 0, "keep": 1})
     config.logging.update({"every_steps": 4, "tensorboard": False})
     return config.lock()

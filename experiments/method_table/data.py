@@ -1,4 +1,4 @@
-"""Write the task of this study: reasoning-gym's `spell_backward`, words of three to seven letters, no word in both files.
+"""Write the task of this study: reasoning-gym's `chain_sum`, two terms of one or two digits, no problem in both files.
 
 Usage: python experiments/method_table/data.py FOLDER          (pip install reasoning-gym; its pycosat needs a C compiler)
 """
@@ -15,11 +15,12 @@ TRAIN, TEST = 4000, 256
 def main() -> None:
     folder = pathlib.Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
-    problems = reasoning_gym.create_dataset("spell_backward", size=3 * (TRAIN + TEST), seed=0, min_word_len=3, max_word_len=7)
-    unique = {problem["answer"]: {"prompt": problem["question"], "completion": problem["answer"]} for problem in problems}
+    sizes = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}
+    problems = reasoning_gym.create_dataset("chain_sum", size=14_000, seed=0, **sizes)
+    unique = {problem["question"]: {"prompt": problem["question"], "completion": problem["answer"]} for problem in problems}
     rows = list(unique.values())
     if len(rows) < TRAIN + TEST:
-        raise SystemExit(f"{len(rows)} different words, {TRAIN + TEST} are needed")
+        raise SystemExit(f"{len(rows)} different problems, {TRAIN + TEST} are needed")
     for name, chosen in (("test", rows[:TEST]), ("train", rows[TEST : TEST + TRAIN])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
 

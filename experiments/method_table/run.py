@@ -1,4 +1,4 @@
-"""Run every method: seed 0 at each learning rate, then seeds 1 and 2 at the better one. A run that is there already is not done again.
+"""Run every method: seed 0 of all at each learning rate, then seeds 1 and 2 at the better one. A run that is there already is not done again.
 
 Usage: python -m experiments.method_table.run RUNS [--model MODEL] [METHOD …]
 A run that was interrupted goes on. The better learning rate is the one with the lower held-out loss.
@@ -22,12 +22,13 @@ def main() -> None:
     parser.add_argument("methods", nargs="*")
     parser.add_argument("--model", default="")
     args = parser.parse_args()
+    chosen = {}
     for method in args.methods or METHODS:
-        rates = METHODS[method][1]
-        losses = {rate: finished(args, method, rate, SEEDS[0]) for rate in rates}
-        best = min(losses, key=losses.get)
-        for seed in SEEDS[1:]:
-            finished(args, method, best, seed)
+        losses = {rate: finished(args, method, rate, SEEDS[0]) for rate in METHODS[method][1]}
+        chosen[method] = min(losses, key=losses.get)
+    for seed in SEEDS[1:]:
+        for method, rate in chosen.items():
+            finished(args, method, rate, seed)
 
 
 def finished(args, method: str, rate: float, seed: int) -> float:
