@@ -1,8 +1,9 @@
 """Run the systems in turn, round after round, each in a process of its own, and print their table.
 
-Usage: python experiments/sft_speed/compare.py MODEL.gguf TOKENS.npy --jax PYTHON [--jax PYTHON …] --torch PYTHON [--rounds 3]
+Usage: python experiments/sft_speed/compare.py MODEL.gguf TOKENS.npy --jax PYTHON [--jax PYTHON …] --torch PYTHON [--rounds 3] [--base nf4]
 
-PYTHONs are interpreters of environments in which ftjax, or torch and PEFT, are installed. bfloat16 is run where the JAX is 0.12 or later.
+PYTHONs are interpreters of environments in which ftjax, or torch and PEFT, are installed. bfloat16 is run where the JAX is 0.12 or later. With
+`--base` each runs over the dense matrices and over quantised ones (PEFT: with bitsandbytes, which must be installed beside it).
 """
 
 import argparse
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument("tokens")
     parser.add_argument("--jax", action="append", default=[])
     parser.add_argument("--torch")
+    parser.add_argument("--base", default="", help="a format of ftjax.quant.METHODS")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args()
@@ -32,14 +34,15 @@ def main() -> None:
             result = json.loads(output.splitlines()[-1])
             results.setdefault(result["system"], []).append(result)
             print(f"{result['system']}: {result['tokens'] / statistics.median(result['seconds']):.0f} tokens/s", file=sys.stderr)
-    print("| system | tokens/s, median (range) | peak memory | first step | loss of steps 1 and last |")
-    print("|---|---|---|---|---|")
+    print("| system | tokens/s, median (range) | base | peak memory | first step | loss of steps 1 and last |")
+    print("|---|---|---|---|---|---|")
     for system, runs in results.items():
         rates = [run["tokens"] / seconds for run in runs for seconds in run["seconds"]]
-        memory, first = (statistics.median(run[name] for run in runs) for name in ("peak_gb", "first_step"))
+        base, memory, first = (statistics.median(run[name] for run in runs) for name in ("base_gb", "peak_gb", "first_step"))
         losses = runs[0]["losses"]
         print(
-            f"| {system} | {statistics.median(rates):.0f} ({min(rates):.0f}–{max(rates):.0f}) | {memory:.2f} GB | {first:.0f} s "
+            f"| {system} | {statistics.median(rates):.0f} ({min(rates):.0f}–{max(rates):.0f}) | {base:.2f} GB | {memory:.2f} GB "
+            f"| {first:.0f} s "
             f"| {losses[0]:.4f}, {losses[-1]:.4f} |"
         )
 
@@ -53,7 +56,7 @@ def commands(args) -> list[list[str]]:
         found.append([python, str(HERE / "step.py"), *common, "--dtype", dtype, "--remat", "elementwise"])
     if args.torch:
         found += [[args.torch, str(PEER), *common, "--dtype", dtype] for dtype in ("bfloat16", "float32")]
-    return found
+    return found + [[*command, "--base", args.base] for command in found if args.base]
 
 
 if __name__ == "__main__":
