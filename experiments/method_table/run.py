@@ -1,4 +1,4 @@
-"""Run every method: seed 0 of all at each learning rate, then seeds 1 and 2 at the better one. A run that is there already is not done again.
+"""Run every method: seed 0 of all at each learning rate, then seeds 1 and 2 at the better one. What is there is not done again.
 
 Usage: python -m experiments.method_table.run RUNS [--model MODEL] [METHOD …]
 A run that was interrupted goes on. The better learning rate is the one with the lower held-out loss.

@@ -1,7 +1,7 @@
 """Time LoRA steps of transformers + PEFT on PyTorch: one side of experiments/sft_speed.
 
-Environment: Python 3.11, torch==2.13.0 (CPU), transformers==5.23.0, peft==0.21.2, gguf, psutil.
-Usage: python third_party/peft/sft_speed.py FILE.gguf TOKENS.npy --dtype float32 --steps 4 [--base nf4]      (which needs bitsandbytes==0.50.2)
+Environment: Python 3.11, torch==2.13.0 (CPU), transformers==5.23.0, peft==0.21.2, gguf, psutil; for --base bitsandbytes==0.50.2.
+Usage: python third_party/peft/sft_speed.py FILE.gguf TOKENS.npy --dtype float32 --steps 4 [--base nf4]
 Prints one line of JSON. TOKENS.npy is int `[steps, b, t]`; every token but the first of a row is trained.
 """
 
