@@ -2,7 +2,7 @@
 
 Usage: python experiments/sft_speed/compare.py MODEL.gguf TOKENS.npy --jax PYTHON … --torch PYTHON [--rounds 3] [--base nf4]
 
-PYTHONs are interpreters of environments in which ftjax, or torch and PEFT, are installed. bfloat16 is run where the JAX is 0.12 or later. With
+PYTHONs are interpreters of environments in which ftjax, or torch and PEFT, are installed; bfloat16 is run from JAX 0.12 on. With
 `--base` each runs over the dense matrices and over quantised ones (PEFT: with bitsandbytes, which must be installed beside it).
 """
 

@@ -1,0 +1,28 @@
+"""LoRA beside full tuning at several learning rates and ranks. See README.md beside this file.
+
+The argument is `full`, or `lora_all`, `lora_attention`, `lora_mlp`; a further `_memory` (as in `full_memory`) makes the task one of answers
+that follow from nothing, which have to be remembered.
+"""
+
+from configs import base
+
+TARGETS = {"all": "all-linear", "attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
+RATES = {"full": (1e-5, 3e-5, 1e-4, 3e-4), "lora": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
+RANKS = (1, 8, 64)
+
+
+def get_config(arg: str = "lora_all"):
+    kind, *rest = arg.split("_")
+    data = "memory" if "memory" in rest else "sums"
+    config = base.sft()
+    config.steps = 16 if data == "sums" else 64
+    config.methods = (kind,)
+    config.lora.update({"targets": TARGETS[rest[0] if rest and rest[0] in TARGETS else "all"], "alpha": 32.0, "rank": 8})
+    config.data.sources.train = base.source(f"data/{data}/train.jsonl")
+    config.data.eval_sources.test = base.source(f"data/{data}/{'test' if data == 'sums' else 'train'}.jsonl")
+    config.data.update({"max_tokens": 512, "batch_size": 2, "template": "none"})
+    config.optimizer.update({"learning_rate": 1e-3 if kind == "lora" else 1e-4, "schedule": "constant", "warmup_steps": 2})
+    config.eval.update({"every_steps": config.steps, "batches": 0})
+    config.checkpoint.update({"every_steps": 0, "keep": 1})
+    config.logging.update({"every_steps": 4, "tensorboard": False})
+    return config.lock()
