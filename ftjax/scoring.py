@@ -34,7 +34,7 @@ def score(
       batch: tokens `[*b, t]` and masks.
       chunk_tokens: tokens of each row whose logits exist at a time; from `CHUNK_LOGITS` and the vocabulary if None.
       batch_shards: over how many devices the rows are split, which makes the default chunk larger.
-      outputs: what to return beside `logps`: `mean_logps`, `entropy`, `greedy`, and `values` where there is a value head.
+      outputs: what to return beside `logps`: `mean_logps`, `entropy`, `greedy`, `log_collision`, and `values` where there is a value head.
 
     Raises:
       ValueError: values are asked for and the parameters have no value head.

@@ -98,10 +98,12 @@ class Batch:
     segment_ids: jax.Array
     """int `[*b, t]`: 1, 2, … for the documents packed into a row, 0 for padding."""
     reference_logps: jax.Array | None = None
+    """float `[*b, t]`: what the frozen anchor says of `tokens`, as `Scores.logps`; `losses.with_reference` writes it."""
     behavior_logps: jax.Array | None = None
     advantages: jax.Array | None = None
     returns: jax.Array | None = None
     desirable: jax.Array | None = None
+    """float or bool `[b]`: 1 where an unpaired response is a good one."""
 
 
 @pytree
@@ -116,6 +118,8 @@ class Scores:
     """`[*b, t]`: the mean log-probability over the vocabulary (for label smoothing)."""
     greedy: jax.Array | None = None
     """`[*b, t]`: 1 where `tokens[t]` was the most likely token."""
+    log_collision: jax.Array | None = None
+    """`[*b, t]`: log Σ_v π(v)², what the policy gives a token of its own on average; carries no gradient."""
     values: jax.Array | None = None
     """`[*b, t]`: a value head's prediction when `tokens[..t]` are read, at every token that is not padding, whatever `loss_mask` says. The
     baseline of `logps[t]`, the value of the state that `tokens[t]` was drawn in, is therefore `values[t-1]`; the reward of a text is

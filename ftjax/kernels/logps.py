@@ -40,6 +40,7 @@ def reference(
         "mean_logps": jnp.mean(log_p, axis=-1),
         "entropy": jax.lax.stop_gradient(-jnp.sum(jnp.exp(log_p) * log_p, axis=-1)),
         "greedy": jax.lax.stop_gradient(chosen >= jnp.max(log_p, axis=-1)).astype(jnp.float32),
+        "log_collision": jax.lax.stop_gradient(jax.nn.logsumexp(2 * log_p, axis=-1)),
     }
     return {name: jnp.where(mask > 0, value, 0.0) for name, value in found.items()}
 
@@ -63,13 +64,13 @@ def token_logps(
       targets: int `[b, t]`.
       mask: `[b, t]`; results are 0 where it is 0, and so are gradients.
       chunk: tokens of each row whose logits exist at a time.
-      outputs: which of `logps`, `mean_logps` (mean over the vocabulary), `entropy` and `greedy` to return. Gradients flow through the
-        first two only.
+      outputs: which of `logps`, `mean_logps` (mean over the vocabulary), `entropy`, `greedy` and `log_collision` to return. Gradients
+        flow through the first two only.
 
     Returns:
       `{name: float32 [b, t]}`.
     """
-    if unknown := set(outputs) - {"logps", "mean_logps", "entropy", "greedy"}:
+    if unknown := set(outputs) - {"logps", "mean_logps", "entropy", "greedy", "log_collision"}:
         raise ValueError(f"token_logps: there is no output {sorted(unknown)[0]!r}.")
     time = hidden.shape[1]
     chunk = -(-time // -(-time // max(1, min(chunk, time))))  # of the same size, so that the last is not nearly empty
@@ -115,6 +116,7 @@ def _statistics(softmax: _Softmax, targets: jax.Array, mask: jax.Array) -> dict[
         "mean_logps": jnp.mean(logits, axis=-1) - normalizer,
         "entropy": jax.lax.stop_gradient(normalizer - jnp.sum(softmax.exponentials * logits, axis=-1) / softmax.total),
         "greedy": jax.lax.stop_gradient(chosen >= softmax.top).astype(jnp.float32),
+        "log_collision": jax.lax.stop_gradient(jnp.log(jnp.sum(jnp.square(softmax.exponentials), axis=-1)) - 2 * jnp.log(softmax.total)),
     }
     return {name: jnp.where(mask > 0, value, 0.0) for name, value in found.items()}
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-
 from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
 
 
@@ -27,6 +25,7 @@ def sft(scores: Scores, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[
       ValueError: ε is out of range, or `mean_logps` was not scored.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> mask = jnp.array([[0.0, 1.0, 1.0]])
       >>> batch = Batch(tokens=jnp.zeros((1, 3), int), loss_mask=mask, positions=jnp.arange(3)[None], segment_ids=jnp.ones((1, 3), int))
       >>> loss, _ = sft(Scores(logps=jnp.array([[0.0, -1.0, -2.0]])), batch)
@@ -47,4 +46,4 @@ def sft(scores: Scores, batch: Batch, *, label_smoothing: float = 0.0) -> tuple[
         metrics["accuracy"] = masked_mean(scores.greedy, mask)
     if scores.entropy is not None:
         metrics["entropy"] = masked_mean(scores.entropy, mask)
-    return masked_mean(jnp.asarray(target, jnp.float32), mask), metrics
+    return masked_mean(target, mask), metrics

@@ -1,6 +1,12 @@
-"""What every objective must keep: a new one joins by a line in EXAMPLES."""
+"""What every objective must keep: a new one joins by a line in EXAMPLES.
 
+All examples are evaluated in one program, so that a test costs no compilation: whole batches in float32 on eight devices, and halves of
+them in float64 on one.
+"""
+
+import dataclasses
 from functools import partial
+from typing import NamedTuple
 
 import chex
 import jax
@@ -8,62 +14,185 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax import losses
-from ftjax.types import Batch, Mean, Scores
+from ftjax import losses, sharding
+from ftjax.types import Batch, LossFn, Mean, Scores
 
-B, T = 4, 6
-EXAMPLES = {"sft": [losses.sft, partial(losses.sft, label_smoothing=0.1)]}
-CASES = [pytest.param(loss, id=f"{name}{n}") for name, examples in EXAMPLES.items() for n, loss in enumerate(examples)]
+B, T = 8, 6
+SHAPES = {"rows": (B,), "pairs": (B, 2)}
+
+
+class Example(NamedTuple):
+    loss: LossFn
+    form: str = "pairs"
+    reads: str = "logps"
+    adds: bool = True  # over micro-batches
+    differentiable: bool = True  # no part of the value is taken as constant in the gradient
+
+
+def pairs(name, *options):
+    return [Example(partial(losses.LOSSES[name], **option)) for option in options or ({},)]
+
+
+EXAMPLES = {
+    "sft": [Example(losses.sft, "rows"), Example(partial(losses.sft, label_smoothing=0.1), "rows")],
+    "dpo": pairs(
+        "dpo", {}, {"label_smoothing": 0.1, "tail_weight": 0.4}, *({"divergence": name} for name in ("forward_kl", "js", "alpha"))
+    ),
+    "rpo": pairs("rpo"),
+    "mpo": pairs("mpo"),
+    "wpo": [Example(losses.LOSSES["wpo"], differentiable=False)],
+    **{name: pairs(name) for name in losses.PAIR_LOSSES if name not in ("sigmoid", "aot", "aot_unpaired")},
+    "ipo": pairs("ipo", {}, {"beta": 1e-3}),
+    "aot": [Example(losses.LOSSES["aot"], adds=False)],
+    "aot_unpaired": [Example(losses.LOSSES["aot_unpaired"], adds=False)],
+}
+NAMED = {f"{name}{n}": example for name, examples in EXAMPLES.items() for n, example in enumerate(examples)}
+every_loss = pytest.mark.parametrize("name", NAMED)
 
 
 def test_every_loss_is_listed():
     assert set(EXAMPLES) == set(losses.LOSSES)
 
 
-@pytest.fixture
-def problem(key):
-    keys = jax.random.split(key, 5)
-    mask = (jax.random.uniform(keys[0], (B, T)) > 0.4).astype(jnp.float32)
-    ints = jnp.broadcast_to(jnp.arange(T), (B, T))
-    logps, mean_logps = -jax.random.uniform(keys[1], (B, T)) * mask, -3 * jax.random.uniform(keys[2], (B, T)) * mask
-    entropy = jax.random.uniform(keys[3], (B, T)) * mask
-    return Scores(logps, entropy=entropy, mean_logps=mean_logps, greedy=mask), Batch(ints, mask, ints, jnp.ones_like(ints))
+def make_problem(shape, dtype=np.float32):
+    """Random scores of responses after a prompt of one token or more; the last row only fills the batch."""
+    rng = np.random.default_rng(len(shape))
+    mask = (np.arange(T) >= rng.integers(1, 3, (*shape, 1))) & (np.arange(T) < rng.integers(3, T + 1, (*shape, 1)))
+    mask[-1] = False
+    real = lambda low, high, shape=(*shape, T): rng.uniform(low, high, shape)  # noqa: E731
+    ints = np.broadcast_to(np.arange(T), mask.shape)
+    scores = Scores(*(x * mask for x in (real(-2, -0.1), real(0, 1), real(-4, -3), real(0, 1) > 0.5)), log_collision=real(-2, 0) * mask)
+    batch = Batch(ints, mask, ints, np.ones_like(ints), reference_logps=real(-2, -0.1) * mask, desirable=np.arange(B) % 2)
+    return jax.tree.map(lambda x: np.asarray(x, np.int32 if x.dtype == ints.dtype else dtype), (scores, batch))
 
 
-def total(loss, logps, scores, batch):
-    return loss(Scores(logps, scores.entropy, scores.mean_logps, scores.greedy), batch)[0].total
+@partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # compiles in half the time
+def evaluate(problems):
+    """Return loss, metrics and gradient of every example."""
+    found = {}
+    for name, (loss, form, reads, *_) in NAMED.items():
+        scores, batch = problems[form]
+
+        def total(x, loss=loss, scores=scores, batch=batch, reads=reads):
+            mean, metrics = loss(dataclasses.replace(scores, **{reads: x}), batch)
+            return mean.total, (mean, metrics)
+
+        gradient, (mean, metrics) = jax.grad(total, has_aux=True)(getattr(scores, reads))
+        found[name] = mean, metrics, gradient
+    return found
 
 
-@pytest.mark.parametrize("loss", CASES)
-def test_values_are_means_that_add_over_micro_batches(loss, problem):
-    parts = [loss(*jax.tree.map(lambda x, h=h: x[h * B // 2 : (h + 1) * B // 2], problem)) for h in range(2)]
-    whole = loss(*problem)
-    added = jax.tree.map(jnp.add, *parts)
-    assert isinstance(whole[0], Mean) and all(isinstance(value, Mean) for value in whole[1].values())
-    chex.assert_trees_all_close(added, whole, rtol=1e-6)
+def changed(problems, change):
+    """Return the problems with what `change(scores, batch)` says of each."""
+    return {form: change(*problem) for form, problem in problems.items()}
 
 
-@pytest.mark.parametrize("loss", CASES)
-def test_masked_tokens_change_neither_value_nor_gradient(loss, problem):
-    scores, batch = problem
-    noise = jnp.where(batch.loss_mask > 0, scores.logps, -1e4)
-    got, expected = (jax.value_and_grad(partial(total, loss))(logps, scores, batch) for logps in (noise, scores.logps))
-    chex.assert_trees_all_equal(got, expected)
-    assert float(jnp.abs(got[1] * (1 - batch.loss_mask)).max()) == 0 and float(jnp.abs(got[1]).max()) > 0
+def with_logps(problems, make):
+    return changed(problems, lambda scores, batch: (dataclasses.replace(scores, logps=make(scores.logps, batch)), batch))
 
 
-@pytest.mark.parametrize("loss", CASES)
-def test_extreme_log_probabilities_stay_finite(loss, problem):
-    scores, batch = problem
-    value, gradient = jax.value_and_grad(partial(total, loss))(jnp.full((B, T), -1e4), scores, batch)
-    assert np.isfinite(value) and np.isfinite(gradient).all()
+def halves_of(problems):
+    return [jax.tree.map(lambda x, h=h: x[h * B // 2 : (h + 1) * B // 2], problems) for h in range(2)]
 
 
-@pytest.mark.parametrize("loss", CASES)
-def test_the_gradient_is_that_of_finite_differences(loss, problem):
-    scores, batch = problem
-    gradient = jax.grad(partial(total, loss))(scores.logps, scores, batch)
-    for row, column in [(0, 0), (1, 3), (3, 5)]:
-        step = jnp.zeros((B, T)).at[row, column].set(0.125)
-        ahead, behind = (total(loss, scores.logps + sign * step, scores, batch) for sign in (1, -1))
-        np.testing.assert_allclose(gradient[row, column], (ahead - behind) / 0.25, rtol=1e-3, atol=1e-5)
+def on_mesh(problems):
+    """Lay the rows over eight devices, one each."""
+    mesh = sharding.make_mesh(data=8)
+    return jax.tree.map(lambda x: jax.device_put(x, sharding.batch_sharding(mesh, ndim=x.ndim, time=False)), problems)
+
+
+@pytest.fixture(scope="module")
+def problems():
+    return {form: make_problem(shape) for form, shape in SHAPES.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(problems):
+    return jax.device_get(evaluate(on_mesh(problems)))
+
+
+@pytest.fixture(scope="module")
+def variants(problems):
+    side = lambda x: -1e4 * (np.indices(x.shape)[-2] % 2).astype("f")  # noqa: E731
+    made = {
+        "noise": with_logps(problems, lambda x, batch: np.where(batch.loss_mask > 0, x, -np.float32(1e4))),
+        "low": with_logps(problems, lambda x, _: np.full_like(x, -1e4)),
+        "one side low": with_logps(problems, lambda x, _: side(x)),
+        "other side low": with_logps(problems, lambda x, _: -1e4 - side(x)),
+        "certain": with_logps(problems, lambda x, _: np.zeros_like(x)),
+        "like the reference": with_logps(problems, lambda x, batch: batch.reference_logps),
+        "empty": changed(problems, lambda scores, batch: (scores, dataclasses.replace(batch, loss_mask=0 * batch.loss_mask))),
+        "turned": jax.tree.map(lambda x: x[::-1].copy(), problems),
+    }
+    return {name: jax.device_get(evaluate(on_mesh(variant))) for name, variant in made.items()}
+
+
+@pytest.fixture(scope="module")
+def halves():
+    """What the halves of the same problems say, in float64 on one device."""
+    with jax.enable_x64(True):
+        return [
+            jax.device_get(evaluate(half)) for half in halves_of({form: make_problem(shape, np.float64) for form, shape in SHAPES.items()})
+        ]
+
+
+@pytest.fixture(scope="module")
+def slopes(halves):
+    """Of the first half in float64: the gradients along random directions, and the differences of the loss there."""
+    with jax.enable_x64(True):
+        problems = halves_of({form: make_problem(shape, np.float64) for form, shape in SHAPES.items()})[0]
+        rng = np.random.default_rng(0)
+        directions = {form: rng.normal(size=scores.logps.shape) for form, (scores, _) in problems.items()}
+
+        def moved(size):
+            def move(form, scores, batch):
+                reads = {example.reads for example in NAMED.values() if example.form == form}
+                return dataclasses.replace(scores, **{name: getattr(scores, name) + size * directions[form] for name in reads}), batch
+
+            return jax.device_get(evaluate({form: move(form, *problem) for form, problem in problems.items()}))
+
+        ahead, behind = moved(1e-6), moved(-1e-6)
+    slope = {name: float(np.sum(halves[0][name][2] * directions[example.form])) for name, example in NAMED.items()}
+    return {name: (slope[name], float(ahead[name][0].total - behind[name][0].total) / 2e-6) for name in NAMED}
+
+
+@every_loss
+def test_values_are_means_that_add_over_micro_batches_and_devices(name, whole, halves):
+    mean, metrics, gradient = whole[name]
+    assert isinstance(mean, Mean) and all(isinstance(value, Mean) for value in metrics.values())
+    if NAMED[name].adds:
+        chex.assert_trees_all_close(jax.tree.map(jnp.add, *(half[name][:2] for half in halves)), (mean, metrics), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(np.concatenate([half[name][2] for half in halves]), gradient, rtol=1e-5, atol=1e-6)
+
+
+@every_loss
+def test_masked_tokens_change_neither_value_nor_gradient(name, problems, whole, variants):
+    got, mask = variants["noise"][name], problems[NAMED[name].form][1].loss_mask
+    chex.assert_trees_all_equal(got, whole[name])
+    assert np.abs(got[2]).max() > 0
+    if NAMED[name].reads == "logps":
+        assert np.abs(got[2] * (1 - mask)).max() == 0
+
+
+@every_loss
+def test_the_order_of_the_rows_does_not_matter(name, whole, variants):
+    (mean, metrics, gradient), turned = whole[name], variants["turned"][name]
+    chex.assert_trees_all_close(turned[:2], (mean, metrics), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(turned[2], gradient[::-1], rtol=1e-5, atol=1e-6)
+
+
+@every_loss
+def test_extreme_log_probabilities_stay_finite(name, variants):
+    assert not [variant for variant, found in variants.items() if not all(np.isfinite(x).all() for x in jax.tree.leaves(found[name]))]
+
+
+@every_loss
+def test_rows_without_tokens_have_no_part_in_the_loss(name, variants):
+    mean, _, gradient = variants["empty"][name]
+    if NAMED[name].reads == "logps":
+        assert mean.total == 0 and mean.weight == 0 and not np.asarray(gradient).any()
+
+
+@pytest.mark.parametrize("name", [name for name, example in NAMED.items() if example.differentiable])
+def test_the_gradient_is_that_of_finite_differences(name, slopes):
+    np.testing.assert_allclose(*slopes[name], rtol=1e-6, atol=1e-8)

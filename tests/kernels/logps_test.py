@@ -9,7 +9,7 @@ from ftjax.kernels import logps
 from ftjax.peft.lora import LoraWeight
 from ftjax.weights import dot
 
-OUTPUTS = ("logps", "mean_logps", "entropy", "greedy")
+OUTPUTS = ("logps", "mean_logps", "entropy", "greedy", "log_collision")
 B, T, D, V = 3, 11, 8, 23
 
 

@@ -1,0 +1,155 @@
+import math
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ftjax import losses, peft, scoring, sharding, train
+from ftjax.losses.pairs import Pairs
+from ftjax.types import Batch, Scores
+from tests import toy
+
+METHOD = peft.lora("all-linear", rank=2)
+SCORE = partial(scoring.score, toy.MODEL, chunk_tokens=4)
+BETA = 0.5
+
+
+def pairs(chosen, rejected):
+    """Pairs of one token each: as log-ratios, against a reference that says 0."""
+    chosen, rejected = jnp.asarray(chosen, jnp.float32), jnp.asarray(rejected, jnp.float32)
+    one = jnp.ones_like(chosen)
+    return Pairs(chosen, rejected, one, one, chosen - rejected, 0 * one, one)
+
+
+def batch_of(logps, reference):
+    ints = jnp.zeros(logps.shape, jnp.int32)
+    return Batch(ints, jnp.ones(logps.shape), ints, ints + 1, reference_logps=reference)
+
+
+def test_dpo_by_hand():
+    """Log-ratios 1 + 1 = 2 and -1: Δ = 3, βΔ = 1.5, L = log(1 + e^-1.5) = 0.20141; rewards 1 and -0.5."""
+    reference = jnp.full((1, 2, 2), -3.0)
+    loss, metrics = losses.dpo(Scores(reference + jnp.array([[[1.0, 1.0], [-1.0, 0.0]]])), batch_of(reference, reference), beta=BETA)
+    assert loss.value() == pytest.approx(0.20141, rel=1e-4)
+    assert [metrics[f"rewards/{name}"].value() for name in ("chosen", "rejected", "margin", "accuracy")] == [1.0, -0.5, 1.5, 1.0]
+    assert metrics["nll"].value() == 2.0 and metrics["logps/rejected"].value() == -7.0 and metrics["kl"].value() == pytest.approx(3 / 8)
+
+
+AT_EQUAL = {
+    "sigmoid": math.log(2),
+    "sigmoid_norm": math.log(2),
+    "robust": math.log(2),
+    "aot": math.log(2),
+    "aot_unpaired": math.log(2),
+    "hinge": 1.0,
+    "ipo": 1 / (2 * BETA) ** 2,
+    "exo": -math.log(2) - (math.log(1e-3) + math.log1p(-1e-3)) / 2,
+    "nca": 2 * math.log(2),
+    "bco_pair": 2 * math.log(2),
+    "sppo_hard": 2 * (0.5 / BETA) ** 2,
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "discopop": (math.log(2) + 1) / 2,
+}
+
+
+@pytest.mark.parametrize("name", losses.PAIR_LOSSES)
+def test_the_loss_of_a_policy_that_is_its_reference_and_where_it_pulls(name):
+    """All raise Δ but DiscoPOP, which is not monotone and first lowers it; APO-down lowers both, the rejected response more."""
+    loss = jax.value_and_grad(lambda x: losses.PAIR_LOSSES[name](pairs(x[:1], x[1:]), beta=BETA)[0])
+    value, (chosen, rejected) = loss(jnp.zeros(2))
+    np.testing.assert_allclose(value, AT_EQUAL[name], rtol=1e-6)
+    assert rejected - chosen > 0 or name == "discopop"
+    assert chosen < 0 or name in ("discopop", "apo_down")
+
+
+def test_exchanged_labels_exchange_the_loss_of_dpo():
+    """-log σ(x) + log σ(-x) = -x; smoothing by one half does not know which response was chosen."""
+    x, y = jnp.array([0.3, -2.0, 5.0]), jnp.array([1.0, -0.5, -4.0])
+    sigmoid = losses.PAIR_LOSSES["sigmoid"]
+    np.testing.assert_allclose(sigmoid(pairs(x, y), beta=BETA) - sigmoid(pairs(y, x), beta=BETA), -BETA * (x - y), rtol=1e-5)
+    smooth = partial(sigmoid, beta=BETA, label_smoothing=0.5)
+    np.testing.assert_allclose(smooth(pairs(x, y)), smooth(pairs(y, x)), rtol=1e-6)
+
+
+def test_aot_compares_what_has_the_same_rank():
+    """Margins 3, 1 of the policy and -1, 2 of the reference: sorted (1, 3) - (-1, 2) = (2, 1), so row 0 has 3 - 2 and row 1 has 1 + 1."""
+    policy, reference = jnp.array([3.0, 1.0]), jnp.array([-1.0, 2.0])
+    given = pairs(jnp.zeros(2), jnp.zeros(2))._replace(policy=policy, reference=reference)
+    expected = losses.PAIR_LOSSES["sigmoid"](pairs([1.0, 2.0], [0.0, 0.0]), beta=1.0)
+    np.testing.assert_allclose(losses.PAIR_LOSSES["aot"](given, beta=1.0), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"losses": {"sigmiod": 1.0}}, "nearest: 'sigmoid'"),
+        ({"losses": {"hinge": 1.0}, "label_smoothing": 0.1}, "none of hinge takes label_smoothing"),
+        ({"losses": {}}, "name at least one"),
+        ({"losses": {"robust": 1.0}, "label_smoothing": 0.5}, r"\[0, 0.5\)"),
+        ({"losses": {"exo": 1.0}, "label_smoothing": 0.0}, "infinite"),
+        ({"losses": {"discopop": 1.0}, "tau": 2.0}, "tau"),
+        ({"beta": 0.0}, "beta is above 0"),
+        ({"divergence": "reverse-kl"}, "nearest: 'reverse_kl'"),
+        ({"weigh": losses.LOSSES["wpo"].keywords["weigh"]}, "log_collision"),
+    ],
+)
+def test_what_cannot_be_is_an_error(options, message):
+    logps = jnp.zeros((1, 2, 2))
+    with pytest.raises(ValueError, match=message):
+        losses.preference(Scores(logps), batch_of(logps, logps), **options)
+
+
+def test_a_missing_reference_and_rows_that_are_no_pairs_are_errors():
+    logps = jnp.zeros((1, 2, 2))
+    with pytest.raises(ValueError, match="with_reference"):
+        losses.dpo(Scores(logps), batch_of(logps, None))
+    with pytest.raises(ValueError, match=r"\[b, 2, t\]"):
+        losses.dpo(Scores(logps[0]), batch_of(logps[0], logps[0]))
+
+
+def train_dpo(key, mesh=None, accumulation=1, steps=3):
+    """Train a new adapter on random pairs; return the metrics of every step and the adapter."""
+    optimizer = optax.sgd(1.0)
+    rows = toy.batch(key, rows=16)
+    batch = jax.tree.map(lambda x: np.array(x).reshape(8, 2, -1), rows)
+    batch.loss_mask[0, 1, 5:] = 0  # a shorter rejected response
+    frozen, trainable = METHOD.init(key, toy.init(key))
+    step = train.make_train_step(SCORE, METHOD, partial(losses.dpo, beta=BETA), optimizer, accumulation=accumulation)
+    state = train.init_state(key, trainable, METHOD, optimizer)
+    if mesh is not None:
+        batch = sharding.shard_batch(batch, mesh)
+    batch = losses.with_reference(batch, jax.jit(SCORE)(frozen, batch))
+    seen = []
+    for _ in range(steps):
+        state, metrics = step(state, frozen, batch)
+        seen.append({name: mean.value() for name, mean in metrics.items()})
+    return seen, state.trainable
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_dpo(jax.random.key(0))
+
+
+def test_the_first_step_of_a_new_adapter_has_the_loss_log_2(trained):
+    first = trained[0][0]
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert first["rewards/accuracy"] == 0.5 and first["kl"] == 0 and first["rewards/margin"] == 0 and first["grad_norm"] > 0
+
+
+def test_dpo_learns_to_prefer(trained):
+    last = trained[0][-1]
+    assert last["loss"] < math.log(2) - 0.01 and last["rewards/margin"] > 0 and last["kl"] > 0
+    assert last["length/chosen"] > last["length/rejected"]
+
+
+def test_micro_batches_and_devices_do_not_change_the_training(trained):
+    seen, adapter = train_dpo(jax.random.key(0), sharding.make_mesh(data=4, devices=jax.devices()[:4]), accumulation=2)
+    chex.assert_trees_all_close(adapter, trained[1], rtol=1e-4, atol=1e-6)
+    for got, expected in zip(seen, trained[0], strict=True):
+        assert got == pytest.approx(expected, rel=1e-4, abs=1e-5)
