@@ -8,6 +8,7 @@ import jax
 import optax
 
 from ftjax import tree
+from ftjax.optimizers8bit import scale_by_adam8bit, scale_by_lion8bit
 from ftjax.types import Params
 
 
@@ -92,7 +93,8 @@ def build(
     arXiv 1711.05101) and scales with the learning rate, as in PyTorch.
 
     Args:
-      name: `adamw`, `lion` (arXiv 2302.06675), `adafactor` (arXiv 1804.04235) or `sgd`.
+      name: `adamw`, `lion` (arXiv 2302.06675), `adafactor` (arXiv 1804.04235) or `sgd`; `adamw8bit` and `lion8bit` keep their moments in
+        eight bits (arXiv 2110.02861).
       learning_rate: the peak.
       steps: length of the run.
       schedule_name: see `schedule`, also for the next three.
@@ -110,6 +112,8 @@ def build(
     rules = {
         "adamw": lambda: optax.scale_by_adam(b1=b1, b2=0.999 if b2 is None else b2, eps=eps),
         "lion": lambda: optax.scale_by_lion(b1=b1, b2=0.99 if b2 is None else b2),
+        "adamw8bit": lambda: scale_by_adam8bit(b1=b1, b2=0.999 if b2 is None else b2, eps=eps),
+        "lion8bit": lambda: scale_by_lion8bit(b1=b1, b2=0.99 if b2 is None else b2),
         "adafactor": lambda: optax.scale_by_factored_rms(),
         "sgd": lambda: optax.trace(decay=momentum) if momentum else optax.identity(),
     }

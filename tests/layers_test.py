@@ -28,6 +28,7 @@ FLOORS = {
     "logs": 3,
     "hub": 3,
     "optimizers": 3,
+    "optimizers8bit": 3,
     "train": 4,
     "sweep": 4,
     "cli": 5,

@@ -40,7 +40,8 @@ def pruned(state: Any, shapes: Mapping[str, tuple[int, ...]], *, how: str, ratio
 
     Args:
       state: of any optax transformation.
-      shapes: the leaves, `{path: shape}`. A moment of another shape (Adafactor's, which are factored) is zeroed altogether.
+      shapes: the leaves, `{path: shape}`. A moment of another shape (Adafactor's, which are factored) is zeroed altogether, and so is
+        one in eight bits: its scales are.
       how: one of `PRUNES`; "magnitude" looks at each matrix of a stack by itself.
       ratio: the share that is zeroed, in [0, 1].
       key: of "random".
@@ -52,7 +53,7 @@ def pruned(state: Any, shapes: Mapping[str, tuple[int, ...]], *, how: str, ratio
         leaf = next((leaf for leaf in shapes if whole.endswith(f"/{leaf}")), None)
         if leaf is None:
             return array
-        if array.shape != shapes[leaf]:
+        if array.shape != shapes[leaf] or not jnp.issubdtype(array.dtype, jnp.floating):
             return jnp.zeros_like(array)
         if leaf not in stays:
             stays[leaf] = PRUNES[how](array, ratio, path_key(key, leaf))

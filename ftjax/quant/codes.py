@@ -21,15 +21,16 @@ FP4 = np.concatenate([_FP4, -_FP4])
 """A 4-bit float with a sign, two bits of exponent and one of fraction, divided by its largest; as bitsandbytes orders it."""
 
 
-def dynamic() -> np.ndarray:
-    """Return the 256 numbers of the signed dynamic 8-bit code, ascending (Dettmers 2016, arXiv:1511.04561).
+def dynamic(*, signed: bool = True) -> np.ndarray:
+    """Return the 256 numbers of the dynamic 8-bit code, ascending (Dettmers 2016, arXiv:1511.04561).
 
-    ± 10^(k - 6) · m for k = 0 … 6, with m the middles of 2^k equal parts of [0.1, 1]; and 0 and 1. Bit for bit those of bitsandbytes.
+    ± 10^(k - 6) · m for k = 0 … 6, with m the middles of 2^k equal parts of [0.1, 1]; and 0 and 1. Without signs the parts are 2^(k + 1)
+    (Dettmers et al. 2021, arXiv:2110.02861). Bit for bit those of bitsandbytes.
     """
     numbers = [0.0, 1.0]
     for k in range(7):
-        fractions = _parts(2**k)
-        numbers += [sign * x for sign in (1, -1) for x in (np.float32(10.0 ** (k - 6)) * fractions).tolist()]
+        fractions = _parts(2**k if signed else 2 ** (k + 1))
+        numbers += [sign * x for sign in ((1, -1) if signed else (1,)) for x in (np.float32(10.0 ** (k - 6)) * fractions).tolist()]
     return np.sort(np.array(numbers, np.float32))
 
 

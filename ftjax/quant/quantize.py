@@ -8,11 +8,9 @@ from jaxtyping import Array, Float
 
 from ftjax import tree
 from ftjax.kernels import int4_matmul
-from ftjax.quant import codes
-from ftjax.quant.weight import NESTED_BLOCK, SPECS, NestedScales, QuantizedWeight
-
-_TINY = 2e-38
-"""What a group of zeros is divided by: normal, for XLA takes what is smaller for 0."""
+from ftjax.quant import blockwise, codes
+from ftjax.quant.blockwise import TINY
+from ftjax.quant.weight import SPECS, NestedScales, QuantizedWeight
 
 
 def quantize(w: Float[Array, "*l i o"], format: str = "nf4", *, group: int | None = 64, nested: bool = False) -> QuantizedWeight:
@@ -61,18 +59,18 @@ def _quantize(w: jax.Array, format: str, group: int, nested: bool) -> QuantizedW
     if format == "uint4":
         low, high = jnp.minimum(jnp.min(grouped, axis=1), 0), jnp.maximum(jnp.max(grouped, axis=1), 0)
         scales = (high - low) / 15
-        zeros = jnp.round(-low / jnp.maximum(scales, _TINY))
-        found = jnp.round(grouped / jnp.maximum(scales, _TINY)[:, None]) + zeros[:, None]
+        zeros = jnp.round(-low / jnp.maximum(scales, TINY))
+        found = jnp.round(grouped / jnp.maximum(scales, TINY)[:, None]) + zeros[:, None]
         found = jnp.clip(found, 0, 15).astype(jnp.uint8)
     else:
         scales = jnp.max(jnp.abs(grouped), axis=1)
         if format == "int4":
             scales = scales / 7
-            found = jnp.clip(jnp.round(grouped / jnp.maximum(scales, _TINY)[:, None]), -7, 7).astype(jnp.int8).astype(jnp.uint8) & 15
+            found = jnp.clip(jnp.round(grouped / jnp.maximum(scales, TINY)[:, None]), -7, 7).astype(jnp.int8).astype(jnp.uint8) & 15
         elif format == "int8":
-            found = jnp.round(grouped * (127.0 / jnp.maximum(scales, _TINY))[:, None]).astype(jnp.int8)
+            found = jnp.round(grouped * (127.0 / jnp.maximum(scales, TINY))[:, None]).astype(jnp.int8)
         else:
-            scaled = jnp.clip(grouped * (1.0 / jnp.maximum(scales, _TINY))[:, None], -1, 1)
+            scaled = jnp.clip(grouped * (1.0 / jnp.maximum(scales, TINY))[:, None], -1, 1)
             found = codes.nearest(scaled, codes.NF4 if format == "nf4" else codes.FP4)
     found = found.reshape(i, o)
     return QuantizedWeight(
@@ -82,10 +80,14 @@ def _quantize(w: jax.Array, format: str, group: int, nested: bool) -> QuantizedW
 
 def _nest(scales: jax.Array) -> NestedScales:
     """Return scales `[n, o]` quantised: minus their mean, by the largest magnitude of 256 of them, to the nearest number of the code."""
-    n, o = scales.shape
-    flat = scales.T.reshape(-1)
-    mean = jnp.mean(flat)
-    blocks = jnp.pad(flat - mean, (0, -flat.size % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
-    largest = jnp.max(jnp.abs(blocks), axis=1)
-    found = codes.nearest(blocks * (1.0 / jnp.maximum(largest, _TINY))[:, None], codes.dynamic())
-    return NestedScales(found.reshape(-1)[: flat.size].reshape(o, n), largest, mean)
+    # Without the barrier the difference may be fused with the quotient, and rounded once.
+    mean = jax.lax.optimization_barrier(_sum(scales.T.reshape(-1)) / scales.size)
+    return NestedScales(*blockwise.pack(scales.T - mean, codes.dynamic()), mean)
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    """Return the sum of `[n]`, halves onto halves: in an order of the compiler its last bits would depend on where this is used."""
+    while x.size > 1:
+        x = jnp.pad(x, (0, x.size % 2))
+        x = x[: x.size // 2] + x[x.size // 2 :]
+    return x[0]
