@@ -44,6 +44,8 @@ class Adapter(NamedTuple):
         if self.kind in peft.SOFT_PROMPTS:
             return params
         form = peft.FORMATS[self.kind]
+        if form.base is not None:
+            params = form.base(params, [row for row in self.method.plan(params) if row.method == self.kind])
         if "full" in self.trainable or form.shared or not all(tensor.trained for tensor in form.tensors.values()):
             params, _ = self.method.init(jax.random.key(0), params)
         for name, found in self.frozen.items():

@@ -20,6 +20,7 @@ from ftjax.peft.ia3 import IA3, ia3
 from ftjax.peft.layers import on_layers
 from ftjax.peft.loha import LOHA, loha
 from ftjax.peft.lokr import LOKR, lokr
+from ftjax.peft.loftq import LOFTQ, loftq
 from ftjax.peft.lora import LORA, lora
 from ftjax.peft.lora_fa import LORA_FA, lora_fa
 from ftjax.peft.merge import merge
@@ -46,6 +47,7 @@ METHODS = {"dora": dora, "full": full, "ia3": ia3, "lora": lora, "lora_fa": lora
     "bottleneck": bottleneck,
     "delta_lora": delta_lora,
     "hira": hira,
+    "loftq": loftq,
     "loha": loha,
     "lokr": lokr,
     "miss": miss,
@@ -67,6 +69,7 @@ FORMATS: dict[str, Format] = {"lora": LORA, "dora": DORA, "lora_fa": LORA_FA, "i
     "boft": BOFT,
     "delta_lora": DELTA_LORA,
     "hira": HIRA,
+    "loftq": LOFTQ,
     "loha": LOHA,
     "lokr": LOKR,
     "miss": MISS,
@@ -98,6 +101,7 @@ __all__ = [
     "full",
     "hira",
     "ia3",
+    "loftq",
     "loha",
     "lokr",
     "lora",

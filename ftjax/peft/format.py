@@ -22,10 +22,12 @@ leaf's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from ftjax.types import Params, Plan
 
 Turn = Callable[[np.ndarray, int, int], np.ndarray]
 """`(array of one layer, i, o) -> array`."""
@@ -92,3 +94,5 @@ class Format(NamedTuple):
     """`{axis: our option}`: an axis of which a file may hold less than the option says, because PEFT drops what is zero; it is padded."""
     shared: Mapping[str, Tensor] = {}
     """By field at the root of the method's frozen arrays, tensors that stand once in a file."""
+    base: Callable[[Params, Sequence[Plan]], Params] | None = None
+    """`base(params, plans) -> params`: the model that an adapter was trained on, where that is not the published one."""

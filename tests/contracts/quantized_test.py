@@ -10,13 +10,16 @@ from tests import toy
 from tests.contracts.methods_test import CASES, base, hidden, moved
 
 BASE = quant.quantized("nf4", "layers/.*kernel", group=4, nested=True)
-RIDING = [case for case in CASES if case.id != "full0"]  # which trains the matrices themselves
+RIDING = [case for case in CASES if case.id not in ("full0", "loftq0", "loftq1")]  # which need the dense matrices
 
 
-def test_training_a_quantised_matrix_in_full_is_refused(key):
-    method = peft.chain(BASE, peft.full("everything"))
-    with pytest.raises(ValueError, match="QuantizedWeight, not a plain array"):
-        method.init(key, toy.init(key))
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [(peft.full("everything"), "QuantizedWeight, not a plain array"), (peft.loftq(group=4), "QuantizedWeight already.*put loftq first")],
+)
+def test_a_method_that_needs_dense_matrices_refuses_quantised_ones(method, message, key):
+    with pytest.raises(ValueError, match=message):
+        peft.chain(BASE, method).init(key, toy.init(key))
 
 
 @pytest.mark.parametrize("method", RIDING)
