@@ -18,9 +18,9 @@ from ftjax.peft.full import full
 from ftjax.peft.hira import HIRA, hira
 from ftjax.peft.ia3 import IA3, ia3
 from ftjax.peft.layers import on_layers
+from ftjax.peft.loftq import LOFTQ, loftq
 from ftjax.peft.loha import LOHA, loha
 from ftjax.peft.lokr import LOKR, lokr
-from ftjax.peft.loftq import LOFTQ, loftq
 from ftjax.peft.lora import LORA, lora
 from ftjax.peft.lora_fa import LORA_FA, lora_fa
 from ftjax.peft.merge import merge
