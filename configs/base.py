@@ -30,6 +30,7 @@ def sft() -> ConfigDict:
     config.lora = lora()
     config.dora = lora()
     config.lora_fa = lora()
+    config.loftq = loftq()
     config.full = ConfigDict({"targets": text(".*"), "exclude": config_dict.placeholder(object)})
     config.neftune = ConfigDict({"alpha": 5.0})
     config.ia3 = rider(("k_proj", "v_proj", "down_proj"), feedforward=text(("down_proj",)))
@@ -57,6 +58,11 @@ def sft() -> ConfigDict:
     config.norm_tuning = ConfigDict({"targets": text("norms"), "exclude": config_dict.placeholder(object)})
     config.tokens = ConfigDict({"ids": text(()), "targets": text("embed_tokens/kernel")})
     config.value_head = ConfigDict({"init": "zeros", "bias": True, "reads": "norm/scale"})
+
+    config.nf4 = quantizer(group=64, nested=True)
+    config.fp4 = quantizer(group=64, nested=True)
+    config.int4 = quantizer(group=64)
+    config.int8 = quantizer()
 
     config.loss = ConfigDict({"label_smoothing": 0.0})
     config.data = data()
@@ -122,6 +128,16 @@ def lora(rank: int = 16, alpha: float = 32.0) -> ConfigDict:
     return config
 
 
+def loftq() -> ConfigDict:
+    """The block of LoftQ, which stores the base in fewer bits and starts LoRA at what that lost: see `ftjax.peft.loftq`."""
+    config = lora()
+    del config.init, config.layers
+    config.group = config_dict.placeholder(int)  # rows of [i, o] that share a scale; empty: all
+    config.update({"format": "nf4", "group": 64, "nested": True, "iterations": 1, "seed": 0})
+    config.svd_iterations = config_dict.placeholder(int)  # of a randomised SVD; empty: exact
+    return config
+
+
 def rider(targets="all-linear", **options) -> ConfigDict:
     """The block of a method that rides on frozen matrices: see the function of its name in `ftjax.peft`."""
     config = ConfigDict()
@@ -129,6 +145,17 @@ def rider(targets="all-linear", **options) -> ConfigDict:
     config.exclude = config_dict.placeholder(object)
     config.layers = config_dict.placeholder(object)  # indices, "first n" or "last n"; empty: all
     config.update(options)
+    return config
+
+
+def quantizer(*, group: int | None = None, nested: bool = False) -> ConfigDict:
+    """The block of a format that the base is stored in, ("nf4", "lora") being QLoRA: see `ftjax.quant.quantized`."""
+    config = ConfigDict()
+    config.targets = text("all-linear")
+    config.exclude = config_dict.placeholder(object)
+    config.group = config_dict.placeholder(int)  # rows of [i, o] that share a scale; empty: all
+    config.nested = nested  # quantise the scales too
+    config.update({"group": group})
     return config
 
 
@@ -217,8 +244,10 @@ def _shrink(config: ConfigDict, tiny: str) -> None:
     for sources, split in ((config.data.sources, "train[:64]"), (config.data.eval_sources, "test[:8]")):
         for one in sources.values():
             one.update({"path": "tasks:compare", "format": "auto", "split": split, "name": "", "columns": None, "end_marker": ""})
-    for block in (config.lora, config.dora, config.lora_fa, config.delta_lora, config.relora):
+    for block in (config.lora, config.dora, config.lora_fa, config.loftq, config.delta_lora, config.relora):
         block.update({"rank": 4, "alpha": 8.0})
+    for block in (config.nf4, config.fp4, config.int4, config.loftq):
+        block.group = 16
     config.adalora.update({"init_rank": 4, "target_rank": 2})
     config.relora.every_steps = 2
     config.optimizer.warmup_steps = 1

@@ -11,7 +11,7 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ftjax import tree
+from ftjax import peft, tree
 from ftjax.cli.build import Loaded
 from ftjax.hf import adapter as hf_adapter
 from ftjax.hf import architecture
@@ -88,7 +88,8 @@ def _write(
             return
         except ValueError as error:
             say(f"PEFT has no place for all of this adapter, so it is in ftjax's own form: {error}")
-    hf_adapter.save_adapter(written, methods, trainable, own=frozen, **about)
+    on_base = [(name, options) for name, options in methods if name in peft.METHODS]  # in how many bits that lies is not the adapter's
+    hf_adapter.save_adapter(written, on_base, trainable, own=frozen, **about)
 
 
 def _copy(written: Path, folder: epath.Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftjax import data, hub, losses, models, optimizers, peft, scoring, sharding
+from ftjax import data, hub, losses, models, optimizers, peft, quant, scoring, sharding
 from ftjax.cli import measure
 from ftjax.hf import load as hf_load
 from ftjax.hf import tokenizer as hf_tokenizer
@@ -23,6 +23,9 @@ from ftjax.peft import inits
 from ftjax.train import Score, Step, make_eval_step, make_train_step
 from ftjax.tree import nearest
 from ftjax.types import Batch, LossFn, Metrics, Model, Params, Scores, TrainState, Transform
+
+METHODS = peft.METHODS | quant.METHODS
+"""What `config.methods` may name."""
 
 
 class Loaded(NamedTuple):
@@ -36,12 +39,13 @@ class Loaded(NamedTuple):
     """Whether `config.model.rope` made its RoPE another than the base's."""
 
 
-def mesh(config) -> Mesh:
-    """Return the mesh of `config.mesh`; where all four sizes are given, over just so many devices of a single process."""
+def mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return the mesh of `config.mesh` over all devices; where all four sizes are given, over just so many of a single process."""
     sizes = {name: int(config.mesh[name]) for name in sharding.AXES}
     product = math.prod(sizes.values())
     some = product > 0 and jax.process_count() == 1
-    return sharding.make_mesh(**sizes, devices=jax.devices()[:product] if some else None)
+    devices = jax.devices() if devices is None else devices
+    return sharding.make_mesh(**sizes, devices=devices[:product] if some else devices)
 
 
 def dtype(name: str) -> str:
@@ -88,13 +92,14 @@ def in_training(config, model: Model) -> Model:
 
 
 def model(config, mesh: Mesh) -> Loaded:
-    """Return the model with its weights on the mesh; random ones where `config.model.random` says so."""
-    stretched = bool(config.model.rope.rope_type)
+    """Return the model with its weights on the mesh, packed where the methods say so; random ones where `config.model.random` does."""
+    stretched, packer = bool(config.model.rope.rope_type), quantizer(config)
     if config.model.random:
         built, _ = architecture(config)
-        params = sharding.init_on_mesh(built.init, jax.random.key(config.seed), mesh=mesh)
+        init = built.init if packer is None else lambda key: packer.init(key, built.init(key))[0]
+        params = sharding.init_on_mesh(init, jax.random.key(config.seed), mesh=mesh)
         return Loaded(built, params, tokenizer(config), f"{config.model.preset} (random)", stretched)
-    options = {"dtype": dtype(config.model.dtype), "remat": config.model.remat, "place": sharding.placement(mesh)}
+    options = {"dtype": dtype(config.model.dtype), "remat": config.model.remat, "place": sharding.placement(mesh), "quantizer": packer}
     found = hf_load.load(config.model.name, **options, change=partial(stretch, config))
     chosen = tokenizer(config) if config.tokenizer else _with_template(config, found.tokenizer)
     return Loaded(found.model, found.params, chosen, config.model.name, stretched)
@@ -123,7 +128,13 @@ def method(config, statistics: Mapping[str, Mapping[str, Any]] = {}) -> Transfor
     """
     starts = {name: inits.CALIBRATED[config[name].init](found) for name, found in statistics.items()}
     options = ((name, block | {"init": starts[name]} if name in starts else block) for name, block in methods(config))
-    return peft.chain(*(peft.METHODS[name](**block) for name, block in options))
+    return peft.chain(*(METHODS[name](**block) for name, block in options))
+
+
+def quantizer(config) -> Transform | None:
+    """Return the chain of those of `config.methods` that store the base in fewer bits; None where there is none."""
+    found = [quant.METHODS[name](**options) for name, options in methods(config) if name in quant.METHODS]
+    return peft.chain(*found) if found else None
 
 
 def methods(config) -> list[tuple[str, dict[str, Any]]]:
@@ -134,8 +145,8 @@ def methods(config) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _options(name: str, config) -> dict[str, Any]:
-    if name not in peft.METHODS:
-        raise ValueError(f"methods: there is no method {name!r}; nearest: {nearest(name, peft.METHODS)}.")
+    if name not in METHODS:
+        raise ValueError(f"methods: there is no method {name!r}; nearest: {nearest(name, METHODS)}.")
     if name not in config:
         raise ValueError(f"methods: {name!r} needs a block config.{name} with its options.")
     options = plain(config[name])
@@ -222,7 +233,7 @@ def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False)
     sources = config.data[field]
     if not sources:
         raise ValueError(f"data.{field}: no source is named; add one as base.source(PATH).")
-    _check_rows(config, mesh, accumulation=1 if held_out else config.data.accumulation)
+    check_rows(config, mesh, accumulation=1 if held_out else config.data.accumulation)
     found, reports = data.load(
         {name: plain(source) for name, source in sources.items()},
         encoder,
@@ -235,7 +246,7 @@ def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False)
     return found.shard(*sharding.batch_share(mesh)), reports
 
 
-def _check_rows(config, mesh: Mesh, *, accumulation: int) -> None:
+def check_rows(config, mesh: Mesh, *, accumulation: int) -> None:
     """Refuse micro-batches that do not divide over the mesh: every device would then compute all of their rows."""
     parts = accumulation * math.prod(mesh.shape[name] for name in sharding.ROWS)
     if config.data.batch_size % parts:

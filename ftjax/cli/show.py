@@ -26,6 +26,7 @@ from ftjax.data import inspect
 from ftjax.hf import adapter as hf_adapter
 from ftjax.logs.terminal import megabytes
 from ftjax.logs.writers import read_jsonl
+from ftjax.quant import QuantizedWeight
 
 
 def machine(mesh: Mesh) -> str:
@@ -39,8 +40,9 @@ def machine(mesh: Mesh) -> str:
 
 def model(loaded: Loaded, *, group_tokens: int = 0) -> str:
     """Return one line about the model, and one about its attention where that is not the plain one."""
-    dtypes = sorted({leaf.dtype.name for leaf in jax.tree.leaves(loaded.params)})
-    size = f"{tree.size(loaded.params):,} parameters in {' and '.join(dtypes)}, {megabytes(tree.num_bytes(loaded.params))}"
+    leaves = tree.flatten(loaded.params).values()
+    forms = sorted({leaf.format if isinstance(leaf, QuantizedWeight) else leaf.dtype.name for leaf in leaves})
+    size = f"{logs.parameters(loaded.params):,} parameters in {' and '.join(forms)}, {megabytes(tree.num_bytes(loaded.params))}"
     shape, rope = loaded.model.config, loaded.model.config.rope
     kind = "" if rope.rope_type == "default" else f", {rope.rope_type} RoPE × {rope.factor:g}: context {shape.max_position_embeddings:,}"
     groups = f"training attends in groups of {group_tokens:,} tokens, half of the heads in shifted ones (S²); evaluation to all before"

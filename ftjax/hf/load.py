@@ -14,16 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ftjax import hub, models, tree
-from ftjax.hf import folder, gguf, gguf_file, names, tokenizer
+from ftjax import hub, models, quant, tree
+from ftjax.hf import folder, gguf, gguf_file, names, packed, tokenizer
 from ftjax.hf.folder import Checkpoint
 from ftjax.hf.lazy import LazyTensor, aligned, cast, stack, swap
 from ftjax.models import Config
-from ftjax.types import VALUE_HEAD, Model, Params
+from ftjax.types import VALUE_HEAD, Model, Params, Transform
+from ftjax.weights import Leaf
 
-Place = Callable[[str, LazyTensor], jax.Array]
-"""`place(path, tensor) -> array`: how a leaf gets onto its devices. With a mesh:
-`lambda path, tensor: jax.make_array_from_callback(tensor.shape, sharding(path), tensor.read)`, which reads this host's shards only."""
+Place = Callable[[str, LazyTensor | quant.QuantizedWeight], Leaf]
+"""`place(path, tensor) -> leaf`: how a leaf gets onto its devices. With a mesh:
+`lambda path, tensor: jax.make_array_from_callback(tensor.shape, sharding(path), tensor.read)`, which reads this host's shards only.
+A matrix that was packed comes as a `QuantizedWeight` of host arrays; `ftjax.sharding.placement` takes both."""
 
 _SCORE = "score.weight"
 """The tensor of a classifier's head."""
@@ -45,6 +47,7 @@ def load(
     remat: str = "none",
     place: Place | None = None,
     change: Callable[[Config], Config] = lambda config: config,
+    quantizer: Transform | None = None,
 ) -> Pretrained:
     """Find a model by name, read its config, weights and tokenizer.
 
@@ -54,6 +57,7 @@ def load(
       remat: what `models.build` rematerialises.
       place: see `Place`; whole arrays on the default device if None.
       change: what is done to the architecture in the file, such as `models.stretch`; the weights must still fit.
+      quantizer: `quant.nf4()` or the like: its matrices are packed as they are read, and never there as a whole.
 
     Raises:
       ValueError: the name, the config or a tensor is not as expected; the message says which and what to do.
@@ -63,7 +67,7 @@ def load(
     checkpoint = gguf.read(path, file) if file else folder.read(path)
     dtype = stored_dtype(checkpoint) if dtype == "auto" else jnp.dtype(dtype)
     model = models.build(change(config_of(checkpoint)), remat=remat)
-    params = load_params(checkpoint, model, dtype=dtype, place=place)
+    params = load_params(checkpoint, model, dtype=dtype, place=place, quantizer=quantizer)
     return Pretrained(model, params, tokenizer.from_gguf(file) if file else tokenizer.load(path), path)
 
 
@@ -88,7 +92,9 @@ def stored_dtype(checkpoint: Checkpoint) -> np.dtype:
     return max(checkpoint.tensors.values(), key=lambda tensor: int(np.prod(tensor.shape))).dtype
 
 
-def load_params(checkpoint: Checkpoint, model: Model, *, dtype: Any = None, place: Place | None = None) -> Params:
+def load_params(
+    checkpoint: Checkpoint, model: Model, *, dtype: Any = None, place: Place | None = None, quantizer: Transform | None = None
+) -> Params:
     """Read a model's parameters.
 
     Args:
@@ -96,11 +102,17 @@ def load_params(checkpoint: Checkpoint, model: Model, *, dtype: Any = None, plac
       model: whose `init` says which leaves there are, and their shapes.
       dtype: of the leaves; each tensor's own if None, and that of a value head in any case.
       place: see `Place`.
+      quantizer: what is packed while it is read, and how, by its plan.
 
     Raises:
-      ValueError: tensors are missing, left over or misshapen; the message lists all of them.
+      ValueError: tensors are missing, left over or misshapen; the message lists all of them. A matrix that is to be packed cannot be, or
+        holds a number that is not finite.
     """
-    shapes = {path: leaf.shape for path, leaf in tree.flatten(jax.eval_shape(model.init, jax.random.key(0))).items()}
+    abstract = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(abstract).items()}
+    packing = quant.packing(quantizer.plan(abstract)) if quantizer else {}
+    if quantizer:
+        jax.eval_shape(quantizer.init, jax.random.key(0), abstract)  # its errors come before anything is read
     if _SCORE in checkpoint.tensors:
         shapes[f"{VALUE_HEAD}/kernel"] = (model.config.hidden_size, 1)
     _check(checkpoint, shapes)
@@ -108,7 +120,8 @@ def load_params(checkpoint: Checkpoint, model: Model, *, dtype: Any = None, plac
     params = {}
     for path, shape in shapes.items():
         tensors = [checkpoint.tensors[name] for name in names.tensors(path, shape)]
-        params[path] = place(path, leaf(path, tensors, None if path.startswith(VALUE_HEAD) else dtype))
+        tensor = leaf(path, tensors, None if path.startswith(VALUE_HEAD) else dtype)
+        params[path] = place(path, packed.pack(path, tensor, **packing[path]) if path in packing else tensor)
     return tree.unflatten(params)
 
 
@@ -120,10 +133,10 @@ def leaf(path: str, tensors: list[LazyTensor], dtype: Any = None) -> LazyTensor:
     return stack(tensors) if names.is_stacked(path) else aligned(tensors[0])
 
 
-def on_default_device(path: str, tensor: LazyTensor) -> jax.Array:
-    """Place the whole array on JAX's default device."""
+def on_default_device(path: str, tensor: LazyTensor | quant.QuantizedWeight) -> Leaf:
+    """Place the whole array, or the packed ones, on JAX's default device."""
     del path
-    return jax.device_put(tensor.read())
+    return jax.device_put(tensor.read() if isinstance(tensor, LazyTensor) else tensor)
 
 
 def _check(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:

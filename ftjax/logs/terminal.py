@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -12,12 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from ftjax import tree
+from ftjax import quant, tree
 from ftjax.types import Params, Plan
+from ftjax.weights import Leaf
 
 
 def plan_table(plan: Sequence[Plan], params: Params, trainable: Params) -> Table:
-    """Return the table rule -> leaves -> parameters -> bytes: what each method does to which leaves, and what it trains."""
+    """Return the table rule -> leaves -> parameters -> bytes: what each method does to which leaves, and what it trains.
+
+    Of what is stored in fewer bits it says in how many, and the bytes before and after.
+    """
     flat = tree.flatten(params)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     for name, justify in (
@@ -35,14 +40,18 @@ def plan_table(plan: Sequence[Plan], params: Params, trainable: Params) -> Table
         alone = sum(other.method == row.method for other in plan) == 1
         mine = [leaf for path, leaf in trained.items() if alone or any(path == one or path.startswith(f"{one}/") for one in row.paths)]
         covered |= set(row.paths)
-        options = ", ".join(
-            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in row.options.items() if value
+        options, size = dict(row.options), megabytes(tree.num_bytes(mine))
+        if row.kind in quant.SPECS:
+            bits, size = _stored([flat[path] for path in row.paths])
+            options["bits"] = bits
+        shown = ", ".join(
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in options.items() if value
         )
-        named = (Text(part) for part in (row.method, row.rule, options))  # `[q_proj]` is no markup
-        table.add_row(*named, str(len(row.paths)), f"{tree.size(mine):,}", megabytes(tree.num_bytes(mine)))
+        named = (Text(part) for part in (row.method, row.rule, shown))  # `[q_proj]` is no markup
+        table.add_row(*named, str(len(row.paths)), f"{tree.size(mine):,}", size)
     rest = [leaf for path, leaf in flat.items() if path not in covered]
     table.add_row(Text("frozen", "dim"), Text("whatever no rule names", "dim"), "", str(len(rest)), Text("0", "dim"), megabytes(0))
-    total, base = tree.size(trainable), tree.size(params)
+    total, base = tree.size(trainable), parameters(params)
     table.add_section()
     table.add_row(
         Text("all", "bold"),
@@ -53,6 +62,18 @@ def plan_table(plan: Sequence[Plan], params: Params, trainable: Params) -> Table
         megabytes(tree.num_bytes(trainable)),
     )
     return table
+
+
+def parameters(params: Params) -> int:
+    """Return the number of parameters of a tree: of a packed matrix those that it stands for."""
+    return sum(math.prod(leaf.shape) for leaf in tree.flatten(params).values())
+
+
+def _stored(leaves: Sequence[Leaf]) -> tuple[float, str]:
+    """Return the bits of a number of packed matrices, scales and all, and the bytes before and after in words."""
+    numbers, after = sum(math.prod(leaf.shape) for leaf in leaves), tree.num_bytes(leaves)
+    before = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    return round(8 * after / numbers, 3), f"{megabytes(before)} → {megabytes(after)}"
 
 
 def megabytes(count: float) -> str:

@@ -1,7 +1,7 @@
 """Quantised weights: matrices of 4 or 8 bits a number that multiply as they are, and methods that put them in the place of dense ones."""
 
-from ftjax.quant.methods import METHODS, fp4, int4, int8, nf4, quantized
+from ftjax.quant.methods import METHODS, fp4, int4, int8, nf4, packing, quantized
 from ftjax.quant.quantize import quantize
 from ftjax.quant.weight import SPECS, NestedScales, QuantizedWeight
 
-__all__ = ["METHODS", "SPECS", "NestedScales", "QuantizedWeight", "fp4", "int4", "int8", "nf4", "quantize", "quantized"]
+__all__ = ["METHODS", "SPECS", "NestedScales", "QuantizedWeight", "fp4", "int4", "int8", "nf4", "packing", "quantize", "quantized"]

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
+from typing import Any
 
 import jax
 
 from ftjax import tree
 from ftjax.quant.quantize import quantize
-from ftjax.quant.weight import SPECS
+from ftjax.quant.weight import SPECS, QuantizedWeight
 from ftjax.types import Params, Plan, Transform
 from ftjax.weights import Weight
 
@@ -25,7 +27,7 @@ def quantized(
     exclude: tree.Filter | None = None,
     name: str = "",
 ) -> Transform:
-    """Store frozen matrices in a 4-bit or 8-bit format.
+    """Store frozen matrices in a 4-bit or 8-bit format; those that are in it already stay as they are.
 
     y = x D(codes, scales)   (see `ftjax.quant.quantize` and `ftjax.kernels.int4_matmul.decode`)
 
@@ -40,7 +42,8 @@ def quantized(
       name: the method's name in the plan, the format's if empty.
 
     Raises:
-      ValueError: a filter matches nothing, or a leaf that is no plain matrix; the rows do not divide into groups; there is no such format.
+      ValueError: a filter matches nothing, or a leaf that is no plain matrix, or one that is packed otherwise; the rows do not divide into
+        groups; there is no such format.
 
     Example:
       >>> import jax.numpy as jnp
@@ -55,17 +58,25 @@ def quantized(
 
     def init(key: jax.Array, params: Params) -> tuple[Params, Params]:
         del key
-        flat, packed = tree.flatten(params), {}
-        for path in tree.matches(params, targets, who=name, exclude=exclude):
-            if isinstance(flat[path], Weight) or len(flat[path].shape) < 2 or not path.endswith("kernel"):
-                raise ValueError(
-                    f"{name}: {path!r} with shape {list(flat[path].shape)} is no plain matrix; target kernels, and quantise once."
-                )
-            try:
-                packed[path] = quantize(flat[path], format, group=group, nested=nested)
-            except ValueError as error:
-                raise ValueError(f"{name}: {path!r}: {error} Choose another group, or exclude it.") from error
-        return tree.replace(params, packed), {}
+        flat = tree.flatten(params)
+        paths = tree.matches(params, targets, who=name, exclude=exclude)
+        return tree.replace(params, {path: packed(path, flat[path]) for path in paths}), {}
+
+    def packed(path: str, leaf: Any) -> QuantizedWeight:
+        if isinstance(leaf, QuantizedWeight):
+            return checked(path, leaf)
+        if isinstance(leaf, Weight) or len(leaf.shape) < 2 or not path.endswith("kernel"):
+            raise ValueError(f"{name}: {path!r} with shape {list(leaf.shape)} is no plain matrix; target kernels, and quantise first.")
+        try:
+            return quantize(leaf, format, group=group, nested=nested)
+        except ValueError as error:
+            raise ValueError(f"{name}: {path!r}: {error} Choose another group, or exclude it.") from error
+
+    def checked(path: str, leaf: QuantizedWeight) -> QuantizedWeight:
+        found, wanted = (leaf.format, leaf.group, leaf.nested), (format, group or leaf.shape[-2], nested)
+        if found != wanted:
+            raise ValueError(f"{name}: {path!r} is packed already, {_described(*found)}, and not {_described(*wanted)}; leave it as it is.")
+        return leaf
 
     def attach(frozen: Params, trainable: Params, *, key: jax.Array | None = None) -> Params:
         del trainable, key
@@ -76,6 +87,15 @@ def quantized(
         return (Plan(name, tree.describe(targets), paths, {"group": group, "nested": nested}, format),)
 
     return Transform(init, attach, plan)
+
+
+def _described(format: str, group: int, nested: bool) -> str:
+    return f"{format} by {group} rows{' with nested scales' if nested else ''}"
+
+
+def packing(plans: Iterable[Plan]) -> dict[str, dict[str, Any]]:
+    """Return `{path: arguments of quantize}` for all that plans of `quantized` name: what a loader packs as it reads."""
+    return {path: {"format": row.kind, **row.options} for row in plans if row.kind in SPECS for path in row.paths}
 
 
 nf4 = partial(quantized, "nf4", nested=True)

@@ -88,9 +88,20 @@ class QuantizedWeight(Weight):
         return int4_matmul.values(spec, row, packed.scales[at], zeros, self.dtype)
 
     @property
+    def group(self) -> int:
+        """The rows that share a scale."""
+        groups = self.scales.codes.shape[-1] if self.nested else self.scales.shape[-2]
+        return self.shape[-2] // groups
+
+    @property
+    def nested(self) -> bool:
+        """Whether its scales are quantised too."""
+        return isinstance(self.scales, NestedScales)
+
+    @property
     def _spec(self) -> Spec:
         return SPECS[self.format]
 
     def _packed(self) -> Packed:
-        scales = self.scales.expand() if isinstance(self.scales, NestedScales) else self.scales
+        scales = self.scales.expand() if self.nested else self.scales
         return Packed(self.codes, scales, self.zeros)

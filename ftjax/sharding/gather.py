@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from ftjax import tree, weights
 from ftjax.sharding.mesh import ROWS
-from ftjax.sharding.rules import RULES, Rules, fit, names, paths
+from ftjax.sharding.rules import RULES, Rules, divisible, fit, names, paths
 from ftjax.types import Model, Params, pytree, static
 from ftjax.weights import Leaf, Wrapper
 
@@ -95,7 +95,7 @@ def _sharded(path: str, leaf: Leaf, mesh: Mesh, rules: Rules) -> Leaf:
         raise ValueError(f"sharding: {path!r} {list(leaf.shape)} has no rule that fits; see sharding.RULES and sharding.REST.")
     if all(mesh.shape[name] == 1 for entry in dense for name in names(entry)):
         return leaf
-    inner = tuple(entries(f"{path}/{name}" if name else path, x.shape) for name, x in paths(leaf))
+    inner = tuple(entries(f"{path}/{name}" if name else path, u) for (name, _), u in zip(paths(leaf), divisible(leaf), strict=True))
     return Sharded(leaf, mesh, tuple(map(_without_fsdp, dense)), inner)
 
 

@@ -2,6 +2,7 @@
 
 A rule is `(regex, PartitionSpec)`; the whole path must match and the first match wins, as everywhere in ftjax. Arrays inside a `Weight`
 have paths of their own (`…/kernel/a`). An axis of an array that its mesh axes do not divide is replicated instead, and the report says so.
+Rows of a packed matrix that share a scale stay on one device: it is the groups that must divide.
 """
 
 from __future__ import annotations
@@ -15,27 +16,35 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ftjax import tree
+from ftjax.quant import QuantizedWeight
 from ftjax.types import TrainState
 
 Rules = Sequence[tuple[str, P]]
 
 _COLUMN = r"(.*/)?layers/(.*/)?(q|k|v|gate|up)_proj"
 _ROW = r"(.*/)?layers/(.*/)?(o|down)_proj"
+_MATRIX = r"kernel(/base)*(/codes|/scales|/zeros)?"  # dense or packed
+_NESTED = r"kernel(/base)*/scales/codes"  # [o, n]
 RULES: Rules = (
-    (rf"{_COLUMN}/kernel(/base)*", P(None, "fsdp", "tensor")),
+    (rf"{_COLUMN}/{_MATRIX}", P(None, "fsdp", "tensor")),
+    (rf"{_COLUMN}/{_NESTED}", P(None, "tensor", "fsdp")),
     (rf"{_COLUMN}/kernel/(start_|past_)?a[12]?", P(None, "fsdp", None)),
     (rf"{_COLUMN}/kernel/(start_|past_)?b[12]?", P(None, None, "tensor")),
     (rf"{_COLUMN}/bias", P(None, "tensor")),
-    (rf"{_ROW}/kernel(/base)*", P(None, "tensor", "fsdp")),
+    (rf"{_ROW}/{_MATRIX}", P(None, "tensor", "fsdp")),
+    (rf"{_ROW}/{_NESTED}", P(None, "fsdp", "tensor")),
     (rf"{_ROW}/kernel/(start_|past_)?a[12]?", P(None, "tensor", None)),
     (rf"{_ROW}/kernel/(start_|past_)?b[12]?", P(None, None, "fsdp")),
     (rf"{_ROW}/bias", P()),
-    (r"(.*/)?embed_tokens/kernel(/base)*", P("tensor", "fsdp")),
+    (rf"(.*/)?embed_tokens/{_MATRIX}", P("tensor", "fsdp")),
+    (rf"(.*/)?embed_tokens/{_NESTED}", P("fsdp", "tensor")),
     (r"(.*/)?embed_tokens/kernel/(start_|past_)?a[12]?", P("tensor", None)),
     (r"(.*/)?embed_tokens/kernel/(start_|past_)?b[12]?", P(None, "fsdp")),
-    (r"(.*/)?lm_head/kernel(/base)*", P("fsdp", "tensor")),
+    (rf"(.*/)?lm_head/{_MATRIX}", P("fsdp", "tensor")),
+    (rf"(.*/)?lm_head/{_NESTED}", P("tensor", "fsdp")),
     (r"(.*/)?lm_head/kernel/(start_|past_)?a[12]?", P("fsdp", None)),
     (r"(.*/)?lm_head/kernel/(start_|past_)?b[12]?", P(None, "tensor")),
+    (r"(.*/)?kernel(/base)*/scales/(scales|mean)", P()),  # of nested scales: one for 256 groups
     (r"(.*/)?[a-z_]*norm/scale", P()),
     (r"(.*/)?kernel/(magnitude|inputs|outputs|lambda_[a-z]+|w[12](_[ab])?|blocks?|values|places|lambdas|gammas|skew|rows|e|ratio)", P()),
     (r"(.*/)?layers/.*/down", P(None, "fsdp", None)),
@@ -47,7 +56,8 @@ RULES: Rules = (
     (r"([0-9]+/)?[a-z0-9_]+/[ab]", P()),  # a method's own arrays, one for all leaves
 )
 """For a stacked decoder `[L, i, o]`: q, k, v, gate and up are split by column, o and down by row (Shoeybi et al., 2019, arXiv 1909.08053,
-section 3), adapters as the matrix they ride on. The prefix lets one rule speak for a leaf, its trained copy and its moments."""
+section 3), adapters as the matrix they ride on, codes and scales as the matrix that they stand for. The prefix lets one rule speak for a
+leaf, its trained copy and its moments."""
 
 REST: Rules = ((r".*", P()),)
 """Replicates what no rule before it matched: `(*mine, *REST)`."""
@@ -75,7 +85,7 @@ def placed(shapes: Any, mesh: Mesh, rules: Rules = RULES, *, strict: bool = Fals
         `strict`, a dimension does not divide. The message lists all of them.
     """
     found, homeless, problems = [], [], []
-    for path, leaf in paths(shapes):
+    for (path, leaf), units in zip(paths(shapes), divisible(shapes), strict=True):
         rule = next((rule for rule in rules if tree.predicate(rule[0])(path)), None) if leaf.ndim else ("scalar", P())
         if rule is None:
             homeless.append(path)
@@ -84,7 +94,7 @@ def placed(shapes: Any, mesh: Mesh, rules: Rules = RULES, *, strict: bool = Fals
         elif unknown := [name for entry in rule[1] for name in names(entry) if name not in mesh.shape]:
             problems.append(f"rule {rule[0]!r} names the axis {unknown[0]!r}; nearest: {tree.nearest(unknown[0], mesh.axis_names)}")
         else:
-            spec, dropped = fit(rule[1], leaf.shape, mesh)
+            spec, dropped = fit(rule[1], units, mesh)
             found.append(Placed(path, rule[0], rule[1], spec, dropped, leaf))
             problems += [f"{path!r} {list(leaf.shape)}: {what}" for what in dropped if strict]
     covered = [row.path for row in found]
@@ -101,7 +111,7 @@ def fit(spec: P, shape: Sequence[int], mesh: Mesh) -> tuple[P, tuple[str, ...]]:
     entries, dropped = [], []
     for axis, (entry, size) in enumerate(zip(spec, shape, strict=False)):
         parts = math.prod(mesh.shape[name] for name in names(entry))
-        if size % parts:
+        if size % parts and size > 1:
             dropped.append(f"axis {axis} of {size} is not divisible by {'*'.join(names(entry))}={parts}")
         entries.append(None if size % parts else entry)
     return P(*entries), tuple(dropped)
@@ -169,6 +179,18 @@ def paths(arrays: Any) -> list[tuple[str, Any]]:
     """Return `(path, array)` for every array of a pytree, in the order of `jax.tree.leaves`."""
     leaves = jax.tree_util.tree_flatten_with_path(arrays)[0]
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+
+
+def divisible(arrays: Any) -> list[tuple[int, ...]]:
+    """Return the shape of each array in what a mesh may part, in the order of `jax.tree.leaves`: codes in groups, not in rows."""
+    leaves = jax.tree.leaves(arrays, is_leaf=lambda leaf: isinstance(leaf, QuantizedWeight))
+    return [shape for leaf in leaves for shape in (_of_groups(leaf) if isinstance(leaf, QuantizedWeight) else [leaf.shape])]
+
+
+def _of_groups(leaf: QuantizedWeight) -> list[tuple[int, ...]]:
+    codes, *rest = (x.shape for x in jax.tree.leaves(leaf))
+    groups = leaf.shape[-2] // leaf.group
+    return [codes if groups == 1 else (*codes[:-2], groups, codes[-1]), *rest]  # one scale for all rows is at home anywhere
 
 
 def names(entry: Any) -> tuple[str, ...]:
