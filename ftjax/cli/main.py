@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": "measure loss, perplexity and exact match",
     "merge": "fold an adapter into its model and write a Hugging Face folder",
     "export": "write a model as a Hugging Face folder",
+    "sensitivity": "say which matrices suffer most from 4 or 8 bits",
     "inspect": "look at the data: supervised tokens in colour, lengths, problems",
 }
 
@@ -60,7 +61,7 @@ def _dispatch(argv: list[str]) -> int:
 def overview() -> str:
     """Return what `ftjax --help` prints."""
     lines = ["usage: ftjax COMMAND [--flag=value …]", "", "Fine-tune and align language models in JAX and Flax.", "", "commands:"]
-    lines += [f"  {name:10s}{text}" for name, text in COMMANDS.items()]
+    lines += [f"  {name:12s}{text}" for name, text in COMMANDS.items()]
     return "\n".join([*lines, "", "`ftjax COMMAND --help` shows the flags of a command. Start with:", "", f"  {START}"])
 
 
