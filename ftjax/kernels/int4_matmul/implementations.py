@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 from ftjax import tree
-from ftjax.kernels.int4_matmul import reference
+from ftjax.kernels.int4_matmul import decode, hopper, reference, tpu
 from ftjax.kernels.int4_matmul.decode import Packed, Spec
 
 
@@ -35,6 +35,8 @@ class Implementation(NamedTuple):
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = {
+    "tpu": Implementation(tpu.product, tpu.product_transposed, tpu.unfit, ("tpu",)),
+    "gpu": Implementation(hopper.product, hopper.product_transposed, hopper.unfit, ("cuda",)),
     "reference": Implementation(reference.product, reference.product_transposed),
 }
 """In the order in which `"auto"` asks them; the last takes everything."""
@@ -96,7 +98,7 @@ def run(direction: str, spec: Spec, implementation: str, x: jax.Array, w: Packed
         return forms[implementation](x, w)
     reason = _refusal(implementation, _elsewhere(platforms, "another platform"))
     here = dict.fromkeys(platforms, forms[implementation])
-    size = w.scales.shape[-1] if direction == "product" else w.codes.shape[-2] * 8 // spec.bits
+    size = decode.shape(spec, w)[direction == "product"]
     return jax.lax.platform_dependent(x, w, default=lambda x, w: _refuse.bind(x, size=size, reason=reason), **here)
 
 
