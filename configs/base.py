@@ -51,7 +51,7 @@ def sft() -> ConfigDict:
     config.relora.update({"every_steps": 1000, "restarts": 1, "warmup_steps": 10, "prune": "magnitude", "prune_ratio": 0.9, "seed": 0})
     config.bottleneck = rider(("o_proj", "down_proj"), **bottleneck("gelu", 1.0))
     config.parallel_bottleneck = rider(("down_proj",), **bottleneck("relu", 4.0))
-    config.prompt_tuning = ConfigDict({"num_tokens": 20, "init": text("vocabulary")})
+    config.prompt_tuning = ConfigDict({"num_tokens": 20, "init": text("vocabulary")})  # or "random", or "text:" and its words
     config.p_tuning = ConfigDict({"num_tokens": 20, "hidden_size": 128})
     config.prefix_tuning = ConfigDict({"num_tokens": 20, "hidden_size": config_dict.placeholder(int), "init": "random"})
     config.bitfit = ConfigDict({"targets": text(r"(.*/)?bias"), "exclude": config_dict.placeholder(object)})

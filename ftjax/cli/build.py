@@ -26,6 +26,8 @@ from ftjax.types import Batch, LossFn, Metrics, Model, Params, Scores, TrainStat
 
 METHODS = peft.METHODS | quant.METHODS
 """What `config.methods` may name."""
+TEXT = "text:"
+"""Before the words that a prompt starts as, in `config.prompt_tuning.init`."""
 
 
 class Loaded(NamedTuple):
@@ -62,9 +64,13 @@ def dtype(name: str) -> str:
 
 
 def resolved(config) -> ConfigDict:
-    """Return a copy in which "auto" has become a dtype: to be stored, since another version of JAX may choose another."""
+    """Return a copy to be stored: "auto" has become a dtype, since another version of JAX may choose another, and a prompt's text its ids."""
     config = config.copy_and_resolve_references()
     config.model.dtype = dtype(config.model.dtype)
+    start = config.prompt_tuning.init
+    if "prompt_tuning" in config.methods and isinstance(start, str) and start.startswith(TEXT):
+        with config.ignore_type():
+            config.prompt_tuning.init = tuple(tokenizer(config).encode(start.removeprefix(TEXT), add_special_tokens=False))
     return config
 
 
@@ -91,9 +97,12 @@ def in_training(config, model: Model) -> Model:
     return _named("model.group_tokens", lambda size: models.build(model.config, remat=config.model.remat, group_tokens=size), size)
 
 
-def model(config, mesh: Mesh) -> Loaded:
-    """Return the model with its weights on the mesh, packed where the methods say so; random ones where `config.model.random` does."""
-    stretched, packer = bool(config.model.rope.rope_type), quantizer(config)
+def model(config, mesh: Mesh, *, packed: bool = True) -> Loaded:
+    """Return the model with its weights on the mesh; random ones where `config.model.random` says so.
+
+    Those that a quantiser among the methods names are packed, unless not wanted so.
+    """
+    stretched, packer = bool(config.model.rope.rope_type), quantizer(config) if packed else None
     if config.model.random:
         built, _ = architecture(config)
         init = built.init if packer is None else lambda key: packer.init(key, built.init(key))[0]

@@ -42,6 +42,15 @@ def test_a_stored_config_names_the_dtype(config):
     }
 
 
+def test_a_stored_config_holds_the_ids_of_the_text_that_a_prompt_starts_as(config):
+    config.methods, config.prompt_tuning.init = ("prompt_tuning",), "text:Hi!"
+    stored = build.resolved(config)
+    assert stored.prompt_tuning.init == tuple(b"Hi!") and config.prompt_tuning.init == "text:Hi!"
+    params = {"embed_tokens": {"kernel": jnp.arange(260.0)[:, None]}}
+    prompt = build.method(stored).init(jax.random.key(0), params)[1]["prompt_tuning"]["prompt"]["embedding"]
+    assert prompt[:4, 0].tolist() == [*b"Hi!", *b"H"]
+
+
 def test_held_out_examples_without_an_answer_are_refused_by_name(tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')
     config = ConfigDict({"data": {"bad_rows": "raise", "eval_sources": {"texts": {"path": str(tmp_path / "texts.jsonl")}}}})
