@@ -3,7 +3,8 @@
     D[r, c] = round( (number(code[r, c]) - zero[r // g, c]) · scale[r // g, c] · unit )
 
 with g rows a group, all in float32 and rounded once, to the dtype that is multiplied in. Two 4-bit codes share a byte: byte (j, c) holds
-code (2j, c) in its low half and code (2j + 1, c) in its high one. 8-bit codes are signed bytes.
+code (2j, c) in its low half and code (2j + 1, c) in its high one. 8-bit codes are signed bytes. `by_outputs` lays 4-bit codes out as
+Hopper's kernels read them.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Packed(NamedTuple):
     """The arrays of a matrix `[i, o]`, or of a stack of them."""
 
     codes: jax.Array
-    """uint8 `[..., i/2, o]`, or int8 `[..., i, o]`."""
+    """uint8 `[..., i/2, o]`, or int8 `[..., i, o]`, or int4 `[..., o, i]` (see `by_outputs`)."""
     scales: jax.Array
     """float32 `[..., n, o]`: of n groups of i/n rows."""
     zeros: jax.Array | None = None
@@ -47,8 +48,42 @@ def unpack(packed: Int[Array, "*l j o"]) -> Int[Array, "*l i o"]:
     return jnp.stack([packed & 15, packed >> 4], axis=-2).reshape(*layers, 2 * j, o)
 
 
+def by_outputs(w: Packed) -> Packed:
+    """Return 4-bit codes as int4 `[..., o, i]`: column c of the matrix is a row, the row 8q + 2j + b of each 32 stands at 8j + 2q + b.
+
+    So the 8 codes that a thread reads as one word are those whose numbers it holds for the tensor cores.
+
+    Raises:
+      ValueError: the codes are not two a byte, or their rows are not a multiple of 32.
+    """
+    if w.codes.dtype != jnp.uint8 or w.codes.shape[-2] % 16:
+        raise ValueError(f"int4_matmul: codes two a byte, uint8 [..., 16 n, o], are expected, not {w.codes.dtype}{list(w.codes.shape)}.")
+    codes = jnp.swapaxes(unpack(w.codes), -1, -2)
+    return w._replace(codes=((_turned(codes) ^ 8).astype(jnp.int8) - jnp.int8(8)).astype(jnp.int4))
+
+
+def by_rows(w: Packed) -> Packed:
+    """Return codes as they were before `by_outputs`, if they were laid out by it."""
+    if w.codes.dtype != jnp.int4:
+        return w
+    codes = (w.codes.astype(jnp.int8) & 15).astype(jnp.uint8)
+    return w._replace(codes=pack(jnp.swapaxes(_turned(codes), -1, -2)))
+
+
+def shape(spec: Spec, w: Packed) -> tuple[int, int]:
+    """Return rows and columns of the matrix."""
+    *_, rows, columns = w.codes.shape
+    return (columns, rows) if w.codes.dtype == jnp.int4 else (rows * 8 // spec.bits, columns)
+
+
+def _turned(codes: jax.Array) -> jax.Array:
+    """Return codes with j and q of `by_outputs` exchanged: its own inverse."""
+    return jnp.swapaxes(codes.reshape(*codes.shape[:-1], -1, 4, 4, 2), -2, -3).reshape(codes.shape)
+
+
 def dense(spec: Spec, w: Packed, dtype: jnp.dtype) -> Float[Array, "*l i o"]:
     """Return the matrix in a dtype."""
+    w = by_rows(w)
     codes = unpack(w.codes) if spec.bits == 4 else w.codes
     *layers, i, o = codes.shape
     grouped = codes.reshape(*layers, w.scales.shape[-2], -1, o)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from ftjax.kernels.int4_matmul.decode import Packed, Spec, dense
+from ftjax.kernels.int4_matmul.decode import Packed, Spec, by_rows, dense
 
 TILE = 2**20
 """Numbers of the matrix that exist at a time: 4 MiB in float32."""
@@ -16,6 +16,7 @@ TILE = 2**20
 
 def product(spec: Spec, x: jax.Array, w: Packed) -> jax.Array:
     """Return `x D`, `[m, i] -> [m, o]`, in the dtype of x."""
+    w = by_rows(w)
     i, o = x.shape[-1], w.codes.shape[-1]
 
     def tile(start: jax.Array | int, columns: int) -> jax.Array:
@@ -27,6 +28,7 @@ def product(spec: Spec, x: jax.Array, w: Packed) -> jax.Array:
 
 def product_transposed(spec: Spec, x: jax.Array, w: Packed) -> jax.Array:
     """Return `x Dᵀ`, `[m, o] -> [m, i]`, in the dtype of x."""
+    w = by_rows(w)
     o, n = w.scales.shape[-1], w.scales.shape[-2]
     i = w.codes.shape[-2] * 8 // spec.bits
     group = i // n
