@@ -64,7 +64,7 @@ def dtype(name: str) -> str:
 
 
 def resolved(config) -> ConfigDict:
-    """Return a copy to be stored: "auto" has become a dtype, since another version of JAX may choose another, and a prompt's text its ids."""
+    """Return a copy to be stored: "auto" has become a dtype, since another JAX may choose another, and a prompt's text its ids."""
     config = config.copy_and_resolve_references()
     config.model.dtype = dtype(config.model.dtype)
     start = config.prompt_tuning.init
