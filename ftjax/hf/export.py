@@ -3,11 +3,13 @@
 A model with a value head goes out as `…ForSequenceClassification` of one label, which has `score.weight` where a language model has its
 output head.
 
-One layer of one leaf at a time is materialised, fetched and written, so neither host nor device ever holds a second model.
+One layer of one leaf at a time is materialised, fetched and written, so neither host nor device ever holds a second model. Quantised
+matrices are written as dense ones, or packed as they are, in a layout of `ftjax.hf.quantized`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import models, tree, weights
-from ftjax.hf import names
+from ftjax.hf import checksums, names, quantized
+from ftjax.hf.lazy import Index, LazyTensor
 from ftjax.hf.write import SHARD_BYTES, Entry, new_folder, write_json, write_shards, write_tokenizer
 from ftjax.types import VALUE_HEAD, Model, Params
 
@@ -31,6 +34,7 @@ def export_model(
     dtype: Any = None,
     shard_bytes: int = SHARD_BYTES,
     base_name: str = "",
+    layout: str = "dense",
 ) -> Path:
     """Write config, weights, tokenizer with its chat template, generation config and model card.
 
@@ -38,31 +42,38 @@ def export_model(
       folder: a new folder; it appears when everything in it is written.
       model: whose config is written.
       params: the tree that `model.apply` takes, perhaps with a value head; a `Weight` leaf (an attached adapter, a quantised matrix) is
-        written as its dense array.
+        written as its dense array, or as `layout` says.
       tokenizer: as from `ftjax.hf.tokenizer.load`; None writes none.
-      dtype: of all tensors in the files; each leaf's own if None.
+      dtype: of all dense tensors in the files; each leaf's own if None.
       shard_bytes: the size that a safetensors file may have, if more than one tensor is in it.
       base_name: the model that this one was trained from, for the model card.
+      layout: of quantised matrices: "dense", or packed as "bitsandbytes" (nf4, fp4, int8), "gptq" (int4, uint4) or "ftjax" (all) has them,
+        bit for bit what is in the tree, with a checksum of each tensor; "auto" is bitsandbytes' if that has a place for all of them, else
+        ftjax's own.
 
     Returns:
       The folder.
 
     Raises:
       FileExistsError: the folder exists and is not empty.
-      ValueError: the tree does not have the leaves of the model (all that is wrong is listed), an adapter cannot be merged, or a value head
-        has a bias; nothing is written.
+      ValueError: the tree does not have the leaves of the model (all that is wrong is listed), an adapter cannot be merged, a value head
+        has a bias, or the layout has no place for a quantised matrix; nothing is written.
     """
     leaves, classifies = _leaves(model, params), VALUE_HEAD in params
     dtypes = {path: jnp.dtype(dtype or leaf.dtype) for path, leaf in leaves.items()}
     config = models.to_hf(model.config, classifies=classifies) | {"torch_dtype": dtypes["embed_tokens/kernel"].name}
+    tensors, settings = _tensors(leaves, dtypes, layout)
+    config |= {quantized.CONFIG: settings} if settings else {}
     with new_folder(Path(folder)) as temporary:
         write_json(temporary / "config.json", config)
         if not classifies:
             write_json(temporary / "generation_config.json", _generation_config(config, tokenizer))
-        (temporary / "README.md").write_text(_card(config, base_name, tree.size(leaves)), encoding="utf-8")
+        (temporary / "README.md").write_text(
+            _card(config, base_name, sum(math.prod(leaf.shape) for leaf in leaves.values())), encoding="utf-8"
+        )
         if tokenizer is not None:
             write_tokenizer(temporary, tokenizer)
-        _write_weights(temporary, leaves, dtypes, shard_bytes)
+        _write_weights(temporary, tensors, shard_bytes, checked=bool(settings))
     return Path(folder)
 
 
@@ -94,22 +105,56 @@ def _check(expected: dict[str, Any], leaves: dict[str, Any]) -> None:
         raise ValueError(f"export: the tree does not fit the model ({len(problems)} problems):\n  {listing}{hint}")
 
 
-def _write_weights(folder: Path, leaves: dict[str, Any], dtypes: dict[str, np.dtype], shard_bytes: int) -> None:
-    entries = [
-        Entry(name, dtypes[path], names.leaf_shape(path, leaf.shape))
-        for path, leaf in leaves.items()
-        for name in names.tensors(path, leaf.shape)
-    ]
-    write_shards(folder, entries, _arrays(leaves, dtypes), shard_bytes=shard_bytes)
-
-
-def _arrays(leaves: dict[str, Any], dtypes: dict[str, np.dtype]) -> Iterator[np.ndarray]:
-    """Yield the tensors in the order of `names.tensors`, leaf after leaf."""
+def _tensors(leaves: dict[str, Any], dtypes: dict[str, np.dtype], layout: str) -> tuple[dict[str, LazyTensor], dict[str, Any] | None]:
+    """Return what is written, leaf after leaf in the order of `names.tensors`, and what the config says of how it is quantised."""
+    packed = {path: leaf for path, leaf in leaves.items() if layout != "dense" and _is_packed(path, leaf)}
+    matrices = {module: one for path, leaf in packed.items() for module, one in _matrices(path, leaf)}
+    dense = [path for path, leaf in leaves.items() if path.endswith("kernel") and path not in packed]
+    modules = {name for path in dense for name in names.modules(path, leaves[path].shape) if names.is_transposed(path)}
+    chosen, settings = quantized.choose(layout, matrices, modules) if layout != "dense" else (None, None)
+    tensors = {}
     for path, leaf in leaves.items():
-        for layer in range(leaf.shape[0]) if names.is_stacked(path) else (None,):
-            one = leaf if layer is None else _layer(leaf, layer)
-            dense = np.asarray(weights.materialize(one).astype(dtypes[path]))
-            yield dense.T if names.is_transposed(path) else dense
+        if path in packed:
+            tensors |= {f"{module}.{part}": tensor for module, one in _matrices(path, leaf) for part, tensor in chosen.write(one).items()}
+        else:
+            for layer, name in enumerate(names.tensors(path, leaf.shape)):
+                tensors[name] = _dense(path, leaf, layer if names.is_stacked(path) else None, dtypes[path])
+    return tensors, settings
+
+
+def _is_packed(path: str, leaf: Any) -> bool:
+    if isinstance(leaf, weights.Wrapper):
+        raise ValueError(f"export: {path!r} is a {type(leaf).__name__}: merge the adapter before the matrix is written quantised.")
+    return isinstance(leaf, quantized.Packed)
+
+
+def _matrices(path: str, leaf: Any) -> Iterator[tuple[str, Any]]:
+    """Yield `(module, matrix of lazy arrays)` of a packed leaf."""
+    for layer, module in enumerate(names.modules(path, leaf.shape)):
+        index = layer if names.is_stacked(path) else None
+        yield module, jax.tree.map(lambda array, index=index: _lazy(array, index), leaf)
+
+
+def _lazy(array: jax.Array, layer: int | None) -> LazyTensor:
+    shape = array.shape if layer is None else array.shape[1:]
+    return LazyTensor(shape, array.dtype, lambda index: np.asarray(array if layer is None else _layer(array, layer))[index])
+
+
+def _dense(path: str, leaf: Any, layer: int | None, dtype: np.dtype) -> LazyTensor:
+    def fetch(index: Index) -> np.ndarray:
+        array = np.asarray(weights.materialize(leaf if layer is None else _layer(leaf, layer)).astype(dtype))
+        return (array.T if names.is_transposed(path) else array)[index]
+
+    return LazyTensor(names.leaf_shape(path, leaf.shape), dtype, fetch)
+
+
+def _write_weights(folder: Path, tensors: dict[str, LazyTensor], shard_bytes: int, *, checked: bool) -> None:
+    entries = [Entry(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    sums: dict[str, int] = {}
+    arrays = checksums.recorded(tensors, (tensor.read() for tensor in tensors.values()), sums)
+    write_shards(folder, entries, arrays, shard_bytes=shard_bytes)
+    if checked:
+        write_json(folder / checksums.FILE, checksums.content(sums))
 
 
 def _layer(leaf: weights.Leaf, layer: int) -> weights.Leaf:

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from ftjax.hf import names
+from ftjax.hf import checksums, names, quantized
 from ftjax.hf.lazy import Index, LazyTensor
 from ftjax.hf.write import INDEX
 
@@ -19,7 +19,10 @@ _DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
 }
 
 
@@ -36,11 +39,19 @@ class Checkpoint(NamedTuple):
 def read(folder: Path) -> Checkpoint:
     """Return the checkpoint in a folder with `config.json` and one or many `.safetensors` files.
 
+    Of a quantised folder it is the dense model that it stands for (see `ftjax.hf.quantized.gathered`).
+
     Raises:
       FileNotFoundError: there is no config or no safetensors file.
-      ValueError: a file is truncated or malformed, a tensor has an unknown dtype, or the index and the files disagree.
+      ValueError: a file is truncated or malformed, a tensor has an unknown dtype, or the index and the files disagree; a quantised
+        matrix is not what its method says it is.
     """
-    return Checkpoint(folder, read_json(folder / "config.json"), {names.canonical(n): t for n, t in _all_tensors(folder).items()})
+    config, tensors = read_json(folder / "config.json"), _all_tensors(folder)
+    if (folder / checksums.FILE).is_file():
+        tensors = checksums.verified(tensors, read_json(folder / checksums.FILE), folder / checksums.FILE)
+    old = [quantized.OLD_CONFIGS[file](read_json(folder / file)) for file in quantized.OLD_CONFIGS if (folder / file).is_file()]
+    tensors = {names.canonical(name): tensor for name, tensor in tensors.items()}
+    return Checkpoint(folder, *quantized.gathered(folder, config, tensors, old=old[0] if old else None))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,8 @@ class LazyTensor:
     dtype: np.dtype
     fetch: Callable[[Index], np.ndarray]
     """`fetch(one slice per axis)`: the block, in `dtype`; steps are 1."""
+    packed: Any = None
+    """The quantised matrix `[i, o]` of lazy arrays that the numbers are decoded from, if they are."""
 
     @property
     def ndim(self) -> int:
@@ -58,8 +61,8 @@ def stack(layers: Sequence[LazyTensor]) -> LazyTensor:
         chosen, rest = layers[index[0]], index[1:]
         block_shape = (len(range(*cut.indices(size))) for cut, size in zip(rest, shape, strict=True))
         out = aligned_empty((len(chosen), *block_shape), dtype)
-        for place, layer in zip(out, chosen, strict=True):
-            place[...] = layer.read(rest)
+        for place, layer in enumerate(chosen):
+            out[place] = layer.read(rest)
         return out
 
     return LazyTensor((len(layers), *shape), dtype, fetch)

@@ -15,17 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import hub, models, quant, tree
-from ftjax.hf import folder, gguf, gguf_file, names, packed, tokenizer
+from ftjax.hf import folder, gguf, gguf_file, names, packed, quantized, tokenizer
 from ftjax.hf.folder import Checkpoint
 from ftjax.hf.lazy import LazyTensor, aligned, cast, stack, swap
 from ftjax.models import Config
 from ftjax.types import VALUE_HEAD, Model, Params, Transform
 from ftjax.weights import Leaf
 
-Place = Callable[[str, LazyTensor | quant.QuantizedWeight], Leaf]
+Place = Callable[[str, LazyTensor | quantized.Packed], Leaf]
 """`place(path, tensor) -> leaf`: how a leaf gets onto its devices. With a mesh:
 `lambda path, tensor: jax.make_array_from_callback(tensor.shape, sharding(path), tensor.read)`, which reads this host's shards only.
-A matrix that was packed comes as a `QuantizedWeight` of host arrays; `ftjax.sharding.placement` takes both."""
+A packed matrix comes as a `Weight` of host or lazy arrays; `ftjax.sharding.placement` takes all of them."""
 
 _SCORE = "score.weight"
 """The tensor of a classifier's head."""
@@ -106,7 +106,7 @@ def load_params(
 
     Raises:
       ValueError: tensors are missing, left over or misshapen; the message lists all of them. A matrix that is to be packed cannot be, or
-        holds a number that is not finite.
+        holds a number that is not finite; one that is packed already cannot be used as it is.
     """
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     shapes = {path: leaf.shape for path, leaf in tree.flatten(abstract).items()}
@@ -121,22 +121,26 @@ def load_params(
     for path, shape in shapes.items():
         tensors = [checkpoint.tensors[name] for name in names.tensors(path, shape)]
         tensor = leaf(path, tensors, None if path.startswith(VALUE_HEAD) else dtype)
-        params[path] = place(path, packed.pack(path, tensor, **packing[path]) if path in packing else tensor)
+        if path in packing and isinstance(tensor, LazyTensor):
+            tensor = packed.pack(path, tensor, **packing[path])
+        params[path] = place(path, tensor)
     return tree.unflatten(params)
 
 
-def leaf(path: str, tensors: list[LazyTensor], dtype: Any = None) -> LazyTensor:
-    """Return a leaf of the tree, still in its file, from the Hugging Face tensors it is made of."""
+def leaf(path: str, tensors: list[LazyTensor], dtype: Any = None) -> LazyTensor | quantized.Packed:
+    """Return a leaf of the tree, still in its file, from the Hugging Face tensors it is made of; a packed one as it is."""
+    if any(tensor.packed is not None for tensor in tensors):
+        return quantized.leaf(path, tensors, dtype)
     if names.is_transposed(path):
         tensors = [swap(tensor) for tensor in tensors]
     tensors = [cast(tensor, dtype or tensors[0].dtype) for tensor in tensors]
     return stack(tensors) if names.is_stacked(path) else aligned(tensors[0])
 
 
-def on_default_device(path: str, tensor: LazyTensor | quant.QuantizedWeight) -> Leaf:
+def on_default_device(path: str, tensor: LazyTensor | quantized.Packed) -> Leaf:
     """Place the whole array, or the packed ones, on JAX's default device."""
     del path
-    return jax.device_put(tensor.read() if isinstance(tensor, LazyTensor) else tensor)
+    return jax.device_put(jax.tree.map(lambda part: part.read() if isinstance(part, LazyTensor) else part, tensor))
 
 
 def _check(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -144,7 +148,11 @@ def _check(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> Non
     found = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     tied = {"lm_head.weight"} - set(expected)  # some files repeat the embedding as the head that their config ties to it
     problems = [f"missing: {name} {list(expected[name])}" for name in sorted(set(expected) - set(found))]
-    problems += [f"extra: {name} {list(found[name])}" for name in sorted(set(found) - set(expected) - tied) if not names.ignorable(name)]
+    problems += [
+        f"extra: {name} {list(found[name])}"
+        for name in sorted(set(found) - set(expected) - tied)
+        if not names.ignorable(name) and not quantized.is_padding(name, checkpoint.tensors[name], checkpoint.tensors)
+    ]
     problems += [
         f"misshapen: {name} is {list(found[name])}, expected {list(expected[name])}"
         for name in sorted(set(expected) & set(found))

@@ -16,7 +16,7 @@ import numpy as np
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4_000_000_000
 """The size of one file of weights, unless a single tensor is larger."""
-_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32"}
+_CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "int8": "I8", "uint8": "U8"}
 
 
 class Entry(NamedTuple):

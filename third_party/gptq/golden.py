@@ -1,0 +1,96 @@
+"""Write tiny folders in GPTQ's layout, packed by AutoGPTQ, and what AutoGPTQ says their matrices are.
+
+Environment: Python 3.11, torch==2.13.0 (CPU), transformers==5.23.0, numpy, and the files of auto-gptq 0.7.1, which need not be installed:
+`pip download --no-deps auto-gptq==0.7.1` and unpack the wheel.
+Usage: python third_party/gptq/golden.py WHEEL_FOLDER tests/goldens/quantized
+
+gptq: symmetric, group 32. gptq_sorted: with zeros, group 32, its rows grouped in a random order, as desc_act=true leaves them. Numbers are
+rounded to nearest; how a code was chosen is nothing to a reader. `expected.json` holds the SHA-256 of each matrix `[o, i]` in float16, -0
+as 0: the product of AutoGPTQ's module with the identity.
+"""
+
+import hashlib
+import importlib.util
+import json
+import pathlib
+import sys
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+GROUP = 32
+
+
+def quant_linear(wheel: str):
+    path = pathlib.Path(wheel) / "auto_gptq/nn_modules/qlinear/qlinear_cuda.py"
+    spec = importlib.util.spec_from_file_location("qlinear_cuda", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.QuantLinear
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    return LlamaForCausalLM(config).half()
+
+
+def packed(linear: torch.nn.Linear, QuantLinear, symmetric: bool, ordered: bool):
+    o, i = linear.weight.shape
+    n = i // GROUP
+    groups = torch.arange(i) // GROUP if ordered else (torch.randperm(i) // GROUP)
+    rows = linear.weight.data.float()[:, torch.argsort(groups, stable=True)].reshape(o, n, GROUP)
+    if symmetric:
+        scales = rows.abs().amax(-1) / 7
+        zeros = torch.full_like(scales, 8)
+    else:
+        scales = (rows.amax(-1) - rows.amin(-1)) / 15
+        zeros = torch.round(-rows.amin(-1) / scales).clamp(1, 15)
+    scales = scales.half().float()
+    rows = (torch.round(rows / scales[..., None] + zeros[..., None]).clamp(0, 15) - zeros[..., None]) * scales[..., None]
+    linear.weight.data = rows.reshape(o, i)[:, torch.argsort(torch.argsort(groups, stable=True))]
+    module = QuantLinear(4, GROUP, i, o, False)
+    module.pack(linear, scales, zeros.clone(), groups.to(torch.int32))
+    module.scales = module.scales.half()
+    return module
+
+
+def write(folder: pathlib.Path, QuantLinear, symmetric: bool, ordered: bool) -> None:
+    dense = model()
+    tensors = {name: tensor for name, tensor in dense.state_dict().items() if name != "lm_head.weight"}
+    found = {}
+    for name, linear in dense.named_modules():
+        if isinstance(linear, torch.nn.Linear) and name != "lm_head":
+            module = packed(linear, QuantLinear, symmetric, ordered)
+            del tensors[f"{name}.weight"]
+            tensors |= {f"{name}.{part}": getattr(module, part) for part in ("qweight", "qzeros", "scales", "g_idx")}
+            tensors[f"{name}.bias"] = torch.zeros(linear.out_features, dtype=torch.float16)  # as AutoGPTQ saves it
+            matrix = module(torch.eye(linear.in_features, dtype=torch.float16)).T
+            found[name] = hashlib.sha256((matrix + 0).contiguous().numpy().tobytes()).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    settings = {"bits": 4, "group_size": GROUP, "damp_percent": 0.01, "desc_act": not ordered, "static_groups": False, "sym": symmetric}
+    settings |= {"true_sequential": True, "model_name_or_path": None, "model_file_base_name": "model", "quant_method": "gptq"}
+    config = dense.config.to_dict() | {"quantization_config": settings | {"checkpoint_format": "gptq"}}
+    (folder / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n")
+    (folder / "expected.json").write_text(json.dumps({"sha256": found}, indent=1) + "\n")
+
+
+def main() -> None:
+    out, QuantLinear = pathlib.Path(sys.argv[2]), quant_linear(sys.argv[1])
+    write(out / "gptq", QuantLinear, symmetric=True, ordered=True)
+    write(out / "gptq_sorted", QuantLinear, symmetric=False, ordered=False)
+
+
+if __name__ == "__main__":
+    main()
