@@ -104,6 +104,16 @@ class Batch:
     returns: jax.Array | None = None
     desirable: jax.Array | None = None
     """float or bool `[b]`: 1 where an unpaired response is a good one."""
+    mismatched: Batch | None = None
+    """`[b]` rows more: each prompt with a response to another one, which estimate how far the policy has moved (KTO)."""
+    baseline: jax.Array | None = None
+    """float `[b]`: what the reward of a response is compared with, the same in all rows of a step; `losses.with_baseline` writes it."""
+    density_ratios: jax.Array | None = None
+    """float `[b]`: p(desirable | prompt) / p(undesirable | prompt), by which an undesirable response may be weighed (BCO)."""
+    margins: jax.Array | None = None
+    """float `[b]`: by how much the chosen response of a pair is better, where that was labelled."""
+    labels: jax.Array | None = None
+    """float `[*b, t]`: 1 where the step that ends at this token is right, 0 where it is wrong; read where `loss_mask` is 1."""
 
 
 @pytree

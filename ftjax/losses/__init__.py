@@ -5,18 +5,70 @@
 
 from functools import partial
 
+from ftjax.losses.bco import bco
+from ftjax.losses.cpo import cpo, simpo
+from ftjax.losses.kto import apo_zero_unpaired, balance, kl_baseline, kto, with_baseline
+from ftjax.losses.orpo import orpo
 from ftjax.losses.pairs import PAIR_LOSSES
 from ftjax.losses.preference import dpo, ipo, mpo, preference, rpo, wpo
 from ftjax.losses.reference import with_reference
+from ftjax.losses.reward import bradley_terry, response_rewards, stepwise
 from ftjax.losses.sft import sft
+from ftjax.losses.tpo import tpo, tpo_l
+from ftjax.losses.unlearning import gradient_difference, npo
 
 LOSSES = {
     "sft": sft,
+    # pairs against a reference
     "dpo": dpo,
     "rpo": rpo,
     "mpo": mpo,
     "wpo": wpo,
     **{name: partial(preference, losses={name: 1.0}) for name in PAIR_LOSSES if name != "sigmoid"},
+    # without a reference
+    "orpo": orpo,
+    "cpo": cpo,
+    "simpo": simpo,
+    "alphapo": partial(simpo, alpha=0.25),
+    "tpo": tpo,
+    "tpo_l": tpo_l,
+    # single responses
+    "kto": kto,
+    "apo_zero_unpaired": apo_zero_unpaired,
+    "bco": bco,
+    # reward models
+    "reward": bradley_terry,
+    "process_reward": stepwise,
+    # unlearning
+    "npo": npo,
+    "gradient_difference": gradient_difference,
 }
 
-__all__ = ["LOSSES", "PAIR_LOSSES", "dpo", "ipo", "mpo", "preference", "rpo", "sft", "with_reference", "wpo"]
+__all__ = [
+    "LOSSES",
+    "PAIR_LOSSES",
+    "apo_zero_unpaired",
+    "balance",
+    "bco",
+    "bradley_terry",
+    "cpo",
+    "dpo",
+    "gradient_difference",
+    "ipo",
+    "kl_baseline",
+    "kto",
+    "mpo",
+    "npo",
+    "orpo",
+    "preference",
+    "response_rewards",
+    "rpo",
+    "sft",
+    "simpo",
+    "stepwise",
+    "tpo",
+    "tpo_l",
+    "with_baseline",
+    "with_reference",
+    "wpo",
+]

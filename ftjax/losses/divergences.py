@@ -15,9 +15,10 @@ EXPONENT_CAP = 20.0
 """Above it an exponential goes on as its tangent: a log-ratio of -1e4 still has a finite reward and a gradient."""
 
 
-def capped_exp(x: jax.Array, *, cap: float = EXPONENT_CAP) -> jax.Array:
-    """Return e^x up to `cap`, and its tangent there beyond: increasing, convex and finite."""
-    return jnp.exp(jnp.minimum(x, cap)) * (1 + jnp.maximum(x - cap, 0))
+def capped_expm1(x: jax.Array, *, cap: float = EXPONENT_CAP) -> jax.Array:
+    """Return e^x - 1 up to `cap`, and its tangent there beyond: increasing, convex and finite, and exact around 0."""
+    below = jnp.minimum(x, cap)
+    return jnp.expm1(below) + jnp.exp(below) * jnp.maximum(x - cap, 0)
 
 
 def reverse_kl(logratio: jax.Array) -> jax.Array:
@@ -27,7 +28,7 @@ def reverse_kl(logratio: jax.Array) -> jax.Array:
 
 def forward_kl(logratio: jax.Array) -> jax.Array:
     """Return 1 - e^-x: f(u) = -log u, up to a constant."""
-    return 1 - capped_exp(-logratio)
+    return -capped_expm1(-logratio)
 
 
 def js(logratio: jax.Array) -> jax.Array:
@@ -39,7 +40,7 @@ def alpha(logratio: jax.Array, *, order: float = 0.5) -> jax.Array:
     """Return (e^((a-1)·x) - 1) / (a - 1): the α-divergence of order a, which is the reverse KL at 1 and the forward KL at 0."""
     if abs(order - 1) < 1e-6:
         return reverse_kl(logratio)
-    return (capped_exp((order - 1) * logratio) - 1) / (order - 1)
+    return capped_expm1((order - 1) * logratio) / (order - 1)
 
 
 DIVERGENCES = {"reverse_kl": reverse_kl, "forward_kl": forward_kl, "js": js, "alpha": alpha}

@@ -18,7 +18,7 @@ from ftjax import losses, sharding
 from ftjax.types import Batch, LossFn, Mean, Scores
 
 B, T = 8, 6
-SHAPES = {"rows": (B,), "pairs": (B, 2)}
+SHAPES = {"rows": (B,), "pairs": (B, 2), "triples": (B, 3)}
 
 
 class Example(NamedTuple):
@@ -30,23 +30,40 @@ class Example(NamedTuple):
 
 
 def pairs(name, *options):
-    return [Example(partial(losses.LOSSES[name], **option)) for option in options or ({},)]
+    return examples("pairs", name, *options)
+
+
+def examples(form, name, *options, **fields):
+    return [Example(partial(losses.LOSSES[name], **option), form, **fields) for option in options or ({},)]
 
 
 EXAMPLES = {
-    "sft": [Example(losses.sft, "rows"), Example(partial(losses.sft, label_smoothing=0.1), "rows")],
+    "sft": examples("rows", "sft", {}, {"label_smoothing": 0.1}),
     "dpo": pairs(
         "dpo", {}, {"label_smoothing": 0.1, "tail_weight": 0.4}, *({"divergence": name} for name in ("forward_kl", "js", "alpha"))
     ),
     "rpo": pairs("rpo"),
     "mpo": pairs("mpo"),
-    "wpo": [Example(losses.LOSSES["wpo"], differentiable=False)],
+    "wpo": examples("pairs", "wpo", differentiable=False),
     **{name: pairs(name) for name in losses.PAIR_LOSSES if name not in ("sigmoid", "aot", "aot_unpaired")},
     "ipo": pairs("ipo", {}, {"beta": 1e-3}),
-    "aot": [Example(losses.LOSSES["aot"], adds=False)],
-    "aot_unpaired": [Example(losses.LOSSES["aot_unpaired"], adds=False)],
+    "aot": examples("pairs", "aot", adds=False),
+    "aot_unpaired": examples("pairs", "aot_unpaired", adds=False),
+    "orpo": pairs("orpo"),
+    "cpo": pairs("cpo", {}, {"losses": {"hinge": 1.0}}),
+    "simpo": pairs("simpo", {"nll_coef": 0.5, "label_smoothing": 0.1}),
+    "alphapo": pairs("alphapo", {}, {"alpha": -0.5}),
+    "tpo": examples("triples", "tpo"),
+    "tpo_l": examples("triples", "tpo_l"),
+    "kto": examples("rows", "kto", {}, {"undesirable_weight": 1.5, "beta": 1.0}),
+    "apo_zero_unpaired": examples("rows", "apo_zero_unpaired"),
+    "bco": examples("rows", "bco"),
+    "reward": examples("pairs", "reward", {"centering_coef": 0.01}, reads="values"),
+    "process_reward": examples("rows", "process_reward", reads="values"),
+    "npo": examples("rows", "npo"),
+    "gradient_difference": examples("rows", "gradient_difference"),
 }
-NAMED = {f"{name}{n}": example for name, examples in EXAMPLES.items() for n, example in enumerate(examples)}
+NAMED = {f"{name}{n}": example for name, found in EXAMPLES.items() for n, example in enumerate(found)}
 every_loss = pytest.mark.parametrize("name", NAMED)
 
 
@@ -57,12 +74,25 @@ def test_every_loss_is_listed():
 def make_problem(shape, dtype=np.float32):
     """Random scores of responses after a prompt of one token or more; the last row only fills the batch."""
     rng = np.random.default_rng(len(shape))
-    mask = (np.arange(T) >= rng.integers(1, 3, (*shape, 1))) & (np.arange(T) < rng.integers(3, T + 1, (*shape, 1)))
-    mask[-1] = False
+    starts, ends = rng.integers(1, 3, (*shape, 1)), rng.integers(3, T + 1, (*shape, 1))
+    ends[-1] = 0
+    mask = (np.arange(T) >= starts) & (np.arange(T) < ends)
     real = lambda low, high, shape=(*shape, T): rng.uniform(low, high, shape)  # noqa: E731
     ints = np.broadcast_to(np.arange(T), mask.shape)
-    scores = Scores(*(x * mask for x in (real(-2, -0.1), real(0, 1), real(-4, -3), real(0, 1) > 0.5)), log_collision=real(-2, 0) * mask)
-    batch = Batch(ints, mask, ints, np.ones_like(ints), reference_logps=real(-2, -0.1) * mask, desirable=np.arange(B) % 2)
+    said = {"logps": real(-2, -0.1), "entropy": real(0, 1), "mean_logps": real(-4, -3), "greedy": real(0, 1) > 0.5}
+    scores = Scores(**{name: x * mask for name, x in said.items()}, log_collision=real(-2, 0) * mask, values=real(-1, 1))
+    batch = Batch(
+        ints,
+        mask,
+        ints,
+        (np.arange(T) < ends).astype(ints.dtype),
+        reference_logps=real(-2, -0.1) * mask,
+        desirable=np.arange(B) % 2 > 0,
+        baseline=np.full(B, 0.3),
+        density_ratios=real(0.1, 2, B),
+        margins=real(0, 1, B),
+        labels=real(0, 1) > 0.5,
+    )
     return jax.tree.map(lambda x: np.asarray(x, np.int32 if x.dtype == ints.dtype else dtype), (scores, batch))
 
 
@@ -87,8 +117,12 @@ def changed(problems, change):
     return {form: change(*problem) for form, problem in problems.items()}
 
 
-def with_logps(problems, make):
-    return changed(problems, lambda scores, batch: (dataclasses.replace(scores, logps=make(scores.logps, batch)), batch))
+def with_scores(problems, make):
+    """Return the problems with `make(x, batch)` in the place of what the losses differentiate."""
+    reads = {example.reads for example in NAMED.values()}
+    return changed(
+        problems, lambda scores, batch: (dataclasses.replace(scores, **{f: make(getattr(scores, f), batch) for f in reads}), batch)
+    )
 
 
 def halves_of(problems):
@@ -113,15 +147,19 @@ def whole(problems):
 
 @pytest.fixture(scope="module")
 def variants(problems):
+    emptied = lambda scores, batch: (  # noqa: E731
+        scores,
+        dataclasses.replace(batch, loss_mask=0 * batch.loss_mask, segment_ids=0 * batch.segment_ids),
+    )
     side = lambda x: -1e4 * (np.indices(x.shape)[-2] % 2).astype("f")  # noqa: E731
     made = {
-        "noise": with_logps(problems, lambda x, batch: np.where(batch.loss_mask > 0, x, -np.float32(1e4))),
-        "low": with_logps(problems, lambda x, _: np.full_like(x, -1e4)),
-        "one side low": with_logps(problems, lambda x, _: side(x)),
-        "other side low": with_logps(problems, lambda x, _: -1e4 - side(x)),
-        "certain": with_logps(problems, lambda x, _: np.zeros_like(x)),
-        "like the reference": with_logps(problems, lambda x, batch: batch.reference_logps),
-        "empty": changed(problems, lambda scores, batch: (scores, dataclasses.replace(batch, loss_mask=0 * batch.loss_mask))),
+        "noise": with_scores(problems, lambda x, batch: np.where(batch.loss_mask > 0, x, -np.float32(1e4))),
+        "low": with_scores(problems, lambda x, _: np.full_like(x, -1e4)),
+        "one side low": with_scores(problems, lambda x, _: side(x)),
+        "other side low": with_scores(problems, lambda x, _: -1e4 - side(x)),
+        "certain": with_scores(problems, lambda x, _: np.zeros_like(x)),
+        "like the reference": with_scores(problems, lambda x, batch: batch.reference_logps),
+        "empty": changed(problems, emptied),
         "turned": jax.tree.map(lambda x: x[::-1].copy(), problems),
     }
     return {name: jax.device_get(evaluate(on_mesh(variant))) for name, variant in made.items()}
@@ -145,11 +183,9 @@ def slopes(halves):
         directions = {form: rng.normal(size=scores.logps.shape) for form, (scores, _) in problems.items()}
 
         def moved(size):
-            def move(form, scores, batch):
-                reads = {example.reads for example in NAMED.values() if example.form == form}
-                return dataclasses.replace(scores, **{name: getattr(scores, name) + size * directions[form] for name in reads}), batch
-
-            return jax.device_get(evaluate({form: move(form, *problem) for form, problem in problems.items()}))
+            along = {form: {form: problem} for form, problem in problems.items()}
+            parts = (with_scores(part, lambda x, _, form=form: x + size * directions[form]) for form, part in along.items())
+            return jax.device_get(evaluate({form: problem for part in parts for form, problem in part.items()}))
 
         ahead, behind = moved(1e-6), moved(-1e-6)
     slope = {name: float(np.sum(halves[0][name][2] * directions[example.form])) for name, example in NAMED.items()}
@@ -170,8 +206,7 @@ def test_masked_tokens_change_neither_value_nor_gradient(name, problems, whole, 
     got, mask = variants["noise"][name], problems[NAMED[name].form][1].loss_mask
     chex.assert_trees_all_equal(got, whole[name])
     assert np.abs(got[2]).max() > 0
-    if NAMED[name].reads == "logps":
-        assert np.abs(got[2] * (1 - mask)).max() == 0
+    assert np.abs(got[2] * (1 - mask)).max() == 0
 
 
 @every_loss
@@ -187,10 +222,9 @@ def test_extreme_log_probabilities_stay_finite(name, variants):
 
 
 @every_loss
-def test_rows_without_tokens_have_no_part_in_the_loss(name, variants):
+def test_a_batch_without_tokens_has_no_loss(name, variants):
     mean, _, gradient = variants["empty"][name]
-    if NAMED[name].reads == "logps":
-        assert mean.total == 0 and mean.weight == 0 and not np.asarray(gradient).any()
+    assert mean.total == 0 and mean.weight == 0 and not np.asarray(gradient).any()
 
 
 @pytest.mark.parametrize("name", [name for name, example in NAMED.items() if example.differentiable])

@@ -1,0 +1,94 @@
+"""Losses of pairs without a reference: CPO, SimPO and AlphaPO read log-probabilities where DPO reads log-ratios."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from ftjax.losses.diagnosis import diagnose
+from ftjax.losses.divergences import capped_expm1
+from ftjax.losses.pairs import cross_entropy
+from ftjax.losses.preference import make_pairs, preference
+from ftjax.losses.responses import token_average
+from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
+
+
+def cpo(
+    scores: Scores,
+    batch: Batch,
+    *,
+    losses: Mapping[str, float] = {"sigmoid": 1.0},
+    beta: float = 0.1,
+    label_smoothing: float | None = None,
+    nll_coef: float = 1.0,
+) -> tuple[Mean, Metrics]:
+    """Return -log σ( β [log π(y_c) - log π(y_r)] ) + c · NLL(y_c), a mean over pairs: `preference` with a uniform reference.
+
+    Xu et al., 2024, arXiv 2401.08417, equation 3 and the behaviour cloning term beside it. The paper writes the NLL as a sum over the
+    response; here it is per token, as in all losses of ftjax, so that c means the same at every length (TRL: over the tokens of a
+    micro-batch). Other `losses` are those of `PAIR_LOSSES` with x = log π(y): `hinge` is SLiC's, `ipo` is length-averaged.
+
+    Args:
+      scores: of the policy, `[b, 2, t]`, chosen first.
+      batch: a pair in which a response has no token counts nowhere; its reference is not read.
+      losses: names in `PAIR_LOSSES` and their weights.
+      beta: > 0, the scale of a log-probability.
+      label_smoothing: the probability that a label is wrong.
+      nll_coef: weight of the negative log-likelihood per token of the chosen response.
+
+    Returns:
+      The loss and the metrics of `preference`; there is no `kl`.
+    """
+    uniform = dataclasses.replace(batch, reference_logps=jnp.zeros_like(scores.logps))
+    loss, metrics = preference(scores, uniform, losses=losses, beta=beta, label_smoothing=label_smoothing, nll_coef=nll_coef)
+    return loss, {name: value for name, value in metrics.items() if name != "kl"}
+
+
+def simpo(
+    scores: Scores,
+    batch: Batch,
+    *,
+    beta: float = 2.0,
+    margin: float = 1.0,
+    alpha: float = 0.0,
+    label_smoothing: float = 0.0,
+    nll_coef: float = 0.0,
+) -> tuple[Mean, Metrics]:
+    """Return -log σ( r(y_c) - r(y_r) - γ ), a mean over pairs, where r(y) = β mean_t log π(y_t).
+
+    SimPO: Meng, Xia and Chen, 2024, arXiv 2405.14734, equation 6; its γ is our `margin` (TRL's defaults are β 0.1 and γ 0.5, far from the
+    paper's). With α ≠ 0 it is AlphaPO, Gupta et al., 2025, arXiv 2501.03884: r(y) = β (1 - p^-α) / α with log p = mean_t log π(y_t), which
+    is SimPO at α → 0. Label smoothing and the NLL are CPO's.
+
+    Args:
+      scores: of the policy, `[b, 2, t]`, chosen first.
+      batch: a pair in which a response has no token counts nowhere.
+      beta: > 0, the scale of the reward.
+      margin: γ ≥ 0: by how much the chosen response is to be better.
+      alpha: α: above 0 unlikely responses are punished more than their log-probability says, below 0 less.
+      label_smoothing: the probability that a label is wrong.
+      nll_coef: weight of the negative log-likelihood per token of the chosen response.
+
+    Returns:
+      The loss and the metrics of `diagnosis.diagnose`.
+
+    Example:
+      >>> pair = jnp.zeros((1, 2, 3))
+      >>> batch = Batch(pair.astype(int), pair + 1, pair.astype(int), pair.astype(int) + 1)
+      >>> loss, _ = simpo(Scores(logps=pair - 1), batch, margin=0.0)
+      >>> round(loss.value(), 4)
+      0.6931
+    """
+    counted = make_pairs(scores.logps, jnp.zeros_like(scores.logps), batch.loss_mask).counted
+    average = token_average(scores.logps, batch.loss_mask)
+    chosen, rejected = beta * _alpha_reward(average, alpha).T
+    loss = cross_entropy(chosen - rejected - margin, label_smoothing) - nll_coef * average[:, 0]
+    return masked_mean(loss, counted), diagnose(scores, batch, chosen, rejected, counted)
+
+
+def _alpha_reward(logp: jax.Array, alpha: float) -> jax.Array:
+    """Return (1 - p^-α) / α, log p at α = 0; where p^-α would overflow it goes on as a tangent."""
+    return logp if alpha == 0 else -capped_expm1(-alpha * logp) / alpha

@@ -1,0 +1,57 @@
+"""TPO: of three responses two are compared and the third, the best known one, is imitated."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ftjax.losses.diagnosis import diagnose
+from ftjax.losses.responses import token_average, token_sum
+from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
+
+
+def tpo(scores: Scores, batch: Batch, *, beta: float = 0.01, nll_coef: float = 1.0) -> tuple[Mean, Metrics]:
+    """Return -log σ( β [log π(y_c) - log π(y_r)] ) + c · NLL(y_gold), a mean over triples.
+
+    Saeidi et al., 2024, arXiv 2405.16681. The NLL is that of the gold response per token (TRL: over the tokens of a micro-batch).
+
+    Args:
+      scores: of the policy, `[b, 3, t]`: chosen, rejected, gold.
+      batch: a triple in which one of the three has no token counts nowhere.
+      beta: > 0, the scale of a log-probability.
+      nll_coef: weight of the NLL.
+
+    Returns:
+      The loss and the metrics of `diagnosis.diagnose`, where `nll` is the gold response's.
+
+    Raises:
+      ValueError: the rows are no triples.
+
+    Example:
+      >>> triple = jnp.zeros((1, 3, 2))
+      >>> batch = Batch(triple.astype(int), triple + 1, triple.astype(int), triple.astype(int) + 1)
+      >>> loss, _ = tpo(Scores(logps=triple - 1), batch)
+      >>> round(loss.value(), 4)
+      1.6931
+    """
+    return _against_gold(scores, batch, beta * token_sum(scores.logps, batch.loss_mask), 0.0, nll_coef)
+
+
+def tpo_l(scores: Scores, batch: Batch, *, beta: float = 2.0, margin: float = 0.5, nll_coef: float = 1.0) -> tuple[Mean, Metrics]:
+    """Return `tpo` with SimPO's comparison: log-probabilities per token, and a margin γ that the chosen response has to be better by."""
+    return _against_gold(scores, batch, beta * token_average(scores.logps, batch.loss_mask), margin, nll_coef)
+
+
+def _against_gold(scores: Scores, batch: Batch, rewards: jax.Array, margin: float, nll_coef: float) -> tuple[Mean, Metrics]:
+    if scores.logps.ndim != 3 or scores.logps.shape[1] != 3:
+        raise ValueError(f"tpo: expected log-probabilities [b, 3, t] of chosen, rejected and gold responses, got {scores.logps.shape}.")
+    mask = batch.loss_mask
+    counted = jnp.all(jnp.sum(mask, axis=-1) > 0, axis=-1).astype(mask.dtype)
+    chosen, rejected, _ = rewards.T
+    loss = -jax.nn.log_sigmoid(chosen - rejected - margin) - nll_coef * token_average(scores.logps, mask)[:, 2]
+    compared = Scores(scores.logps[:, :2], entropy=None if scores.entropy is None else scores.entropy[:, :2])
+    metrics = diagnose(compared, dataclasses.replace(batch, loss_mask=mask[:, :2], reference_logps=None), chosen, rejected, counted)
+    metrics["nll"] = jax.lax.stop_gradient(masked_mean(-scores.logps[:, 2], mask[:, 2]))
+    return masked_mean(loss, counted), metrics

@@ -1,0 +1,124 @@
+import dataclasses
+import math
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ftjax import losses, peft, scoring, train
+from ftjax.types import Batch, Mean, Scores
+from tests import toy
+
+METHOD = peft.lora("all-linear", rank=2, init="gaussian")
+SCORE = partial(scoring.score, toy.MODEL, chunk_tokens=4)
+DESIRABLE = jnp.array([1.0, 0.0])
+
+
+def batch_of(logps, **fields):
+    ints = jnp.zeros(logps.shape, jnp.int32)
+    return Batch(ints, jnp.ones(logps.shape), ints, ints + 1, reference_logps=jnp.zeros(logps.shape), **fields)
+
+
+def baseline(batch, value):
+    return losses.with_baseline(batch, Mean(jnp.asarray(value), jnp.ones(())))
+
+
+def test_kto_by_hand():
+    """β = 1, z = 0.5, x = (2, 1): 1 - σ(1.5) = 0.18243 and 2 · (1 - σ(-0.5)) = 1.24492; the mean is 0.71367."""
+    scores = Scores(jnp.array([[2.0, 0.0], [0.5, 0.5]]))
+    batch = baseline(batch_of(scores.logps, desirable=DESIRABLE), 0.5)
+    loss, metrics = losses.kto(scores, batch, beta=1.0, undesirable_weight=2.0)
+    assert loss.value() == pytest.approx(0.71367, rel=1e-4)
+    assert metrics["kl"].value() == 0.5 and metrics["accuracy"].value() == 0.5
+    assert metrics["rewards/desirable"].value() == 2 and metrics["rewards/undesirable"].value() == 1
+
+
+def test_a_policy_below_its_reference_has_the_baseline_0():
+    scores = Scores(jnp.array([[2.0, 0.0], [0.5, 0.5]]))
+    batch = batch_of(scores.logps, desirable=DESIRABLE)
+    below, zero = (losses.kto(scores, baseline(batch, value)) for value in (-3.0, 0.0))
+    chex.assert_trees_all_equal(below, zero)
+    assert losses.apo_zero_unpaired(scores, batch)[0].value() == zero[0].value()
+
+
+def test_the_baseline_is_a_mean_over_all_mismatched_rows():
+    """Log-ratios -1 - 1 = -2 and 0 + 6 = 6 of two micro-batches: z = (−2 + 6) / 2 = 2 in every row; an empty row does not count."""
+    logps = jnp.array([[-1.0, -1.0], [0.0, 6.0], [5.0, 5.0]])
+    rows = batch_of(logps)
+    rows = dataclasses.replace(rows, loss_mask=rows.loss_mask.at[2].set(0))
+    parts = (losses.kl_baseline(Scores(logps[part]), jax.tree.map(lambda x, p=part: x[p], rows)) for part in (slice(0, 1), slice(1, 3)))
+    batch = losses.with_baseline(rows, sum(parts, Mean(jnp.zeros(()), jnp.zeros(()))))
+    np.testing.assert_array_equal(batch.baseline, [2.0, 2.0, 2.0])
+    nothing = losses.with_baseline(rows, Mean(jnp.zeros(()), jnp.zeros(())))
+    np.testing.assert_array_equal(nothing.baseline, [0.0, 0.0, 0.0])
+
+
+def test_micro_batches_subtract_the_baseline_of_the_whole_step():
+    """The training of KTO with the mismatched rows scored before each step, on a model that has left its reference."""
+    key = jax.random.key(0)
+    rows, others = (toy.batch(jax.random.fold_in(key, n), rows=8) for n in range(2))
+    frozen, start = METHOD.init(key, toy.init(key))
+    start = jax.tree.map(lambda x: x + 0.2, start)
+    reference, policy = jax.jit(SCORE), jax.jit(lambda frozen, trainable, batch: SCORE(METHOD.attach(frozen, trainable), batch))
+    batch = dataclasses.replace(
+        losses.with_reference(rows, reference(frozen, rows)),
+        desirable=jnp.arange(8) % 2,
+        mismatched=losses.with_reference(others, reference(frozen, others)),
+    )
+    batch = losses.with_baseline(batch, losses.kl_baseline(policy(frozen, start, batch.mismatched), batch.mismatched))
+    found = []
+    for accumulation in (1, 4):
+        step = train.make_train_step(SCORE, METHOD, partial(losses.kto, beta=0.5), optax.sgd(1.0), accumulation=accumulation)
+        state = train.init_state(key, jax.tree.map(jnp.copy, start), METHOD, optax.sgd(1.0))
+        state, metrics = step(state, frozen, batch)
+        found.append((state.trainable, {name: mean.value() for name, mean in metrics.items()}))
+    chex.assert_trees_all_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-6)
+    assert found[1][1] == pytest.approx(found[0][1], rel=1e-4)
+    assert found[0][1]["kl"] == pytest.approx(max(0.0, float(batch.baseline[0]))) and batch.baseline[0] != 0
+
+
+def test_the_weights_of_the_classes_are_checked():
+    assert losses.balance(100, 100) is None and losses.balance(50, 100, desirable_weight=2.5) is None
+    assert "between 4 and 5.33" in losses.balance(100, 400)
+    assert "needs both" in losses.balance(10, 0)
+
+
+def test_bco_sums_the_rewards_it_has_seen():
+    """β = 1: rewards 2 and 1 at δ = 0, so -log σ(2) - log σ(-1) over 2; then δ = 1.5: -log σ(0.5) - log σ(0.5) over 2."""
+    scores = Scores(jnp.array([[2.0, 0.0], [0.5, 0.5]]))
+    batch, seen = batch_of(scores.logps, desirable=DESIRABLE), Mean(jnp.zeros(()), jnp.zeros(()))
+    expected = [(math.log1p(math.exp(-2)) + math.log1p(math.exp(1))) / 2, math.log1p(math.exp(-0.5))]
+    for value in expected:
+        loss, metrics = losses.bco(scores, losses.with_baseline(batch, seen), beta=1.0)
+        seen = seen + metrics["rewards"]
+        assert loss.value() == pytest.approx(value, rel=1e-5)
+    assert seen.value() == 1.5 and metrics["delta"].value() == 1.5
+
+
+def test_npo_is_gradient_ascent_at_the_reference_and_lets_go_of_what_is_forgotten():
+    """d/dx of -(2/β) log σ(-βx) is 2 σ(βx): 1 at x = 0 and 0 far below; a row to keep has the NLL."""
+    batch = dataclasses.replace(batch_of(jnp.zeros((3, 1))), desirable=jnp.array([0.0, 0.0, 1.0]))
+    total = lambda logps: losses.npo(Scores(logps), batch, retain_coef=0.5)[0].total  # noqa: E731
+    value, gradient = jax.value_and_grad(total)(jnp.array([[0.0], [-1000.0], [-4.0]]))
+    np.testing.assert_allclose(gradient[:, 0], [1.0, 0.0, -0.5], atol=1e-6)
+    np.testing.assert_allclose(value, 20 * math.log(2) + 0.5 * 4, rtol=1e-5)
+
+
+def test_gradient_difference_raises_one_loss_and_lowers_the_other():
+    batch = batch_of(jnp.zeros((2, 2)), desirable=DESIRABLE)
+    loss, metrics = losses.gradient_difference(Scores(jnp.array([[-1.0, -3.0], [-5.0, -5.0]])), batch, retain_coef=2.0)
+    assert loss.value() == (2 * 2 - 5) / 2 and metrics["nll/keep"].value() == 2 and metrics["nll/forget"].value() == 5
+
+
+@pytest.mark.parametrize("name", ["kto", "bco", "npo", "gradient_difference"])
+def test_missing_labels_and_baselines_are_errors(name):
+    logps = jnp.zeros((2, 2))
+    with pytest.raises(ValueError, match="desirable"):
+        losses.LOSSES[name](Scores(logps), baseline(batch_of(logps), 0.0))
+    if name in ("kto", "bco"):
+        with pytest.raises(ValueError, match="with_baseline"):
+            losses.LOSSES[name](Scores(logps), batch_of(logps, desirable=DESIRABLE))
