@@ -4,29 +4,32 @@ ftjax export --output=DIR                              the default model
 ftjax export --model=… --adapter=DIR --output=DIR      a model with a PEFT adapter folded in (`ftjax merge` is the same)
 ftjax export --workdir=runs/mine --output=DIR          what a run trained, from its last checkpoint, by any method
 ftjax export --workdir=runs/mine --step=best …         the checkpoint with the best evaluation, or --step=200
+ftjax export --workdir=runs/qlora --output=DIR         over a quantised base: folded into the dense one; --quantized: packed anew
 ftjax export --workdir=runs/critic --novalue_head …     the language model without the value head, which else makes it a classifier
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags as absl_flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from ftjax import sharding, tree
+from ftjax import quant, sharding, tree
 from ftjax.checkpoint import Checkpoints
 from ftjax.cli import beginning, build, pretrained, runtime, sweep
 from ftjax.hf import export as hf_export
 from ftjax.hf import load as hf_load
+from ftjax.hf import packed as hf_packed
 from ftjax.peft.soft_prompt import check_no_virtual_tokens
 from ftjax.train import init_state
 from ftjax.types import VALUE_HEAD, Params
+from ftjax.weights import Leaf
 
 
 def define_flags(flags: absl_flags.FlagValues, argv) -> None:
@@ -45,6 +48,7 @@ def define_flags(flags: absl_flags.FlagValues, argv) -> None:
     absl_flags.DEFINE_enum(
         "dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "of the files (auto: the model's)", flag_values=flags
     )
+    absl_flags.DEFINE_bool("quantized", False, "a run over a quantised base: write that, the adapter folded in and quantised anew", flags)
     absl_flags.DEFINE_bool("value_head", True, "write a model that has a value head as a classifier; else the language model alone", flags)
     runtime.define_flags(flags)
 
@@ -60,12 +64,13 @@ def main(flags: absl_flags.FlagValues, *, check: Callable[[Found, str | None], N
     found = trained(epath.Path(flags.workdir), flags.step) if flags.workdir else pretrained_model(flags.model, flags.adapter)
     if not flags.value_head:
         found = found._replace(params={name: branch for name, branch in found.params.items() if name != VALUE_HEAD})
+    if flags.quantized:
+        found = repacked(found)
     check_no_virtual_tokens(tree.flatten(found.params), "export")
     dtype = None if flags.dtype == "auto" else flags.dtype
     check(found, dtype)
-    folder = hf_export.export_model(
-        output, found.loaded.model, found.params, found.loaded.tokenizer, dtype=dtype, base_name=found.loaded.name
-    )
+    about = {"base_name": found.loaded.name, "layout": "auto" if flags.quantized else "dense"}
+    folder = hf_export.export_model(output, found.loaded.model, found.params, found.loaded.tokenizer, dtype=dtype, **about)
     print(f"wrote {folder}")
 
 
@@ -74,6 +79,10 @@ class Found(NamedTuple):
 
     loaded: build.Loaded
     params: Params
+    packing: Mapping[str, Mapping[str, Any]] = {}
+    """`{path: arguments of quantize}` of the base that the run trained over."""
+    trained: Params | None = None
+    """The parameters over that base; None where it is the one of `params`."""
 
 
 def pretrained_model(name: str, adapter: str) -> Found:
@@ -94,7 +103,7 @@ def trained(workdir: epath.Path, step: str = "last") -> Found:
     if config.get("sweep"):
         if step not in ("last", "best"):
             raise ValueError("export: of a sweep the best weights of the best member are written; leave --step out.")
-        return Found(*sweep.best(config, workdir))
+        return _over_dense(config, *sweep.best(config, workdir))
     checkpoints = Checkpoints(workdir / "checkpoints", best_metric=config.checkpoint.best_metric)
     chosen = _chosen(checkpoints, step)
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
@@ -105,7 +114,35 @@ def trained(workdir: epath.Path, step: str = "last") -> Found:
     state, record = checkpoints.restore(like, step=chosen, fall_back=config.checkpoint.fall_back)
     checkpoints.close()
     print(f"step {record.step} of {workdir}")
-    return Found(loaded, method.attach(frozen, state.trainable))
+    return _over_dense(config, loaded, method.attach(frozen, state.trainable))
+
+
+def _over_dense(config: ConfigDict, loaded: build.Loaded, params: Params) -> Found:
+    """Return what a run trained over its dense base, if it trained it over one that was packed."""
+    quantizer = build.quantizer(config)
+    if quantizer is None:
+        return Found(loaded, params)
+    dense = build.model(config, sharding.make_mesh(devices=jax.local_devices()[:1]), packed=False)
+    packing, base = quant.packing(quantizer.plan(dense.params)), tree.flatten(dense.params)
+
+    def rebased(path: str, leaf: Leaf) -> Leaf:
+        return jax.tree.map(lambda part: base[path] if _is_packed(part) else part, leaf, is_leaf=_is_packed)
+
+    flat = tree.flatten(params)
+    return Found(dense, tree.replace(params, {path: rebased(path, flat[path]) for path in packing}), packing, params)
+
+
+def _is_packed(leaf: Any) -> bool:
+    return isinstance(leaf, quant.QuantizedWeight)
+
+
+def repacked(found: Found) -> Found:
+    """Return what was trained over a packed base, adapters folded into it and all of it quantised anew."""
+    if found.trained is None:
+        raise ValueError("export: --quantized is for the --workdir of a run over a quantised base; `ftjax quantize` packs any model.")
+    flat = tree.flatten(found.trained)
+    packed = {path: hf_packed.repack(path, flat[path], **options) for path, options in found.packing.items()}
+    return found._replace(params=tree.replace(found.params, packed))
 
 
 def _chosen(checkpoints: Checkpoints, step: str) -> int | None:

@@ -21,6 +21,7 @@ COMMANDS = {
     "merge": "fold an adapter into its model and write a Hugging Face folder",
     "export": "write a model as a Hugging Face folder",
     "sensitivity": "say which matrices suffer most from 4 or 8 bits",
+    "quantize": "store a model's matrices in 4 or 8 bits and write a Hugging Face folder",
     "inspect": "look at the data: supervised tokens in colour, lengths, problems",
 }
 

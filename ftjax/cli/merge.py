@@ -29,15 +29,18 @@ PROBES = (
     "请用一句话介绍你自己。",
 )
 """Texts on which the merged model is compared with the adapted one, unless `--probe` names a file of others."""
+BOUND = 0.05
+"""The most that merging may change logits by, in their standard deviations, where nothing but rounding does."""
 
 
 def define_flags(flags: absl_flags.FlagValues, argv) -> None:
     """Define the flags of `ftjax merge`."""
     export.define_flags(flags, argv)
     absl_flags.DEFINE_string("probe", "", "a text file, a probe a line, to compare adapted and merged model on", flags)
-    absl_flags.DEFINE_float(
-        "max_change", 0.05, "refuse to merge an adapter if logits change by more, in their standard deviations", flag_values=flags
+    about = (
+        f"refuse to merge an adapter if logits change by more, in their standard deviations (default: {BOUND}; none for a quantised base)"
     )
+    absl_flags.DEFINE_float("max_change", None, about, flag_values=flags)
     absl_flags.DEFINE_list("models", [], "folders (or .gguf files, hub ids, known names) to mix", flag_values=flags)
     absl_flags.DEFINE_enum("recipe", "linear", [*mix.RECIPES, "passthrough"], "how models are mixed", flag_values=flags)
     absl_flags.DEFINE_string("base", "", f"the model they were tuned from, for {', '.join(mix.NEED_BASE)}", flags)
@@ -102,20 +105,21 @@ def _bounds(flags: absl_flags.FlagValues) -> list[tuple[int, int]]:
     return [(int(start), int(stop)) for start, stop in pairs]
 
 
-def report_change(found: export.Found, dtype: Any, probe: str, bound: float) -> None:
+def report_change(found: export.Found, dtype: Any, probe: str, bound: float | None) -> None:
     """Print how much merging moves the logits, and refuse beyond `bound` (mean change over the standard deviation of the logits).
 
-    Merging is exact but for one rounding of each weight to the dtype of the file; the base of a float32 run, or one whose weights are
-    quantised, may lose more. The merged weights are made layer by layer, so there is no second model.
+    Merging is exact but for one rounding of each weight to the dtype of the file; that of a float32 run may lose more. What was trained
+    over a quantised base is another model over the dense one, or quantised anew, and no bound is known beforehand. The merged
+    weights are made layer by layer, so there is no second model.
     """
     texts = runtime.local_path("probe", probe).read_text(encoding="utf-8").splitlines() if probe else PROBES
     model, words = found.loaded.model, found.loaded.tokenizer
-    merged = rounded(found.params, dtype)
+    trained, merged = found.params if found.trained is None else found.trained, rounded(found.params, dtype)
     worst, total, count, squares = 0.0, 0.0, 0, 0.0
     logits = jax.jit(lambda params, tokens: model.unembed(model.head(params), model.apply(params, tokens)[0]))
     for text in filter(None, texts):
         tokens = jnp.asarray([words.encode(text)], jnp.int32)
-        before, after = (np.asarray(logits(params, tokens), np.float64) for params in (found.params, merged))
+        before, after = (np.asarray(logits(params, tokens), np.float64) for params in (trained, merged))
         difference = np.abs(after - before)
         worst, total, count = max(worst, difference.max()), total + difference.sum(), count + difference.size
         squares += np.square(before - before.mean()).sum()
@@ -123,6 +127,8 @@ def report_change(found: export.Found, dtype: Any, probe: str, bound: float) -> 
         raise ValueError(f"--probe: {probe} holds no text.")
     mean, spread = total / count, float(np.sqrt(squares / count))
     print(f"merging changes the logits by {mean:.2g} on average and {worst:.2g} at most; their standard deviation is {spread:.2g}")
+    if bound is None:
+        bound = BOUND if found.trained is None else np.inf
     if not mean <= bound * spread:
         raise ValueError(
             f"merge: the merged model is not the adapted one: logits change by {mean / spread:.1%} of their standard deviation, the bound "

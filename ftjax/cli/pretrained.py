@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
+from ml_collections import ConfigDict
 
-from ftjax import hub, peft
+from ftjax import hub, peft, quant
 from ftjax.cli import build, runtime
 from ftjax.hf import adapter as hf_adapter
 from ftjax.hf import architecture
@@ -20,7 +21,7 @@ from ftjax.hf import peft as hf_peft
 from ftjax.hf import tokenizer as hf_tokenizer
 from ftjax.hf.folder import read_json
 from ftjax.models import Config
-from ftjax.types import Model, Params
+from ftjax.types import Model, Params, Transform
 
 DEFAULT = "smollm2-135m-instruct"
 CONFIGS = (hf_peft.CONFIG, hf_adapter.CONFIG)
@@ -48,6 +49,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     )
     about = "an adapter's folder, or the workdir of `ftjax train`; where rows choose, several as NAME=FOLDER (`generate --prompts` alone)"
     absl_flags.DEFINE_multi_string("adapter", [], about, flags)
+    about = "store the model's matrices as nf4, fp4, int4 or int8; none: not; auto: as the run of the adapter had them"
+    absl_flags.DEFINE_enum("quantize", "auto", ["auto", "none", *quant.METHODS], about, flag_values=flags)
     absl_flags.DEFINE_string("dtype", "auto", "of the weights: float32, bfloat16, or auto for the faster one here", flags)
 
 
@@ -64,7 +67,9 @@ def load(flags: absl_flags.FlagValues) -> Adapted:
     for folder, base in bases.items():
         if base != name:  # the same model may go by many names, so this is no error
             print(f"note: the adapter {folder} names {base!r} as its base and is put on {name!r}", file=sys.stderr)
-    found = hf_load.load(name, dtype=build.dtype(flags.dtype), change=partial(trained_in, list(folders.values())))
+    quantizer = _quantizer(flags.quantize, list(folders.values()))
+    change = partial(trained_in, list(folders.values()))
+    found = hf_load.load(name, dtype=build.dtype(flags.dtype), change=change, quantizer=quantizer)
     if set(folders) <= {""}:
         folder = folders.get("")
         params = attach(found.model, found.params, folder)
@@ -81,6 +86,30 @@ def trained_in(folders: Sequence[Path], config: Config) -> Config:
         names = ", ".join(map(str, folders))
         raise ValueError(f"--adapter: {names} were trained with different RoPEs, and a model has one: use them one by one.")
     return next(iter(found.values()), config)
+
+
+def _quantizer(asked: str, folders: Sequence[Path]) -> Transform | None:
+    """Return how the base is packed: as is asked, or as the runs that left these adapters had it."""
+    if asked == "none":
+        return None
+    if asked != "auto":
+        return quant.METHODS[asked]()
+    runs = {folder: _run(folder) for folder in folders}
+    found = {folder: [(n, o) for n, o in build.methods(run) if n in quant.METHODS] if run else [] for folder, run in runs.items()}
+    if any(one != other for one in found.values() for other in found.values()):
+        raise ValueError("--adapter: the runs of these adapters had their base in different formats; say which by --quantize.")
+    if not any(found.values()):
+        return None
+    names = " and ".join(name for name, _ in next(iter(found.values())))
+    print(f"note: the base is stored as {names}, over which the adapter was trained; --quantize=none leaves it dense", file=sys.stderr)
+    return build.quantizer(next(iter(runs.values())))
+
+
+def _run(folder: Path) -> ConfigDict | None:
+    """Return the config of the run in whose workdir an adapter lies, if it does."""
+    path = folder.resolve().parent / "config.json"
+    stored = read_json(path) if path.is_file() else {}
+    return ConfigDict(stored) if "methods" in stored else None
 
 
 def attach(model: Model, params: Params, folder: Path | None) -> Params:

@@ -8,11 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from ftjax import weights
 from ftjax.hf import names
-from ftjax.hf.lazy import LazyTensor, aligned_empty
+from ftjax.hf.lazy import Index, LazyTensor, aligned_empty
 from ftjax.quant import NestedScales, QuantizedWeight, quantize
+from ftjax.weights import Leaf
 
 _quantize = jax.jit(quantize, static_argnames=("format", "group", "nested"))
+_materialize = jax.jit(weights.materialize)
 
 
 def pack(path: str, tensor: LazyTensor, **options: Any) -> QuantizedWeight:
@@ -37,6 +40,15 @@ def pack(path: str, tensor: LazyTensor, **options: Any) -> QuantizedWeight:
         for place, part in zip(jax.tree.leaves(whole), jax.tree.leaves(_packed(path, block, layer, options)), strict=True):
             place[layer] = part
     return whole
+
+
+def repack(path: str, leaf: Leaf, **options: Any) -> QuantizedWeight:
+    """Return a leaf quantised, whatever it is: an adapter over a packed matrix is folded in, a layer at a time. See `pack`."""
+
+    def fetch(index: Index) -> np.ndarray:
+        return np.asarray(jax.device_get(_materialize(jax.tree.map(lambda x: x[index[0]], leaf))))
+
+    return pack(path, LazyTensor(leaf.shape, np.dtype(leaf.dtype), fetch), **options)
 
 
 def _packed(path: str, block: np.ndarray, layer: int | None, options: dict[str, Any]) -> QuantizedWeight:

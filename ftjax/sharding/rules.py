@@ -44,7 +44,7 @@ RULES: Rules = (
     (rf"(.*/)?lm_head/{_NESTED}", P("tensor", "fsdp")),
     (r"(.*/)?lm_head/kernel/(start_|past_)?a[12]?", P("fsdp", None)),
     (r"(.*/)?lm_head/kernel/(start_|past_)?b[12]?", P(None, "tensor")),
-    (r"(.*/)?kernel(/base)*/scales/(scales|mean)", P()),  # of nested scales: one for 256 groups
+    (r"(.*/)?kernel(/base)*/(order|scales/(scales|mean))", P()),  # of rows; of nested scales, one for 256 groups
     (r"(.*/)?[a-z_]*norm/scale", P()),
     (r"(.*/)?kernel/(magnitude|inputs|outputs|lambda_[a-z]+|w[12](_[ab])?|blocks?|values|places|lambdas|gammas|skew|rows|e|ratio)", P()),
     (r"(.*/)?layers/.*/down", P(None, "fsdp", None)),

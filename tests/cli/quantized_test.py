@@ -1,0 +1,89 @@
+"""A run over a quantised base: it resumes, its adapter finds that base again, and it is merged into the dense one or quantised anew."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ftjax import quant, tree, weights
+from ftjax.cli import export as cli_export
+from ftjax.cli import main, pretrained
+from ftjax.hf import load
+from ftjax.logs.writers import read_jsonl
+
+UP = "layers/mlp/up_proj/kernel"
+FIELDS = (
+    *("--config.methods=('nf4','lora')", "--config.nf4.targets=('up_proj',)", "--config.lora.targets=('up_proj',)"),  # quick to compile
+    *("--config.lora.dropout=0.0", "--config.data.accumulation=1", "--config.optimizer.learning_rate=0.05"),
+    *("--config.model.random=False", "--config.tokenizer="),
+)
+
+
+@pytest.fixture(scope="module")
+def run(arguments, base, tmp_path_factory):
+    """The workdir of four steps of QLoRA over a folder."""
+    workdir = tmp_path_factory.mktemp("qlora") / "run"
+    assert main.main(command(arguments, base, workdir)) == 0
+    return workdir
+
+
+def command(arguments, base, workdir, *more):
+    return arguments(workdir, *FIELDS, f"--config.model.name={base.folder}", "--config.steps=4", "--config.logging.every_steps=1", *more)
+
+
+def loaded(base, run, quantize="auto"):
+    return pretrained.load(SimpleNamespace(model=str(base.folder), adapter=[str(run)], dtype="float32", quantize=quantize))
+
+
+def test_a_run_over_a_packed_base_resumes_bit_for_bit(run, arguments, base, tmp_path, capsys):
+    assert main.main(command(arguments, base, tmp_path, "--config.steps=2")) == 0
+    assert "nf4 " in capsys.readouterr().out
+    assert main.main(command(arguments, base, tmp_path)) == 0
+    one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (run, tmp_path))
+    assert all(np.array_equal(one[name], two[name]) for name in one) and any(np.any(one[name]) for name in one if "lora_B" in name)
+    losses = [[row["train/loss"] for row in read_jsonl(folder / "metrics.jsonl") if "train/loss" in row] for folder in (run, tmp_path)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_an_adapter_in_its_workdir_finds_the_base_that_it_was_trained_over(run, base, capsys):
+    packed, dense = (weights.materialize(tree.flatten(loaded(base, run, quantize).params)[UP].base) for quantize in ("auto", "none"))
+    assert "stored as nf4" in capsys.readouterr().err
+    expected = quant.quantize(base.params["layers"]["mlp"]["up_proj"]["kernel"], "nf4", group=16, nested=True)
+    np.testing.assert_array_equal(packed, expected.materialize())
+    np.testing.assert_array_equal(dense, base.params["layers"]["mlp"]["up_proj"]["kernel"])
+
+
+def test_a_run_is_merged_into_the_dense_base(run, base, tmp_path, capsys):
+    assert main.main(["export", f"--workdir={run}", f"--output={tmp_path / 'merged'}"]) == 0
+    assert main.main(["export", f"--model={base.folder}", f"--adapter={run / 'adapter'}", f"--output={tmp_path / 'same'}"]) == 0
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "same"))
+    assert all(np.array_equal(one[name], two[name]) for name in two) and one.keys() == two.keys()
+    assert main.main(["export", f"--model={base.folder}", "--quantized", f"--output={tmp_path / 'none'}"]) == 1
+    assert "run over a quantised base" in capsys.readouterr().err
+
+
+def test_a_run_is_merged_into_the_base_quantised_anew(run, base, tmp_path, capsys):
+    (tmp_path / "probe.txt").write_text("5 + 7")
+    argv = ["merge", f"--workdir={run}", "--quantized", f"--probe={tmp_path / 'probe.txt'}", f"--output={tmp_path / 'packed'}"]
+    assert main.main([*argv, "--max_change=1e-9"]) == 1 and "raise --max_change" in capsys.readouterr().err
+    assert main.main(argv) == 0 and "changes the logits by" in capsys.readouterr().out
+    leaf = tree.flatten(load.load(str(tmp_path / "packed")).params)[UP]
+    assert (leaf.format, leaf.group, leaf.nested) == ("nf4", 16, True)
+    trained = weights.materialize(tree.flatten(cli_export.trained(run).trained)[UP])
+    expected = jax.vmap(lambda w: quant.quantize(w, "nf4", group=16, nested=True).materialize())(trained)
+    np.testing.assert_allclose(leaf.materialize(), expected, rtol=1e-5)
+    assert jnp.max(jnp.abs(trained - leaf.materialize())) > 1e-3
+
+
+def test_a_model_is_quantised_from_the_command_line(base, tmp_path, capsys):
+    argv = ["quantize", f"--model={base.folder}", "--format=int4", "--group=32", "--exclude=.*down_proj/kernel"]
+    assert main.main([*argv, f"--output={tmp_path / 'packed'}"]) == 0
+    assert "bits 5" in capsys.readouterr().out
+    found = load.load(str(tmp_path / "packed")).params
+    options = {"quantizer": quant.int4(group=32, exclude=".*down_proj/kernel"), "dtype": "float32"}
+    jax.tree.map(np.testing.assert_array_equal, found, load.load(str(base.folder), **options).params)
+    assert main.main([*argv, "--targets=layers/nothing", f"--output={tmp_path / 'none'}"]) == 1
+    assert "matched no leaf; nearest" in capsys.readouterr().err
