@@ -21,6 +21,10 @@ H100, A100 = (jax.sharding.AbstractDevice(f"NVIDIA {name}", cores, "cuda") for n
 interpreted = pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"), reason="the GPU interpreter of JAX 0.10 runs no tiled memory")
 
 
+def interpreter():
+    return plgpu.InterpretGPUParams(detect_races=True)
+
+
 def on(device):
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
@@ -200,29 +204,24 @@ def test_a_shuffle_fetches_from_the_lane_that_holds_the_codes_number():
 def test_decoded_tiles_are_those_of_the_reference_bit_by_bit(key):
     """The unit matrix times D, in several blocks of rows and columns and steps."""
     w, spec, dense = matrix(key, "nf4", 128, 256, 32)
-    unit = jnp.eye(128, dtype=jnp.bfloat16)
-    found = hopper_kernels.forward(
-        unit, w.codes, (w.scales,), spec.book, Tile(64, 2, 64), interpret=plgpu.InterpretGPUParams(detect_races=True)
-    )
+    found = hopper.product(spec, jnp.eye(128, dtype=jnp.bfloat16), w, tile=Tile(64, 2, 64), interpret=interpreter())
     np.testing.assert_array_equal(np.asarray(found, np.float64), dense)
 
 
 @interpreted
-def test_splits_add_up_to_the_product(key):
+def test_splits_of_ragged_rows_add_up_to_the_product(key):
     w, spec, dense = matrix(key, "uint4", 256, 128, 64)
-    x = jax.random.normal(key, (32, 256), jnp.bfloat16)
-    sides, tile = (w.scales, w.zeros), Tile(16, 1, 64, splits=2)
-    found = hopper_kernels.forward(x, w.codes, sides, spec.book, tile, interpret=plgpu.InterpretGPUParams(detect_races=True))
-    assert found.shape == (2, 128, 32) and relative(jnp.sum(found, axis=0).T, np.asarray(x, np.float64) @ dense) < 1e-5
+    x = jax.random.normal(key, (19, 256), jnp.bfloat16)
+    found = hopper.product(spec, x, w, tile=Tile(16, 1, 64, splits=2), interpret=interpreter())
+    assert found.shape == (19, 128) and relative(found, np.asarray(x, np.float64) @ dense) < 1e-2
 
 
 @interpreted
-def test_the_gradient_comes_from_the_same_codes(key):
+def test_the_transposed_product_comes_from_the_same_codes(key):
     w, spec, dense = matrix(key, "int4", 256, 128, 128)
-    y = jax.random.normal(key, (128, 128), jnp.bfloat16)
-    tile = Tile(64, 2, 64)
-    found = hopper_kernels.transposed(y, w.codes, (w.scales,), spec.book, tile, interpret=plgpu.InterpretGPUParams(detect_races=True))
-    assert relative(found, np.asarray(y, np.float64) @ dense.T) < 1e-2
+    y = jax.random.normal(key, (100, 128), jnp.bfloat16)
+    found = hopper.product_transposed(spec, y, w, tile=Tile(64, 2, 64), interpret=interpreter())
+    assert found.shape == (100, 256) and relative(found, np.asarray(y, np.float64) @ dense.T) < 1e-2
 
 
 @pytest.mark.gpu

@@ -2,8 +2,8 @@
 
 What has been run (2026-11-24; there was no GPU): the kernels are lowered for an H100 on JAX 0.10.2 and 0.12, and the GPU interpreter of
 0.12 runs them with its race detection, except that there fragments are decoded by plain JAX and multiplied from shared memory. On JAX 0.12
-they were compiled to machine code for sm_90a too (experiments/int4_speed/machine_code.py): no register spills. **No GPU has executed
-them**: how fragments are decoded there, `wgmma` from registers and all that is said of time is unproven. Tests marked `gpu` and
+they were compiled to machine code for sm_90a too (experiments/int4_speed/machine_code.py): next to no register spills. **No GPU has
+executed them**: how fragments are decoded there, `wgmma` from registers and all that is said of time is unproven. Tests marked `gpu` and
 experiments/int4_speed/gpu.py are for the day that there is one.
 
 Codes must lie as `decode.by_outputs` puts them, once, before the run: `ftjax.quant.for_hopper`.
@@ -11,27 +11,29 @@ Codes must lie as `decode.by_outputs` puts them, once, before the run: `ftjax.qu
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from ftjax.kernels.int4_matmul import decode
 from ftjax.kernels.int4_matmul.decode import Packed, Spec
-from ftjax.kernels.int4_matmul.hopper_tiles import TILE, forward_tile, transposed_tile
+from ftjax.kernels.int4_matmul.hopper_tiles import TILE, Tile, forward_tile, transposed_tile
 
 
-def product(spec: Spec, x: jax.Array, w: Packed) -> jax.Array:
-    """Return `x D`, `[m, i] -> [m, o]`, in bfloat16."""
+def product(spec: Spec, x: jax.Array, w: Packed, *, tile: Tile | None = None, interpret: Any = None) -> jax.Array:
+    """Return `x D`, `[m, i] -> [m, o]`, in bfloat16; by a tile of one's own and in the GPU interpreter, if these are given."""
     (i, o), m = decode.shape(spec, w), x.shape[0]
-    tile = forward_tile(m, i, o, group=i // w.scales.shape[-2], sides=len(_sides(w)))
-    y = _kernels().forward(_padded(x, tile.rows), w.codes, _sides(w), spec.book, tile)
+    tile = tile or forward_tile(m, i, o, group=i // w.scales.shape[-2], sides=len(_sides(w)))
+    y = _kernels().forward(_padded(x, tile.rows), w.codes, _sides(w), spec.book, tile, interpret=interpret)
     return (y if tile.splits == 1 else jnp.sum(y, axis=0).T.astype(x.dtype))[:m]
 
 
-def product_transposed(spec: Spec, x: jax.Array, w: Packed) -> jax.Array:
-    """Return `x Dᵀ`, `[m, o] -> [m, i]`, in bfloat16."""
+def product_transposed(spec: Spec, x: jax.Array, w: Packed, *, tile: Tile | None = None, interpret: Any = None) -> jax.Array:
+    """Return `x Dᵀ`, `[m, o] -> [m, i]`, in bfloat16; tile and interpreter as in `product`."""
     (i, o), m = decode.shape(spec, w), x.shape[0]
-    tile = transposed_tile(m, i, o, group=i // w.scales.shape[-2], sides=len(_sides(w)))
-    return _kernels().transposed(_padded(x, tile.rows), w.codes, _sides(w), spec.book, tile)[:m]
+    tile = tile or transposed_tile(m, i, o, group=i // w.scales.shape[-2], sides=len(_sides(w)))
+    return _kernels().transposed(_padded(x, tile.rows), w.codes, _sides(w), spec.book, tile, interpret=interpret)[:m]
 
 
 def unfit(spec: Spec, rows: int, w: Packed, dtype: jnp.dtype) -> str | None:
