@@ -5,8 +5,13 @@ import os
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 # The suite compiles far more than it computes: no optimisation by LLVM and, before JAX 0.12, no fusions through MLIR. What the environment
 # says wins: XLA_FLAGS="--xla_backend_optimization_level=3 --xla_backend_extra_options=" compiles as for users.
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
-os.environ["XLA_FLAGS"] = f"{QUICK_TO_COMPILE} {os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+    )
+)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 
