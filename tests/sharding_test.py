@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from ftjax import models, peft, sharding, train, tree, weights
+from ftjax import models, peft, quant, sharding, train, tree, weights
 from ftjax.hf.lazy import LazyTensor
 from ftjax.types import pytree
 from tests import toy
@@ -85,6 +85,26 @@ def test_an_adapter_lies_as_the_matrix_it_rides_on(cube, key):
         *layers, i, o = base[path]
         assert added[f"second/{path}/a"] == P(*layers, i, None), path
         assert added[f"second/{path}/b"] == P(*layers, None, o), path
+
+
+def test_a_packed_matrix_lies_as_the_dense_one(cube, key):
+    params = abstract("tiny-qwen3")
+    packed = jax.eval_shape(quant.nf4(".*(_proj|lm_head)/kernel", group=8).init, key, params)[0]
+    base, found = specs(params, cube), specs(packed, cube)
+    for path in (path for path in base if path.endswith(("_proj/kernel", "lm_head/kernel"))):
+        *layers, i, o = base[path]
+        assert found[f"{path}/codes"] == P(*layers, i, o) and {i, o} == {"fsdp", "tensor"}
+        assert found[f"{path}/scales/codes"] == P(*layers, o, i)
+        assert found[f"{path}/scales/scales"] == found[f"{path}/scales/mean"] == P()
+
+
+def test_rows_that_share_a_scale_stay_on_one_device(cube):
+    packed = jax.eval_shape(
+        quant.int4(["lm_head"], group=8).init, None, {"lm_head": {"kernel": jax.ShapeDtypeStruct((24, 6), jnp.float32)}}
+    )[0]
+    assert specs(packed, cube) == {"lm_head/kernel/codes": P(None, "tensor"), "lm_head/kernel/scales": P(None, "tensor")}
+    (row,) = sharding.report(packed, cube)
+    assert row.dropped[0] == "lm_head/kernel/codes: axis 0 of 3 is not divisible by fsdp=2"
 
 
 def test_an_axis_that_does_not_divide_is_replicated_and_reported(cube):

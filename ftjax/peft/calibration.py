@@ -98,7 +98,9 @@ def weight_gradients(loss: Loss, params: Params, batches: Iterable[Any], *, targ
     def gradients(frozen: Params, trainable: Params, batch: Any) -> dict[str, jax.Array]:
         return tree.flatten(jax.grad(lambda trained: loss(method.attach(frozen, trained), batch))(trainable)["calibration"])
 
-    frozen, trainable = method.init(jax.random.key(0), params)
+    leaves, paths = tree.flatten(params), tree.matches(params, targets, who="calibration")
+    dense = {path: weights.materialize(leaves[path]) for path in paths}  # a packed matrix has a gradient as what it stands for
+    frozen, trainable = method.init(jax.random.key(0), tree.replace(params, dense))
     return _total(gradients(frozen, trainable, batch) for batch in batches)
 
 

@@ -8,11 +8,10 @@ import pathlib
 import jax
 import pytest
 
-from ftjax import peft, tree
-from ftjax.cli import build, main
+from ftjax import tree
+from ftjax.cli import abstract, build, main
 from ftjax.cli import config as configs
 from ftjax.logs.writers import read_jsonl
-from tests import abstract
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base")
@@ -31,10 +30,10 @@ def test_there_are_configs():
     assert len(NAMES) >= 8
 
 
-@pytest.mark.parametrize("name", peft.METHODS)
+@pytest.mark.parametrize("name", build.METHODS)
 def test_every_method_has_a_block_of_arguments_that_it_takes(name):
     config = configs.load(spec("quickstart"))
-    assert set(config[name]) <= set(inspect.signature(peft.METHODS[name]).parameters)
+    assert set(config[name]) <= set(inspect.signature(build.METHODS[name]).parameters)
     if name != "tokens":  # which has no sensible default
         config.methods = (name,)
         assert build.method(config)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax import peft, scoring, tree
+from ftjax import peft, quant, scoring, tree, weights
 from ftjax.peft import calibration, inits
 from tests import toy
 
@@ -60,6 +60,13 @@ def test_gradients_are_those_of_the_weights(batches, key):
     expected = sum(tree.flatten(jax.grad(loss)(params, batch))[UP] for batch in batches)
     assert set(found) == {UP}
     np.testing.assert_allclose(found[UP], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_packed_matrix_has_the_gradient_of_what_it_stands_for(batches, key):
+    packed, _ = quant.nf4(["up_proj"], group=4).init(key, toy.init(key))
+    found, expected = (calibration.weight_gradients(loss, params, batches[:1]) for params in (packed, weights.dense(packed)))
+    for path in (UP, DOWN):
+        np.testing.assert_allclose(found[path], expected[path], rtol=1e-4, atol=1e-5)
 
 
 def test_eva_starts_along_the_inputs_that_vary_most(batches, key):
