@@ -28,8 +28,10 @@ OPTIONS: Mapping[str, tuple[Any, ...] | None] = {
     "zero_point": (True,),
     "version": ("gemm", "GEMM", None),
     "format": ("gemm", None),
-    "modules_to_not_convert": None,
-    "backend": None,
+    "method": ("awq", None),
+    "pack_dtype": ("int32", None),
+    "dynamic": ({}, None),
+    **dict.fromkeys("modules_to_not_convert backend meta lm_head desc_act do_fuse fuse_max_seq_len modules_to_fuse exllama_config".split()),
 }
 COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight columns each four bits of a number are."""

@@ -3,17 +3,20 @@
 import hashlib
 import json
 import pathlib
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from safetensors.numpy import load_file
 
-from ftjax import models, tree, weights
-from ftjax.hf import folder, load, quantized
+from ftjax import models, sharding, tree, weights
+from ftjax.hf import folder, load, quantized, quantized_gptq
 from ftjax.hf.lazy import LazyTensor, from_array
+from ftjax.hf.quantized_parts import Parts
 from ftjax.quant import QuantizedWeight
 from ftjax.quant.permuted import PermutedWeight
 
@@ -93,6 +96,39 @@ def test_a_block_is_a_part_of_the_whole(kind):
         for cut in (slice(0, 1), slice(3, 6), slice(1, None)):
             index = tuple(cut if size > 3 else slice(0, size) for size in part.shape)
             np.testing.assert_array_equal(part.read(index), part.read()[index], strict=True)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "gptq_sorted"])
+def test_the_rules_of_a_mesh_place_packed_matrices(loaded, kind):
+    mesh = jax.make_mesh((1, 2, 4, 1), ("data", "fsdp", "tensor", "context"), axis_types=(AxisType.Auto,) * 4)
+    model, expected = loaded[kind]
+    params = load.load_params(folder.read(GOLDENS / kind), model, dtype="float32", place=sharding.placement(mesh))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    weight = params["layers"]["self_attn"]["q_proj"]["kernel"]
+    codes = (weight.base if kind == "gptq_sorted" else weight).codes
+    assert len({str(shard.index) for shard in codes.addressable_shards}) > 1
+
+
+def test_the_host_holds_packed_bytes_and_a_layer():
+    layers, i, o = 8, 256, 1024
+    weights_ = [
+        quantized_gptq.read(
+            Parts("up", {name: zeros(*what) for name, what in parts.items()}, {"group_size": 64, "sym": False}, np.dtype("f2"))
+        )
+        for parts in [{"qweight": ((i // 8, o), "i4"), "qzeros": ((4, o // 8), "i4"), "scales": ((4, o), "f2")}] * layers
+    ]
+    tensors = [LazyTensor((o, i), np.dtype("f2"), lambda index: pytest.fail("a dense matrix"), weight) for weight in weights_]
+    tracemalloc.start()
+    try:
+        leaf = load.on_default_device("", load.leaf("layers/mlp/up_proj/kernel", tensors))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert tree.num_bytes(leaf) <= peak < tree.num_bytes(leaf) + 4 * i * o
+
+
+def zeros(shape, dtype):
+    return LazyTensor(shape, np.dtype(dtype), lambda index: np.zeros(shape, dtype)[index])
 
 
 def test_the_dtype_of_a_folder_is_that_of_what_it_stands_for():
