@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 PRODUCT = "product"
@@ -57,6 +58,14 @@ class Weight(abc.ABC):
         """Return `[x @ w for w in ws]`, this weight among them; a subclass may share work between them."""
         return tuple(dot(x, w) for w in ws)
 
+    def on_mesh(self, mesh: Mesh, rows: tuple[str, ...], dense: tuple[Any, ...]) -> Weight:
+        """Return this weight, told where it lies: for one whose product the compiler cannot split by itself. By default as it is.
+
+        `rows` are the axes of the mesh that the rows of x are split over, `dense` has an entry for each axis of the dense array.
+        """
+        del mesh, rows, dense
+        return self
+
     def __matmul__(self, other):
         raise TypeError(
             f"{type(self).__name__} is a Weight, not an array: write ftjax.weights.dot(x, w), or materialize(w) for the dense array."
@@ -77,6 +86,9 @@ class Wrapper(Weight):
     @property
     def dtype(self) -> jnp.dtype:
         return self.base.dtype
+
+    def on_mesh(self, mesh: Mesh, rows: tuple[str, ...], dense: tuple[Any, ...]) -> Wrapper:
+        return dataclasses.replace(self, base=self.base.on_mesh(mesh, rows, dense)) if isinstance(self.base, Weight) else self
 
     def neutral(self) -> Wrapper:
         """Return a weight of this kind and these shapes that stands for its base: by default the one whose own numbers are 0."""

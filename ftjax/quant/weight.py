@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ftjax.kernels import int4_matmul
-from ftjax.kernels.int4_matmul import Packed, Spec
+from ftjax.kernels.int4_matmul import Choice, Packed, Place, Spec
 from ftjax.quant import codes
 from ftjax.types import pytree, static
 from ftjax.weights import Weight
@@ -41,9 +44,9 @@ class NestedScales:
     def expand(self) -> Float[Array, "*l n o"]:
         """Return the scales, float32."""
         *layers, o, n = self.codes.shape
-        numbers = jnp.asarray(codes.dynamic())[self.codes.astype(jnp.int32)].reshape(*layers, o * n)
-        scales = jnp.repeat(self.scales, NESTED_BLOCK, axis=-1)[..., : o * n]
-        return jnp.swapaxes((numbers * scales + self.mean[..., None]).reshape(*layers, o, n), -1, -2)
+        numbers = jnp.asarray(codes.dynamic())[self.codes.astype(jnp.int32)]  # as it lies on a mesh, so it is not made flat
+        scales = jnp.repeat(self.scales, NESTED_BLOCK, axis=-1)[..., : o * n].reshape(*layers, o, n)
+        return jnp.swapaxes(numbers * scales + self.mean[..., None, None], -1, -2)
 
 
 @pytree
@@ -60,6 +63,10 @@ class QuantizedWeight(Weight):
     """Of `SPECS`."""
     dtype_name: str = static(default="bfloat16")
     """Of what was quantised, and of `materialize`."""
+    implementation: str = static(default="auto")
+    """Of the products: see `ftjax.kernels.int4_matmul.IMPLEMENTATIONS`."""
+    place: Place | None = static(default=None)
+    """Where it lies, on a mesh."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,10 +81,23 @@ class QuantizedWeight(Weight):
         return int4_matmul.dense(self._spec, self._packed(), self.dtype)
 
     def dot(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        return int4_matmul.product(x, self._packed(), self._spec)
+        return int4_matmul.product(x, self._packed(), self._spec, implementation=self.implementation, place=self.place)
 
     def dot_transposed(self, x: Float[Array, "*b o"]) -> Float[Array, "*b i"]:
-        return int4_matmul.product_transposed(x, self._packed(), self._spec)
+        return int4_matmul.product_transposed(x, self._packed(), self._spec, implementation=self.implementation, place=self.place)
+
+    def on_mesh(self, mesh: Mesh, rows: tuple[str, ...], dense: tuple[Any, ...]) -> QuantizedWeight:
+        return dataclasses.replace(self, place=Place(mesh, rows, *dense[-2:]))
+
+    def choice(self, rows: int, dtype: jnp.dtype, platform: str) -> Choice:
+        """Return which implementation multiplies so many rows of a dtype on each device of a platform, and why not the others.
+
+        Raises:
+          ValueError: one is asked for that cannot.
+        """
+        packed = jax.eval_shape(lambda w: jax.tree.map(lambda array: array.reshape(-1, *array.shape[-2:])[0], w._packed()), self)
+        packed = packed if self.place is None else int4_matmul.part(self.place, self._spec, packed)
+        return int4_matmul.choice(self._spec, rows, packed, dtype, platform=platform, implementation=self.implementation)
 
     def embed(self, ids: jax.Array) -> jax.Array:
         packed, spec, (i, _) = self._packed(), self._spec, self.shape

@@ -93,10 +93,12 @@ def _sharded(path: str, leaf: Leaf, mesh: Mesh, rules: Rules) -> Leaf:
     dense = entries(path, leaf.shape)
     if dense is None:
         raise ValueError(f"sharding: {path!r} {list(leaf.shape)} has no rule that fits; see sharding.RULES and sharding.REST.")
+    around = tuple(map(_without_fsdp, dense))
+    leaf = leaf.on_mesh(mesh, ROWS, around) if isinstance(leaf, weights.Weight) else leaf
     if all(mesh.shape[name] == 1 for entry in dense for name in names(entry)):
         return leaf
     inner = tuple(entries(f"{path}/{name}" if name else path, u) for (name, _), u in zip(paths(leaf), divisible(leaf), strict=True))
-    return Sharded(leaf, mesh, tuple(map(_without_fsdp, dense)), inner)
+    return Sharded(leaf, mesh, around, inner)
 
 
 def _once(leaf: Leaf) -> Leaf:

@@ -13,37 +13,51 @@ import jax
 from jaxtyping import Array, Float
 
 from ftjax.kernels.int4_matmul.decode import Packed, Spec, dense, pack, unpack, values
-from ftjax.kernels.int4_matmul.implementations import IMPLEMENTATIONS, Choice, Implementation, check, choice, run
+from ftjax.kernels.int4_matmul.implementations import IMPLEMENTATIONS, Choice, Implementation, check, choice
+from ftjax.kernels.int4_matmul.place import Place, part, run
 
 
-def product(x: Float[Array, "*b i"], w: Packed, spec: Spec, *, implementation: str = "auto") -> Float[Array, "*b o"]:
-    """Return `x D(w)` in the dtype of x; gradients flow into x alone."""
-    rows = _product(spec, check(implementation), x.reshape(-1, x.shape[-1]), w)
-    return rows.reshape(*x.shape[:-1], -1)
+def product(
+    x: Float[Array, "*b i"], w: Packed, spec: Spec, *, implementation: str = "auto", place: Place | None = None
+) -> Float[Array, "*b o"]:
+    """Return `x D(w)` in the dtype of x; gradients flow into x alone.
+
+    Args:
+      x: rows, in float32 or bfloat16.
+      w: one matrix.
+      spec: how its codes are read.
+      implementation: of `IMPLEMENTATIONS`, or "auto": the first that fits on the platform that the program is lowered for.
+      place: where both lie, on a mesh.
+
+    Raises:
+      ValueError: the implementation cannot take the product; the message says why.
+    """
+    return _product(spec, check(implementation), place, x, w)
 
 
-def product_transposed(x: Float[Array, "*b o"], w: Packed, spec: Spec, *, implementation: str = "auto") -> Float[Array, "*b i"]:
-    """Return `x D(w)ᵀ` in the dtype of x; gradients flow into x alone."""
-    rows = _product_transposed(spec, check(implementation), x.reshape(-1, x.shape[-1]), w)
-    return rows.reshape(*x.shape[:-1], -1)
+def product_transposed(
+    x: Float[Array, "*b o"], w: Packed, spec: Spec, *, implementation: str = "auto", place: Place | None = None
+) -> Float[Array, "*b i"]:
+    """Return `x D(w)ᵀ` in the dtype of x; gradients flow into x alone. See `product`."""
+    return _product_transposed(spec, check(implementation), place, x, w)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(spec: Spec, name: str, x: jax.Array, w: Packed) -> jax.Array:
-    return run("product", spec, name, x, w)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product(spec: Spec, name: str, place: Place | None, x: jax.Array, w: Packed) -> jax.Array:
+    return run("product", spec, name, place, x, w)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product_transposed(spec: Spec, name: str, x: jax.Array, w: Packed) -> jax.Array:
-    return run("product_transposed", spec, name, x, w)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _product_transposed(spec: Spec, name: str, place: Place | None, x: jax.Array, w: Packed) -> jax.Array:
+    return run("product_transposed", spec, name, place, x, w)
 
 
-def _forward(product: Callable[..., jax.Array], spec: Spec, name: str, x: jax.Array, w: Packed) -> tuple[jax.Array, Packed]:
-    return product(spec, name, x, w), w
+def _forward(product: Callable[..., jax.Array], spec: Spec, name: str, place: Place | None, x: jax.Array, w: Packed):
+    return product(spec, name, place, x, w), w
 
 
-def _backward(other: Callable[..., jax.Array], spec: Spec, name: str, w: Packed, cotangent: jax.Array) -> tuple[jax.Array, None]:
-    return other(spec, name, cotangent, w), None
+def _backward(other: Callable[..., jax.Array], spec: Spec, name: str, place: Place | None, w: Packed, cotangent: jax.Array):
+    return other(spec, name, place, cotangent, w), None
 
 
 _product.defvjp(functools.partial(_forward, _product), functools.partial(_backward, _product_transposed))
@@ -54,10 +68,13 @@ __all__ = [
     "Choice",
     "Implementation",
     "Packed",
+    "Place",
     "Spec",
     "choice",
     "dense",
+    "check",
     "pack",
+    "part",
     "product",
     "product_transposed",
     "unpack",
