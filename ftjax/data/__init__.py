@@ -9,6 +9,10 @@ from ftjax import tree
 from ftjax.data.corpus import Report, Sequences, concatenate, encode, examples
 from ftjax.data.files import Source
 from ftjax.data.formats import Example, parse
+from ftjax.data.items import Items, check_labels, joined
+from ftjax.data.items import encode as encode_judged
+from ftjax.data.items import rows as judged_rows
+from ftjax.data.judged import LABELLED, PAIRS, Judged
 from ftjax.data.loader import Loader, make_loader
 from ftjax.data.rows import RowError
 from ftjax.data.sources import open_source
@@ -18,8 +22,12 @@ from ftjax.data.tokenize import Encoder, answer, make_encoder
 __all__ = [
     "CHATML",
     "ChatTemplate",
+    "LABELLED",
+    "PAIRS",
     "Encoder",
     "Example",
+    "Items",
+    "Judged",
     "Loader",
     "Report",
     "RowError",
@@ -31,11 +39,13 @@ __all__ = [
     "encode",
     "examples",
     "load",
+    "load_judged",
     "make_encoder",
     "make_loader",
     "open_source",
     "parse",
     "read",
+    "read_judged",
 ]
 
 
@@ -86,12 +96,7 @@ def load(
       RowError: a row cannot be used; the message names file, line, column and reason.
       ValueError: a source is missing or empty, or nothing in it would be trained.
     """
-    if not sources:
-        raise ValueError("data: no source is given; set data.sources to {name: {'path': …}}")
-    weights = tuple(float(spec["weight"]) for spec in sources.values() if spec.get("weight") is not None)
-    if weights and len(weights) < len(sources):
-        missing = [name for name, spec in sources.items() if spec.get("weight") is None]
-        raise ValueError(f"data: either every source has a weight or none has; without one: {missing}")
+    weights = _weights(sources)
     parts, reports = [], {name: Report() for name in sources}
     for name, spec in sources.items():
         rows = read(spec, bad_rows=bad_rows, report=reports[name])
@@ -105,8 +110,61 @@ def load(
             packing=packing,
             seed=seed,
             sizes=sizes,
-            weights=weights or None,
+            weights=weights,
             shuffle=shuffle,
         ),
         reports,
     )
+
+
+def read_judged(spec: Mapping[str, Any], wanted: str, *, bad_rows: str = "raise", report: Report | None = None) -> Iterator[Judged]:
+    """Yield the judged responses of one source: as `read`, of the formats of `judged.FORMATS`; `wanted` is `PAIRS` or `LABELLED`."""
+    source = open_source(spec["path"], split=spec.get("split") or "train", name=spec.get("name") or None)
+    options = {"format": spec.get("format") or "auto", "columns": spec.get("columns")}
+    return judged_rows(source, wanted, **options, bad_rows=bad_rows, report=report)
+
+
+def load_judged(
+    sources: Mapping[str, Mapping[str, Any]],
+    encoder: Encoder,
+    *,
+    wanted: str,
+    batch_size: int,
+    seed: int = 0,
+    shuffle: bool = True,
+    bad_rows: str = "raise",
+    mismatched: bool = False,
+) -> tuple[Loader, dict[str, Report]]:
+    """Return the loader of judged responses and what became of their rows; arguments as in `load`.
+
+    Args:
+      sources: name -> what `read` takes.
+      encoder: its `max_tokens` holds for a prompt with one response.
+      wanted: `PAIRS`: batches `[batch_size, 2, t]`, chosen first, or `LABELLED`: `[batch_size, t]` with `desirable`.
+      batch_size: items of a batch over all hosts.
+      seed: of the order.
+      shuffle: False keeps the order of the rows.
+      bad_rows: "raise" at a row that cannot be used, or "skip" and count.
+      mismatched: beside single responses, each prompt with the response of another (KTO's baseline).
+    """
+    weights = _weights(sources)
+    parts, reports = [], {name: Report() for name in sources}
+    for name, spec in sources.items():
+        found = read_judged(spec, wanted, bad_rows=bad_rows, report=reports[name])
+        parts.append(encode_judged(found, encoder, bad_rows=bad_rows, report=reports[name]))
+    items = joined(parts)
+    check_labels(items)
+    options = {"batch_size": batch_size, "max_tokens": encoder.max_tokens, "packing": "none", "seed": seed, "shuffle": shuffle}
+    sizes = tuple(len(part.lengths) for part in parts)
+    judged = {"responses": items.responses, "numbers": items.numbers, "mismatched": mismatched}
+    return make_loader(items.sequences, **options, sizes=sizes, weights=weights, **judged), reports
+
+
+def _weights(sources: Mapping[str, Mapping[str, Any]]) -> tuple[float, ...] | None:
+    if not sources:
+        raise ValueError("data: no source is given; set data.sources to {name: {'path': …}}")
+    weights = tuple(float(spec["weight"]) for spec in sources.values() if spec.get("weight") is not None)
+    if weights and len(weights) < len(sources):
+        missing = [name for name, spec in sources.items() if spec.get("weight") is None]
+        raise ValueError(f"data: either every source has a weight or none has; without one: {missing}")
+    return weights or None

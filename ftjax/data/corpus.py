@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -85,14 +85,14 @@ def examples(
     Raises:
       RowError: a row cannot be read and `bad_rows` is "raise".
     """
-    _check_policy(bad_rows)
+    check_policy(bad_rows)
     report = report or Report()
     for at in range(source.size):
         report.rows += 1
         try:
             found = formats.parse(source.read(at), format=format, columns=columns, end_marker=end_marker, where=source.where(at))
         except RowError as error:
-            _bad(error, bad_rows, report)
+            bad(error, bad_rows, report)
             continue
         report.examples += len(found)
         yield from found
@@ -115,17 +115,17 @@ def encode(
       ValueError: no token of all the examples is trained.
     """
     for policy in (bad_rows, unsupervised):
-        _check_policy(policy)
+        check_policy(policy)
     report = report or Report()
     kept = []
-    for chunk in _chunks(iter(rows), 512):
+    for chunk in chunks(iter(rows), 512):
         for example, encoded in zip(chunk, encoder.encode(chunk), strict=True):
             if isinstance(encoded, RowError):
-                _bad(encoded, bad_rows, report)
+                bad(encoded, bad_rows, report)
                 continue
             if not encoded.loss_mask.any():
                 reason = "no token of it would be trained: it is empty, or no assistant message has weight 1"
-                _bad(RowError(reason, where=example.where), unsupervised, report)
+                bad(RowError(reason, where=example.where), unsupervised, report)
                 continue
             report.control += encoder.holds_control(example)
             report.cut_prompts += encoded.cut == "prompt"
@@ -153,17 +153,20 @@ def concatenate(parts: Iterable[Sequences]) -> Sequences:
     return Sequences(tokens, np.concatenate([part.loss_mask for part in parts]), np.concatenate([[0], np.cumsum(lengths)]))
 
 
-def _bad(error: RowError, policy: str, report: Report) -> None:
+def bad(error: RowError, policy: str, report: Report) -> None:
+    """Raise the error, or count it."""
     if policy == "raise":
         raise error
     report.skip(error.reason.split(";")[0][:80], str(error))
 
 
-def _check_policy(policy: str) -> None:
+def check_policy(policy: str) -> None:
+    """Refuse what is not of `BAD_ROWS`."""
     if policy not in BAD_ROWS:
         raise ValueError(f"data: bad rows can be treated by {BAD_ROWS}, not {policy!r}; nearest: {tree.nearest(policy, BAD_ROWS)}")
 
 
-def _chunks(items: Iterator[Example], size: int) -> Iterator[list[Example]]:
+def chunks(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    """Yield lists of up to `size` items."""
     while chunk := list(itertools.islice(items, size)):
         yield chunk

@@ -68,7 +68,7 @@ def parse(
     try:
         for theirs in columns.values():
             if theirs not in row:
-                raise RowError(f"is missing; the row has {_names(row)}; nearest: {tree.nearest(theirs, row)}", column=theirs)
+                raise RowError(f"is missing; the row has {column_names(row)}; nearest: {tree.nearest(theirs, row)}", column=theirs)
         chosen = detect(renamed) if format == "auto" else format
         if chosen not in FORMATS:
             raise ValueError(f"data: there is no format {chosen!r}; nearest: {tree.nearest(chosen, [*FORMATS, 'auto'])}")
@@ -94,8 +94,8 @@ def detect(row: Mapping[str, Any]) -> str:
         if any(all(column in row for column in choice) for choice in needed):
             return name
     raise RowError(
-        f"no known format has the columns {_names(row)}; name the columns (columns={{'prompt': …, 'completion': …}}) or write one of: "
-        + "; ".join(f"{name} ({' or '.join('+'.join(choice) for choice in needed)})" for name, needed in _NEEDS.items())
+        f"no known format has the columns {column_names(row)}; name the columns (columns={{'prompt': …, 'completion': …}}) or write one "
+        "of: " + "; ".join(f"{name} ({' or '.join('+'.join(choice) for choice in needed)})" for name, needed in _NEEDS.items())
     )
 
 
@@ -104,7 +104,7 @@ def messages_row(row: Mapping[str, Any]) -> list[Example]:
     tools = row.get("tools")
     if tools is not None and not isinstance(tools, list):
         raise RowError(f"must be a list, got {kind(tools)}", column="tools")
-    return [Example(_messages(row, "messages"), tools=tuple(tools) if tools else None)]
+    return [Example(messages_in(row, "messages"), tools=tuple(tools) if tools else None)]
 
 
 def sharegpt_row(row: Mapping[str, Any]) -> list[Example]:
@@ -117,14 +117,14 @@ def sharegpt_row(row: Mapping[str, Any]) -> list[Example]:
         if "from" not in turn and "role" in turn:
             turns.append(dict(turn))
             continue
-        speaker = _string(turn, "from", prefix=f"{column}.")
+        speaker = string_in(turn, "from", prefix=f"{column}.")
         if speaker not in _SHAREGPT:
             raise RowError(f"unknown speaker {speaker!r}; nearest: {tree.nearest(speaker, _SHAREGPT)}", column=f"{column}.from")
-        message = {"role": _SHAREGPT[speaker], "content": _string(turn, "value", prefix=f"{column}.")}
+        message = {"role": _SHAREGPT[speaker], "content": string_in(turn, "value", prefix=f"{column}.")}
         turns.append(message | ({"weight": turn["weight"]} if "weight" in turn else {}))
     if isinstance(row.get("system"), str) and row["system"] and (not turns or turns[0].get("role") != "system"):
         turns.insert(0, {"role": "system", "content": row["system"]})
-    return [Example(_messages({"conversations": turns}, "conversations"))]
+    return [Example(messages_in({"conversations": turns}, "conversations"))]
 
 
 def prompt_completion_row(row: Mapping[str, Any]) -> list[Example]:
@@ -135,15 +135,15 @@ def prompt_completion_row(row: Mapping[str, Any]) -> list[Example]:
             row = {**row, "completion": [{"role": "assistant", "content": completion}]}
         if isinstance(row["prompt"], str):
             row = {**row, "prompt": [{"role": "user", "content": row["prompt"]}]}
-        context = tuple({**message, "weight": 0} if message["role"] == "assistant" else message for message in _messages(row, "prompt"))
-        return [Example(context + _messages(row, "completion"))]
-    return [_pair(_string(row, "prompt"), _string(row, "completion"))]
+        context = tuple({**message, "weight": 0} if message["role"] == "assistant" else message for message in messages_in(row, "prompt"))
+        return [Example(context + messages_in(row, "completion"))]
+    return [_pair(string_in(row, "prompt"), string_in(row, "completion"))]
 
 
 def alpaca_row(row: Mapping[str, Any]) -> list[Example]:
     """Read Alpaca's rows (`input`, `output`) and Dolly's (`context`, `response`)."""
     context, answer = ("context", "response") if "response" in row else ("input", "output")
-    return [_pair(_instruction(row, row, context), _string(row, answer), system=row.get("system"))]
+    return [_pair(_instruction(row, row, context), string_in(row, answer), system=row.get("system"))]
 
 
 def self_instruct_row(row: Mapping[str, Any]) -> list[Example]:
@@ -152,18 +152,18 @@ def self_instruct_row(row: Mapping[str, Any]) -> list[Example]:
     for at, instance in enumerate(_list(row, "instances")):
         if not isinstance(instance, Mapping):
             raise RowError(f"must be an object, got {kind(instance)}", column=f"instances[{at}]")
-        examples.append(_pair(_instruction(row, instance, "input"), _string(instance, "output", prefix=f"instances[{at}].")))
+        examples.append(_pair(_instruction(row, instance, "input"), string_in(instance, "output", prefix=f"instances[{at}].")))
     return examples
 
 
 def question_answer_row(row: Mapping[str, Any]) -> list[Example]:
     """Read a question and its answer."""
-    return [_pair(_string(row, "question"), _string(row, "answer"))]
+    return [_pair(string_in(row, "question"), string_in(row, "answer"))]
 
 
 def text_row(row: Mapping[str, Any]) -> list[Example]:
     """Read a document."""
-    return [Example(text=_string(row, "text"))]
+    return [Example(text=string_in(row, "text"))]
 
 
 FORMATS: dict[str, Callable[[Mapping[str, Any]], list[Example]]] = {
@@ -187,14 +187,16 @@ _NEEDS: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 
 
-def _names(row: Mapping[str, Any]) -> str:
+def column_names(row: Mapping[str, Any]) -> str:
+    """Return the columns of a row, for messages."""
     return ", ".join(map(repr, list(row)[:20])) or "no columns"
 
 
-def _string(row: Mapping[str, Any], column: str, *, prefix: str = "", default: str | None = None) -> str:
+def string_in(row: Mapping[str, Any], column: str, *, prefix: str = "", default: str | None = None) -> str:
+    """Return the text in a column; `prefix` is of the place that an error names."""
     value = row.get(column, default)
     if not isinstance(value, str):
-        reason = f"must be a string, got {kind(value)}" if column in row else f"is missing; the row has {_names(row)}"
+        reason = f"must be a string, got {kind(value)}" if column in row else f"is missing; the row has {column_names(row)}"
         raise RowError(reason, column=prefix + column)
     return value
 
@@ -202,7 +204,9 @@ def _string(row: Mapping[str, Any], column: str, *, prefix: str = "", default: s
 def _list(row: Mapping[str, Any], column: str) -> Sequence[Any]:
     value = row.get(column)
     if not isinstance(value, (list, tuple)):
-        raise RowError(f"must be a list, got {kind(value)}" if column in row else f"is missing; the row has {_names(row)}", column=column)
+        raise RowError(
+            f"must be a list, got {kind(value)}" if column in row else f"is missing; the row has {column_names(row)}", column=column
+        )
     if not value:
         raise RowError("is an empty list", column=column)
     return value
@@ -217,18 +221,19 @@ def _instruction(row: Mapping[str, Any], instance: Mapping[str, Any], column: st
     context = instance.get(column) or ""
     if not isinstance(context, str):
         raise RowError(f"must be a string, got {kind(context)}", column=column)
-    instruction = _string(row, "instruction")
+    instruction = string_in(row, "instruction")
     return f"{instruction}\n\n{context}" if context.strip() else instruction
 
 
-def _messages(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
+def messages_in(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
+    """Return the messages in a column, checked."""
     return tuple(_message(message, f"{column}[{at}]") for at, message in enumerate(_list(row, column)))
 
 
 def _message(message: Any, column: str) -> Message:
     if not isinstance(message, Mapping):
         raise RowError(f"must be an object with role and content, got {kind(message)}", column=column)
-    role = _string(message, "role", prefix=f"{column}.")
+    role = string_in(message, "role", prefix=f"{column}.")
     if role not in ROLES:
         raise RowError(f"unknown role {role!r}; nearest: {tree.nearest(role, ROLES)}", column=f"{column}.role")
     weight = message.get("weight", 1)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from ftjax.data.corpus import Sequences
+from ftjax.data.judged_batch import judged_batch
 from ftjax.data.mixture import Mixture
 from ftjax.data.packing import Plan, make_plan
 from ftjax.types import Batch
@@ -36,6 +37,12 @@ class Loader:
     buckets: int
     rows: tuple[int, int]
     """The rows of each global batch that this loader returns."""
+    responses: int = 1
+    """Sequences that an item has, which then lie on an axis of their own: batches are `[rows, responses, width]`."""
+    numbers: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """`{field of Batch: float32 [items]}`."""
+    mismatched: bool = False
+    """Whether a batch has, beside its rows, each prompt with the response of the next."""
     plans: dict[int, tuple[np.ndarray, Plan]] = dataclasses.field(default_factory=dict)
     """The order and the plan of the latest epochs: a cache, never a state."""
     ends: list[int] = dataclasses.field(default_factory=list)
@@ -49,7 +56,7 @@ class Loader:
             if epoch not in self.plans:
                 order = self.order(epoch)
                 plan = make_plan(
-                    self.sequences.lengths[order],
+                    self.lengths[order],
                     batch_size=self.batch_size,
                     max_tokens=self.max_tokens,
                     packing=self.packing,
@@ -62,8 +69,13 @@ class Loader:
                 self.plans[epoch] = order, plan
             return self.plans[epoch]
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 `[items]`: tokens of each item's longest sequence."""
+        return self.sequences.lengths.reshape(-1, self.responses).max(axis=1)
+
     def order(self, epoch: int) -> np.ndarray:
-        """Return the sequences of an epoch `[epoch_size]` in the order in which they are drawn."""
+        """Return the items of an epoch `[epoch_size]` in the order in which they are drawn."""
         size = self.mixture.epoch_size
         source, row = self.mixture.draw(np.arange(epoch * size, (epoch + 1) * size))
         return self.first[source] + row
@@ -85,11 +97,14 @@ class Loader:
         return epoch, step - (self._end(epoch - 1) if epoch else 0)
 
     def batch(self, step: int) -> Batch:
-        """Return the batch of a step: NumPy arrays `[rows, width]`."""
+        """Return the batch of a step: NumPy arrays `[rows, width]`, or with an axis of responses before the last."""
         epoch, within = self.locate(step)
         order, plan = self.plan(epoch)
-        rows = plan.batches[within][slice(*self.rows)]
-        return assemble(self.sequences, plan, rows, order, width=int(plan.widths[within]))
+        width, of_all, mine = int(plan.widths[within]), plan.batches[within], slice(*self.rows)
+        if self.responses == 1 and not self.numbers:
+            return assemble(self.sequences, plan, of_all[mine], order, width=width)
+        items = np.where(of_all < 0, -1, order[plan.rows.pieces[of_all, 0]])
+        return judged_batch(self.sequences, items, mine, self.responses, self.numbers, width=width, mismatched=self.mismatched)
 
     def shard(self, process_index: int, process_count: int) -> Loader:
         """Return the loader of one host: its consecutive share of each batch's rows."""
@@ -146,7 +161,9 @@ class Loader:
         """The share of all batch positions of the first epoch that hold a token."""
         _, plan = self.plan(0)
         used = int((plan.rows.pieces[:, 2] - plan.rows.pieces[:, 1]).sum())
-        return used / (int(plan.widths.sum()) * self.batch_size)
+        if self.responses > 1:
+            used = int(self.sequences.lengths.sum())
+        return used / (int(plan.widths.sum()) * self.batch_size * self.responses)
 
     def _end(self, epoch: int) -> int:
         with self.lock:
@@ -168,6 +185,9 @@ def make_loader(
     weights: tuple[float, ...] | None = None,
     shuffle: bool = True,
     buckets: int = 4,
+    responses: int = 1,
+    numbers: Mapping[str, np.ndarray] = {},
+    mismatched: bool = False,
 ) -> Loader:
     """Return the loader of some sequences.
 
@@ -181,16 +201,21 @@ def make_loader(
       weights: the share of each source, or None for all rows of all sources once an epoch.
       shuffle: False keeps the order of the sources.
       buckets: with packing "none", the most different widths.
+      responses: sequences of an item, for judged responses: of these too, as the next two, packing is "none".
+      numbers: what is known of each item.
+      mismatched: add each prompt with the response of another item.
     """
-    count = len(sequences.lengths)
+    count = len(sequences.lengths) // responses
     sizes = sizes or (count,)
     if sum(sizes) != count:
         raise ValueError(f"data: sizes {sizes} do not add up to {count} sequences")
+    if (responses > 1 or numbers) and packing != "none":
+        raise ValueError(f"data: judged responses have rows of their own: packing is 'none', not {packing!r}.")
     if batch_size < 1:
         raise ValueError(f"data: batch_size is {batch_size}")
     first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     mixture = Mixture(tuple(sizes), weights, seed, shuffle)
-    return Loader(sequences, mixture, first, batch_size, max_tokens, packing, buckets, (0, batch_size))
+    return Loader(sequences, mixture, first, batch_size, max_tokens, packing, buckets, (0, batch_size), responses, numbers, mismatched)
 
 
 def assemble(sequences: Sequences, plan: Plan, rows: np.ndarray, order: np.ndarray, *, width: int) -> Batch:

@@ -1,0 +1,148 @@
+"""From rows of judged responses to items: as many sequences each as there are responses to compare, and the numbers that go with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from ftjax.data import judged
+from ftjax.data.corpus import Report, Sequences, bad, check_policy, chunks, concatenate
+from ftjax.data.files import Source
+from ftjax.data.judged import Judged
+from ftjax.data.rows import RowError
+from ftjax.data.tokenize import Encoded, Encoder
+
+UNCUT = 2**31
+"""More tokens than any sequence has."""
+
+
+class Items(NamedTuple):
+    """Item `i` is the sequences `i · responses` to `(i + 1) · responses`."""
+
+    sequences: Sequences
+    responses: int
+    numbers: Mapping[str, np.ndarray]
+    """`{field of Batch: float32 [items]}`."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 `[items]`: tokens of the longest response of each, its prompt included."""
+        return self.sequences.lengths.reshape(-1, self.responses).max(axis=1)
+
+
+def rows(
+    source: Source,
+    wanted: str,
+    *,
+    format: str = "auto",
+    columns: Mapping[str, str] | None = None,
+    bad_rows: str = "raise",
+    report: Report | None = None,
+) -> Iterator[Judged]:
+    """Yield the judged responses of a source, in order: see `judged.parse`.
+
+    Raises:
+      RowError: a row cannot be used and `bad_rows` is "raise".
+    """
+    check_policy(bad_rows)
+    report = report or Report()
+    for at in range(source.size):
+        report.rows += 1
+        try:
+            found = judged.parse(source.read(at), wanted, format=format, columns=columns, where=source.where(at))
+        except RowError as error:
+            bad(error, bad_rows, report)
+            continue
+        report.examples += len(found)
+        yield from found
+
+
+def encode(
+    found: Iterable[Judged], encoder: Encoder, *, bad_rows: str = "raise", too_long: str = "skip", report: Report | None = None
+) -> Items:
+    """Return the items of some judged responses.
+
+    The responses of an item keep one prompt: it is cut from the left, by as much for all, until the longest of them fits.
+
+    Args:
+      found: of one kind.
+      encoder: how they become tokens; its `max_tokens` holds for prompt and response together.
+      bad_rows: what to do with what the template cannot render, "raise" or "skip".
+      too_long: the same for a response that does not fit: it is never cut.
+      report: counts.
+
+    Raises:
+      RowError: see `bad_rows` and `too_long`.
+      ValueError: nothing is left, or of single responses only good or only bad ones.
+    """
+    for policy in (bad_rows, too_long):
+        check_policy(policy)
+    report, whole = report or Report(), dataclasses.replace(encoder, max_tokens=UNCUT)
+    kept: list[list[Encoded]] = []
+    numbers: list[Mapping[str, float]] = []
+    for chunk in chunks(iter(found), 256):
+        encoded = iter(whole.encode([example for item in chunk for example in item.responses]))
+        for item in chunk:
+            responses = list(itertools.islice(encoded, len(item.responses)))
+            where = item.responses[0].where
+            if errors := [one for one in responses if isinstance(one, RowError)]:
+                bad(errors[0], bad_rows, report)
+            elif not all(one.loss_mask.any() for one in responses):
+                bad(RowError("a response has no token that would be trained", where=where), bad_rows, report)
+            elif (fitting := _cut_together(responses, encoder.max_tokens, keep=len(encoder.bos))) is None:
+                bad(RowError(f"a response does not fit max_tokens={encoder.max_tokens}", where=where), too_long, report)
+            else:
+                report.cut_prompts += fitting[0].cut == "prompt"
+                report.control += any(encoder.holds_control(example) for example in item.responses)
+                kept.append(fitting)
+                numbers.append(item.numbers)
+    if not kept:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in report.skipped.most_common(5)) or "there was none"
+        raise ValueError(f"data: of {report.examples:,} judged responses none can be used: {reasons}. First: {report.first_errors[:1]}")
+    sequences = [one for item in kept for one in item]
+    tokens, masks = (np.concatenate([getattr(one, name) for one in sequences]) for name in ("tokens", "loss_mask"))
+    report.sequences += len(sequences)
+    report.tokens += len(tokens)
+    report.supervised += int(masks.sum(dtype=np.int64))
+    starts = np.cumsum([0, *(len(one.tokens) for one in sequences)])
+    return Items(Sequences(tokens, masks, starts), len(kept[0]), _columns(numbers))
+
+
+def joined(parts: Iterable[Items]) -> Items:
+    """Return the items of all parts, one part after the other; a number that some parts have not is 0 there."""
+    parts = list(parts)
+    names = {name for part in parts for name in part.numbers}
+    numbers = {
+        name: np.concatenate([part.numbers.get(name, np.zeros(len(part.lengths), np.float32)) for part in parts]) for name in sorted(names)
+    }
+    return Items(concatenate([part.sequences for part in parts]), parts[0].responses, numbers)
+
+
+def check_labels(items: Items) -> None:
+    """Refuse single responses that are all good or all bad: there is nothing to compare."""
+    labels = items.numbers.get("desirable")
+    if labels is not None and len(set(labels.tolist())) < 2:
+        which = "desirable" if labels[0] else "undesirable"
+        raise ValueError(f"data: all {len(labels):,} responses are {which}; the other class is needed too, to learn the difference.")
+
+
+def _columns(numbers: list[Mapping[str, float]]) -> dict[str, np.ndarray]:
+    names = sorted({name for one in numbers for name in one})
+    return {name: np.asarray([one.get(name, 0.0) for one in numbers], np.float32) for name in names}
+
+
+def _cut_together(responses: list[Encoded], max_tokens: int, *, keep: int) -> list[Encoded] | None:
+    """Return the responses with as much of the front of their prompt cut off as the longest needs; None if a response does not fit."""
+    excess = max(len(one.tokens) for one in responses) - max_tokens
+    if excess <= 0:
+        return responses
+    keep = min(keep, min(len(one.tokens) for one in responses))
+    prompt = min(int(np.argmax(one.loss_mask)) for one in responses)
+    if prompt - keep - excess < (0 if keep else 1):  # something must stay to predict the first token of the response from
+        return None
+    first = keep + excess
+    return [Encoded(*(np.concatenate([x[:keep], x[first:]]) for x in (one.tokens, one.loss_mask)), cut="prompt") for one in responses]

@@ -1,0 +1,182 @@
+r"""Rows of judged responses: pairs of which one was preferred, and single responses that are good or bad.
+
+| format | columns |
+|---|---|
+| `preference` | `prompt`, `chosen`, `rejected`, each a string or messages, perhaps `margin`; without `prompt`: two conversations |
+| `dialogue` | `chosen`, `rejected`: texts of turns that begin with "\n\nHuman: " and "\n\nAssistant: " (HH-RLHF) |
+| `openai_preference` | `input.messages`, `preferred_output`, `non_preferred_output` |
+| `labelled` | `prompt`, `completion`, `label`: true or false |
+
+Two conversations part at the first *message* that differs, so no token is ever cut in two; what they share is the prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ftjax import tree
+from ftjax.data.formats import Example, Message, column_names, messages_in, string_in
+from ftjax.data.rows import RowError, kind
+
+PAIRS, LABELLED = "pairs", "labelled"
+KINDS = (PAIRS, LABELLED)
+"""What a loss compares: two responses to a prompt, or single ones with a label."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A prompt with what was answered to it."""
+
+    responses: tuple[Example, ...]
+    """Conversations that begin with the same prompt, of which nothing is trained: the chosen one first, or a single one."""
+    numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """What is known of them, by the name that `Batch` has for it: `margins`, `desirable`."""
+
+
+def parse(
+    row: Mapping[str, Any], wanted: str, *, format: str = "auto", columns: Mapping[str, str] | None = None, where: str = ""
+) -> list[Judged]:
+    """Return the judged responses in a row: a pair is one item of pairs, or two labelled ones.
+
+    Args:
+      row: the columns by name.
+      wanted: of `KINDS`.
+      format: a name from `FORMATS`, or "auto" to tell it from the columns.
+      columns: the format's column names -> the names that this data set uses.
+      where: the place to name in errors.
+
+    Raises:
+      RowError: a column is missing or of the wrong type, both responses are equal, one is empty, or single responses stand where pairs
+        are wanted.
+    """
+    renamed = {**row, **{name: row[theirs] for name, theirs in (columns or {}).items() if theirs in row}}
+    try:
+        chosen = detect(renamed) if format == "auto" else format
+        if chosen not in FORMATS:
+            raise ValueError(
+                f"data: there is no format {chosen!r} of judged responses; nearest: {tree.nearest(chosen, [*FORMATS, 'auto'])}"
+            )
+        found = FORMATS[chosen](renamed)
+        if wanted == PAIRS and len(found.responses) != 2:
+            raise RowError("holds a single response, and pairs are wanted: use an algorithm of single responses, such as kto")
+    except RowError as error:
+        raise error.at(where) from None
+    placed = tuple(dataclasses.replace(one, columns=dict(row), where=where) for one in found.responses)
+    if wanted == PAIRS or len(placed) == 1:
+        return [Judged(placed, found.numbers)]
+    return [Judged((one,), {"desirable": float(at == 0)}) for at, one in enumerate(placed)]
+
+
+def detect(row: Mapping[str, Any]) -> str:
+    """Return the name of the format that has these columns."""
+    if "preferred_output" in row and "non_preferred_output" in row:
+        return "openai_preference"
+    if "chosen" in row and "rejected" in row:
+        bare = "prompt" not in row and isinstance(row["chosen"], str)
+        return "dialogue" if bare else "preference"
+    if "prompt" in row and "completion" in row and "label" in row:
+        return "labelled"
+    raise RowError(
+        f"no format of judged responses has the columns {column_names(row)}; name the columns (columns={{'chosen': …, 'rejected': …}}) or "
+        "write prompt, chosen and rejected, or prompt, completion and label"
+    )
+
+
+def preference_row(row: Mapping[str, Any]) -> Judged:
+    """Read a prompt, its chosen and its rejected response; without a prompt, two conversations."""
+    if row.get("prompt") is None:
+        pair = _parted(messages_in(row, "chosen"), messages_in(row, "rejected"))
+    else:
+        prompt = _turns(row, "prompt", "user")
+        pair = _joined(prompt, _turns(row, "chosen", "assistant"), _turns(row, "rejected", "assistant"))
+    margin = row.get("margin")
+    if margin is None:
+        return Judged(pair)
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+        raise RowError(f"must be a number, got {kind(margin)}", column="margin")
+    return Judged(pair, {"margins": float(margin)})
+
+
+def dialogue_row(row: Mapping[str, Any]) -> Judged:
+    """Read two texts of turns."""
+    return Judged(_parted(_dialogue(row, "chosen"), _dialogue(row, "rejected")))
+
+
+def openai_preference_row(row: Mapping[str, Any]) -> Judged:
+    """Read OpenAI's rows for preference fine-tuning."""
+    asked = row.get("input")
+    if not isinstance(asked, Mapping):
+        raise RowError(f"must be an object with messages, got {kind(asked)}", column="input")
+    outputs = (messages_in(row, name) for name in ("preferred_output", "non_preferred_output"))
+    pair = _joined(messages_in(asked, "messages"), *outputs)
+    tools = asked.get("tools")
+    return Judged(tuple(dataclasses.replace(one, tools=tuple(tools) if tools else None) for one in pair))
+
+
+def labelled_row(row: Mapping[str, Any]) -> Judged:
+    """Read a prompt, a response and whether it is good."""
+    label = row.get("label")
+    if not isinstance(label, bool):
+        raise RowError(f"must be true or false, got {kind(label)}", column="label")
+    messages = _silent(_turns(row, "prompt", "user")) + _said(_turns(row, "completion", "assistant"), "completion")
+    return Judged((Example(messages),), {"desirable": float(label)})
+
+
+FORMATS: dict[str, Callable[[Mapping[str, Any]], Judged]] = {
+    "preference": preference_row,
+    "dialogue": dialogue_row,
+    "openai_preference": openai_preference_row,
+    "labelled": labelled_row,
+}
+
+
+def _turns(row: Mapping[str, Any], column: str, role: str) -> tuple[Message, ...]:
+    """Return messages, or a string as the one message of a role."""
+    if isinstance(row.get(column), (list, tuple)):
+        return messages_in(row, column)
+    return ({"role": role, "content": string_in(row, column)},)
+
+
+def _parted(chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple[Example, Example]:
+    """Return two conversations whose common messages are the prompt."""
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == min(len(chosen), len(rejected)):
+        equal = len(chosen) == len(rejected)
+        raise RowError("chosen and rejected are the same" if equal else "one conversation is the beginning of the other")
+    if not shared:
+        raise RowError("chosen and rejected have no first message in common, so there is no prompt; give it in a column of its own")
+    return _joined(chosen[:shared], chosen[shared:], rejected[shared:])
+
+
+def _joined(prompt: Sequence[Message], chosen: Sequence[Message], rejected: Sequence[Message]) -> tuple[Example, Example]:
+    if list(chosen) == list(rejected):
+        raise RowError("chosen and rejected are the same")
+    return tuple(Example(_silent(prompt) + _said(response, column)) for response, column in ((chosen, "chosen"), (rejected, "rejected")))
+
+
+def _silent(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return messages of which nothing is trained."""
+    return tuple({**message, "weight": 0} if message["role"] == "assistant" else message for message in messages)
+
+
+def _said(messages: Sequence[Message], column: str) -> tuple[Message, ...]:
+    """Return a response, which must begin with an assistant's message that says something."""
+    if messages[0]["role"] != "assistant":
+        raise RowError(f"begins with a message of the {messages[0]['role']}: responses differ in what the assistant says", column=column)
+    if not messages[0]["content"].strip() and not messages[0].get("tool_calls"):
+        raise RowError("is an empty response", column=column)
+    return tuple(messages)
+
+
+def _dialogue(row: Mapping[str, Any], column: str) -> tuple[Message, ...]:
+    text = string_in(row, column)
+    head, *parts = re.split(r"\n\n(Human|Assistant):", text)
+    if head.strip() or not parts:
+        raise RowError('is no text of turns that begin with "\\n\\nHuman:"; give the prompt in a column of its own', column=column)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return tuple({"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True))

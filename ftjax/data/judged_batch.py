@@ -1,0 +1,89 @@
+"""Items as a batch: a row for each response, padded to one width, with what is known of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from ftjax.data.corpus import Sequences
+from ftjax.types import Batch
+
+
+class _Row(NamedTuple):
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+
+
+def judged_batch(
+    sequences: Sequences,
+    items: np.ndarray,
+    mine: slice,
+    responses: int,
+    numbers: Mapping[str, np.ndarray],
+    *,
+    width: int,
+    mismatched: bool = False,
+) -> Batch:
+    """Return the batch of some items: `[rows, responses, width]`, or `[rows, width]` where an item has one response.
+
+    Args:
+      sequences: item `i` has `responses` of them, from `i · responses` on.
+      items: those of the global batch; -1 is an empty row.
+      mine: the rows of it that are returned.
+      responses: of an item.
+      numbers: what is known of each item, by the field of `Batch`; 0 in an empty row.
+      width: tokens of a row.
+      mismatched: add each prompt with the response of the next item of the global batch.
+    """
+    local = items[mine]
+    rows = [sequences_row(sequences, item * responses + at) if item >= 0 else None for item in local for at in range(responses)]
+    batch = padded(rows, width, (len(local), responses) if responses > 1 else (len(local),))
+    known = {name: np.where(local < 0, 0, values[local]).astype(np.float32) for name, values in numbers.items()}
+    batch = dataclasses.replace(batch, **known)
+    if not mismatched:
+        return batch
+    others = _next_of(items)[mine]
+    crossed = [_crossed(sequences, int(item), int(other), width) if item >= 0 else None for item, other in zip(local, others, strict=True)]
+    return dataclasses.replace(batch, mismatched=padded(crossed, width, (len(local),)))
+
+
+def sequences_row(sequences: Sequences, index: int) -> _Row:
+    """Return one sequence."""
+    where = slice(int(sequences.starts[index]), int(sequences.starts[index + 1]))
+    return _Row(sequences.tokens[where], sequences.loss_mask[where])
+
+
+def padded(rows: Iterable[_Row | None], width: int, shape: tuple[int, ...]) -> Batch:
+    """Return rows `[*shape, width]`, each one document from the left."""
+    rows = list(rows)
+    tokens, positions, segment_ids = (np.zeros((len(rows), width), np.int32) for _ in range(3))
+    loss_mask = np.zeros((len(rows), width), np.float32)
+    for at, row in enumerate(rows):
+        if row is not None:
+            size = len(row.tokens)
+            tokens[at, :size], loss_mask[at, :size] = row
+            positions[at, :size], segment_ids[at, :size] = np.arange(size), 1
+    loss_mask[:, :1] = 0  # the first token has nothing before it
+    fields = {"tokens": tokens, "loss_mask": loss_mask, "positions": positions, "segment_ids": segment_ids}
+    return Batch(**{name: value.reshape(*shape, width) for name, value in fields.items()})
+
+
+def _next_of(items: np.ndarray) -> np.ndarray:
+    """Return for each item the next one of the batch, the first after the last; empty rows are passed over."""
+    real = items[items >= 0]
+    found = items.copy()
+    found[items >= 0] = np.roll(real, -1)
+    return found
+
+
+def _crossed(sequences: Sequences, item: int, other: int, width: int) -> _Row:
+    """Return the prompt of one item with the response of another; the prompt loses its front if both do not fit."""
+    asked, answered = sequences_row(sequences, item), sequences_row(sequences, other)
+    prompt = asked.tokens[: int(np.argmax(asked.loss_mask))]
+    begin = int(np.argmax(answered.loss_mask))
+    response, mask = answered.tokens[begin:][: width - 1], answered.loss_mask[begin:][: width - 1]
+    prompt = prompt[max(0, len(prompt) + len(response) - width) :]
+    return _Row(np.concatenate([prompt, response]), np.concatenate([np.zeros(len(prompt), mask.dtype), mask]))

@@ -1,0 +1,137 @@
+"""Judged responses: what a row says, how its responses become tokens, and where they lie in a batch."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from ftjax import data
+from ftjax.data import items, judged
+from ftjax.data.rows import RowError
+from ftjax.hf import tokenizer
+
+PROMPT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "2+2"}]
+ROWS = {
+    "preference": {"prompt": "2+2", "chosen": "4", "rejected": "5"},
+    "messages": {"prompt": PROMPT, "chosen": [{"role": "assistant", "content": "4"}], "rejected": "5", "margin": 2},
+    "implicit": {"chosen": [*PROMPT, {"role": "assistant", "content": "4"}], "rejected": [*PROMPT, {"role": "assistant", "content": "45"}]},
+    "dialogue": {"chosen": "\n\nHuman: 2+2\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2\n\nAssistant: 45"},
+    "openai": {
+        "input": {"messages": PROMPT},
+        "preferred_output": [{"role": "assistant", "content": "4"}],
+        "non_preferred_output": [{"role": "assistant", "content": "5"}],
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def words():
+    return tokenizer.byte_tokenizer()
+
+
+def trained(encoder, example):
+    (found,) = encoder.encode([example])
+    return encoder.tokenizer.decode(found.tokens[found.loss_mask > 0])
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_both_responses_follow_one_prompt_of_which_nothing_is_trained(name, words):
+    (pair,) = judged.parse(ROWS[name], judged.PAIRS)
+    chosen, rejected = pair.responses
+    assert chosen.messages[:-1] == rejected.messages[:-1] and chosen.messages[-2]["content"] == "2+2"
+    encoder = data.make_encoder(words, max_tokens=200)
+    assert trained(encoder, chosen) == "4<|im_end|>" and trained(encoder, rejected) in ("5<|im_end|>", "45<|im_end|>")
+    assert pair.numbers == ({"margins": 2.0} if name == "messages" else {})
+    labelled = judged.parse(ROWS[name], judged.LABELLED)
+    assert [(one.responses[0], dict(one.numbers)) for one in labelled] == [(chosen, {"desirable": 1}), (rejected, {"desirable": 0})]
+
+
+def test_a_single_response_has_a_label_that_is_true_or_false():
+    (one,) = judged.parse({"prompt": "2+2", "completion": "5", "label": False}, judged.LABELLED)
+    assert one.numbers == {"desirable": 0.0} and one.responses[0].messages[-1]["content"] == "5"
+    for label in (1, "true", None):
+        with pytest.raises(RowError, match="column 'label': must be true or false"):
+            judged.parse({"prompt": "2+2", "completion": "5", "label": label}, judged.LABELLED, format="labelled")
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
+        ({"prompt": "a", "chosen": " ", "rejected": "b"}, "column 'chosen': is an empty response"),
+        ({"prompt": "a", "chosen": "b", "rejected": 3}, "column 'rejected': must be a string, got a number"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": True}, "column 'margin': must be a number"),
+        ({"prompt": "a", "completion": "b", "label": True}, "single response, and pairs are wanted"),
+        ({"chosen": PROMPT, "rejected": PROMPT[:2]}, "one conversation is the beginning of the other"),
+        ({"chosen": PROMPT, "rejected": [{"role": "user", "content": "Ho"}]}, "no first message in common"),
+        ({"chosen": [*PROMPT, *PROMPT[:1]], "rejected": [*PROMPT, *PROMPT[1:2]]}, "begins with a message of the user"),
+        ({"chosen": "no turns", "rejected": "none"}, "is no text of turns"),
+        ({"question": "a"}, "no format of judged responses has the columns 'question'"),
+    ],
+)
+def test_what_is_no_pair_says_why(row, reason):
+    with pytest.raises(RowError, match=f"f:3.*{reason}"):
+        judged.parse(row, judged.PAIRS, where="f:3")
+
+
+def encoded(words, rows, wanted=judged.PAIRS, max_tokens=64, **options):
+    found = (one for row in rows for one in judged.parse(row, wanted))
+    return items.encode(found, data.make_encoder(words, max_tokens=max_tokens, template="none"), **options)
+
+
+def test_a_long_prompt_loses_its_front_by_as_much_for_both(words):
+    found = encoded(words, [{"prompt": "0123456789", "chosen": "ab", "rejected": "abcd"}], max_tokens=10)
+    texts = [words.decode(found.sequences.tokens[a:b]) for a, b in zip(found.sequences.starts, found.sequences.starts[1:], strict=False)]
+    assert texts == ["56789ab<|im_end|>", "56789abcd<|im_end|>"]
+
+
+def test_a_response_is_never_cut(words):
+    rows, report = [{"prompt": "x", "chosen": "a" * 9, "rejected": "b"}, {"prompt": "x", "chosen": "a", "rejected": "b"}], data.Report()
+    assert len(encoded(words, rows, max_tokens=10, report=report).lengths) == 1
+    assert report.skipped == {"a response does not fit max_tokens=10": 1}
+    with pytest.raises(RowError, match="does not fit"):
+        encoded(words, rows, max_tokens=10, too_long="raise")
+
+
+def write(path, rows):
+    with gzip.open(path, "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    return {"rows": {"path": str(path)}}
+
+
+def test_pairs_are_an_axis_and_every_pair_comes_once(words, tmp_path):
+    rows = [{"prompt": f"{n}?", "chosen": "c" * (1 + n), "rejected": "r", "margin": n} for n in range(7)]
+    encoder = data.make_encoder(words, max_tokens=32, template="none")
+    loader, _ = data.load_judged(write(tmp_path / "d.jsonl.gz", rows), encoder, wanted=data.PAIRS, batch_size=2)
+    seen = []
+    for batch in loader.epoch():
+        assert batch.tokens.shape[:2] == (2, 2) and batch.margins.dtype == np.float32
+        for row in range(2):
+            if batch.segment_ids[row].any():
+                seen.append(int(batch.margins[row]))
+                answers = [words.decode(batch.tokens[row, at][batch.loss_mask[row, at] > 0]) for at in range(2)]
+                assert answers == ["c" * (1 + seen[-1]) + "<|im_end|>", "r<|im_end|>"]
+            else:
+                assert not batch.loss_mask[row].any() and batch.margins[row] == 0
+    assert sorted(seen) == list(range(7))
+    halves = [loader.shard(n, 2).batch(1) for n in range(2)]
+    np.testing.assert_array_equal(np.concatenate([half.tokens for half in halves]), loader.batch(1).tokens)
+
+
+def test_a_mismatched_row_is_a_prompt_with_the_response_of_the_next_item(words, tmp_path):
+    rows = [{"prompt": f"{n}?", "completion": chr(97 + n), "label": n % 2 == 0} for n in range(3)]
+    encoder = data.make_encoder(words, max_tokens=32, template="none")
+    options = {"wanted": data.LABELLED, "batch_size": 4, "shuffle": False, "mismatched": True}
+    loader, _ = data.load_judged(write(tmp_path / "d.jsonl.gz", rows), encoder, **options)
+    batch = loader.batch(0)
+    texts = [words.decode(row[segment > 0]) for row, segment in zip(batch.mismatched.tokens, batch.mismatched.segment_ids, strict=True)]
+    assert texts == ["0?b<|im_end|>", "1?c<|im_end|>", "2?a<|im_end|>", ""] and batch.desirable.tolist() == [1, 0, 1, 0]
+    assert [words.decode(t[m > 0]) for t, m in zip(batch.mismatched.tokens, batch.mismatched.loss_mask, strict=True)][0] == "b<|im_end|>"
+    np.testing.assert_array_equal(loader.shard(1, 2).batch(0).mismatched.tokens, batch.mismatched.tokens[2:])
+
+
+def test_labels_of_one_class_are_refused(words, tmp_path):
+    rows = [{"prompt": "a", "completion": "b", "label": True}] * 3
+    with pytest.raises(ValueError, match="all 3 responses are desirable"):
+        data.load_judged(write(tmp_path / "d.jsonl.gz", rows), data.make_encoder(words, max_tokens=32), wanted=data.LABELLED, batch_size=2)
