@@ -18,7 +18,7 @@ class HopperWeight(Weight):
     """`by_rows()` is the `QuantizedWeight` that it was made of, bit for bit; it multiplies anywhere, and on a Hopper GPU fast."""
 
     codes: jax.Array
-    """int4 `[..., o, i]`, see `ftjax.kernels.int4_matmul.decode.by_outputs`."""
+    """int32 `[..., o, i/8]`, see `ftjax.kernels.int4_matmul.decode.by_outputs`."""
     scales: jax.Array | NestedScales
     """As in `QuantizedWeight`, and so are the other fields."""
     zeros: jax.Array | None = None
@@ -27,8 +27,8 @@ class HopperWeight(Weight):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        *layers, o, i = self.codes.shape
-        return (*layers, i, o)
+        *layers, o, words = self.codes.shape
+        return (*layers, 8 * words, o)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -65,7 +65,7 @@ def for_hopper(params: Params) -> Params:
       >>> from ftjax.quant import quantize
       >>> frozen = for_hopper({"kernel": quantize(jnp.ones((128, 64)), "int4"), "scale": jnp.ones(64)})
       >>> frozen["kernel"].codes.shape, frozen["kernel"].codes.dtype
-      ((64, 128), dtype(int4))
+      ((64, 16), dtype('int32'))
     """
 
     def one(leaf):

@@ -154,12 +154,12 @@ def test_a_matrix_laid_out_for_hopper_is_the_same_matrix(format, key):
 def test_nested_scales_stay_nested():
     w = jax.eval_shape(lambda w: quantize(w, "nf4", nested=True), jax.ShapeDtypeStruct((2, 128, 64), jnp.bfloat16))
     laid = jax.eval_shape(for_hopper, w)
-    assert laid.scales == w.scales and laid.codes.shape == (2, 64, 128)
+    assert laid.scales == w.scales and laid.codes.shape == (2, 64, 16)
 
 
-def spread(layout):
-    """The numbers 0 to 4095 of a fragment as a layout deals them out: registers, warp, lane and vector on axes of their own."""
-    found = np.arange(64 * 64).reshape(64, 64)
+def spread(layout, columns=64):
+    """The numbers from 0 on of a fragment as a layout deals them out: registers, warp, lane and vector on axes of their own."""
+    found = np.arange(64 * columns).reshape(64, columns)
     for tile in layout.tiling.tiles:
         lead, sizes = found.shape[: -len(tile)], found.shape[-len(tile) :]
         found = found.reshape(*lead, *(n for size, t in zip(sizes, tile, strict=True) for n in (size // t, t)))
@@ -172,12 +172,12 @@ def test_a_threads_word_holds_the_codes_of_the_numbers_that_it_must_hold():
     """Every position of a fragment is written as three codes of 4 bits, laid out, and read where each thread reads."""
     digits = [np.arange(4096).reshape(64, 64) >> shift & 15 for shift in (0, 4, 8)]
     laid = [decode.by_outputs(Packed(decode.pack(jnp.asarray(digit.T, jnp.uint8)), jnp.zeros(()))).codes for digit in digits]
-    stored = sum((np.asarray(codes, np.int32) & 15) << shift for codes, shift in zip(laid, (0, 4, 8), strict=True))
-    words = stored.reshape(-1)[spread(mgpu.WGMMA_LAYOUT_UPCAST_4X)]
-    wanted = spread(mgpu.WGMMA_LAYOUT)
-    for at in range(2):  # as hopper_registers.numbers hands them out
-        for block in range(4):
-            np.testing.assert_array_equal(wanted[0, 4 * at + block], words[0, at, ..., 2 * block : 2 * block + 2])
+    codes = [np.asarray(words)[..., None] >> np.arange(0, 32, 4) & 15 for words in laid]
+    stored = sum(digit << shift for digit, shift in zip(codes, (0, 4, 8), strict=True))
+    words = stored.reshape(-1, 8)[spread(mgpu.WGMMA_LAYOUT, columns=8)]
+    sixteen = words.reshape(*words.shape[:-2], 16)
+    for block, wanted in enumerate(spread(mgpu.WGMMA_LAYOUT)[0]):  # as hopper_registers.numbers hands them out
+        np.testing.assert_array_equal(wanted, sixteen[0, 0, ..., 2 * block : 2 * block + 2])
 
 
 @pytest.mark.parametrize("signed", [True, False])

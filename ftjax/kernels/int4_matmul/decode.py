@@ -30,7 +30,7 @@ class Packed(NamedTuple):
     """The arrays of a matrix `[i, o]`, or of a stack of them."""
 
     codes: jax.Array
-    """uint8 `[..., i/2, o]`, or int8 `[..., i, o]`, or int4 `[..., o, i]` (see `by_outputs`)."""
+    """uint8 `[..., i/2, o]`, or int8 `[..., i, o]`, or int32 `[..., o, i/8]` (see `by_outputs`)."""
     scales: jax.Array
     """float32 `[..., n, o]`: of n groups of i/n rows."""
     zeros: jax.Array | None = None
@@ -49,36 +49,43 @@ def unpack(packed: Int[Array, "*l j o"]) -> Int[Array, "*l i o"]:
 
 
 def by_outputs(w: Packed) -> Packed:
-    """Return 4-bit codes as int4 `[..., o, i]`: column c of the matrix is a row, the row 8q + 2j + b of each 32 stands at 8j + 2q + b.
+    """Return 4-bit codes as int32 `[..., o, i/8]`: column c of the matrix is a row of words, and 8 words are 64 of its codes.
 
-    So the 8 codes that a thread reads as one word are those whose numbers it holds for the tensor cores.
+    Word 2j + h of the 8 holds the codes 32h + 8q + 2j + b, for q from 0 to 3 and b 0 or 1, at its bits 4 (2q + b): those whose numbers the
+    thread that reads the word holds for the tensor cores. (Words, not int4: XLA hands a kernel a layer of a stack of words without a copy.)
 
     Raises:
-      ValueError: the codes are not two a byte, or their rows are not a multiple of 32.
+      ValueError: the codes are not two a byte, or their rows are not a multiple of 64.
     """
-    if w.codes.dtype != jnp.uint8 or w.codes.shape[-2] % 16:
-        raise ValueError(f"int4_matmul: codes two a byte, uint8 [..., 16 n, o], are expected, not {w.codes.dtype}{list(w.codes.shape)}.")
+    if w.codes.dtype != jnp.uint8 or w.codes.shape[-2] % 32:
+        raise ValueError(f"int4_matmul: codes two a byte, uint8 [..., 32 n, o], are expected, not {w.codes.dtype}{list(w.codes.shape)}.")
     codes = jnp.swapaxes(unpack(w.codes), -1, -2)
-    return w._replace(codes=((_turned(codes) ^ 8).astype(jnp.int8) - jnp.int8(8)).astype(jnp.int4))
+    *layers, o, i = codes.shape
+    nibbles = jnp.einsum("...hqjb->...jhqb", codes.reshape(*layers, o, i // 64, 2, 4, 4, 2)).reshape(*layers, o, i // 8, 8)
+    words = jnp.sum(nibbles.astype(jnp.uint32) << _places(nibbles.ndim), axis=-1, dtype=jnp.uint32)
+    return w._replace(codes=jax.lax.bitcast_convert_type(words, jnp.int32))
 
 
 def by_rows(w: Packed) -> Packed:
     """Return codes as they were before `by_outputs`, if they were laid out by it."""
-    if w.codes.dtype != jnp.int4:
+    if w.codes.dtype != jnp.int32:
         return w
-    codes = (w.codes.astype(jnp.int8) & 15).astype(jnp.uint8)
-    return w._replace(codes=pack(jnp.swapaxes(_turned(codes), -1, -2)))
+    *layers, o, words = w.codes.shape
+    nibbles = jax.lax.bitcast_convert_type(w.codes, jnp.uint32)[..., None] >> _places(w.codes.ndim + 1)
+    nibbles = (nibbles & 15).astype(jnp.uint8)
+    codes = jnp.einsum("...jhqb->...hqjb", nibbles.reshape(*layers, o, words // 8, 4, 2, 4, 2)).reshape(*layers, o, 8 * words)
+    return w._replace(codes=pack(jnp.swapaxes(codes, -1, -2)))
 
 
 def shape(spec: Spec, w: Packed) -> tuple[int, int]:
     """Return rows and columns of the matrix."""
     *_, rows, columns = w.codes.shape
-    return (columns, rows) if w.codes.dtype == jnp.int4 else (rows * 8 // spec.bits, columns)
+    return (8 * columns, rows) if w.codes.dtype == jnp.int32 else (rows * 8 // spec.bits, columns)
 
 
-def _turned(codes: jax.Array) -> jax.Array:
-    """Return codes with j and q of `by_outputs` exchanged: its own inverse."""
-    return jnp.swapaxes(codes.reshape(*codes.shape[:-1], -1, 4, 4, 2), -2, -3).reshape(codes.shape)
+def _places(ndim: int) -> jax.Array:
+    """Return the bit at which each of the 8 codes of a word begins, on the last of so many axes."""
+    return jnp.arange(0, 32, 4, dtype=jnp.uint32).reshape(*(1,) * (ndim - 1), 8)
 
 
 def dense(spec: Spec, w: Packed, dtype: jnp.dtype) -> Float[Array, "*l i o"]:

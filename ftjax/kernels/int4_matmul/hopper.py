@@ -40,7 +40,7 @@ def unfit(spec: Spec, rows: int, w: Packed, dtype: jnp.dtype) -> str | None:
     """Return why the kernels cannot multiply so many rows of a dtype by a matrix, given by its shapes, or None if they can."""
     if reason := unfit_matrix(spec, *decode.shape(spec, w), w.scales.shape[-2]):
         return reason
-    if w.codes.dtype != jnp.int4:
+    if w.codes.dtype != jnp.int32:
         return "the codes lie by rows, and its kernels read them by outputs; lay them out once with ftjax.quant.for_hopper."
     if w.codes.ndim != 2:
         return f"one matrix is expected, not a stack {list(w.codes.shape)}; scan over its layers."

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from ftjax.kernels.int4_matmul.hopper_registers import CODES, LAYOUT, numbers, numbers_in_jax
+from ftjax.kernels.int4_matmul.hopper_registers import LAYOUT, WORD, numbers, numbers_in_jax
 from ftjax.kernels.int4_matmul.hopper_tiles import TILE, Tile
 
 MEMORY_REGISTERS = 40
@@ -40,7 +40,7 @@ def forward(x: jax.Array, codes: jax.Array, sides: Sides, book: Book, tile: Tile
 
     Args:
       x: `[m, i]`; m is a multiple of the tile's rows.
-      codes: int4 `[o, i]` of `decode.by_outputs`; o is a multiple of 64 warpgroups, i of splits times depth.
+      codes: int32 `[o, i/8]` of `decode.by_outputs`; o is a multiple of 64 warpgroups, i of splits times depth.
       sides: scales, and zeros if there are any: float32 `[n, o]`.
       book: the number of each code.
       tile: the shape of a thread block's work.
@@ -68,7 +68,7 @@ def forward(x: jax.Array, codes: jax.Array, sides: Sides, book: Book, tile: Tile
         def step(_, x, packed, *rest):
             *near, total = rest
             for at in range(0, tile.depth, TILE):
-                fragment = _numbers(packed.at[mine, pl.ds(at, TILE)], book, through_memory)
+                fragment = _numbers(packed.at[mine, pl.ds(at // WORD, TILE // WORD)], book, through_memory)
                 for start in range(0, TILE, width):
                     part = _scaled(_columns(fragment, start, width), [side.at[(at + start) // group, mine] for side in near])
                     right = x.at[:, pl.ds(at + start, width)].T
@@ -96,7 +96,7 @@ def forward(x: jax.Array, codes: jax.Array, sides: Sides, book: Book, tile: Tile
         side = _spec((groups, columns), lambda k: ((split * share + k * tile.depth) // (group * groups), 0))
         specs = [
             _spec((tile.rows, tile.depth), lambda k: (0, split * steps + k), 2, width),
-            _spec((columns, tile.depth), lambda k: (0, split * steps + k), 0.5, TILE),
+            _spec((columns, tile.depth // WORD), lambda k: (0, split * steps + k), 4, TILE // WORD),
             *[side] * len(sides),
         ]
         pipeline = _pipeline(step, finish, specs, tile, steps, total=(TILE, tile.rows))
@@ -112,13 +112,14 @@ def transposed(y: jax.Array, codes: jax.Array, sides: Sides, book: Book, tile: T
 
     Args:
       y: `[m, o]`; m is a multiple of the tile's rows, o of its depth, 64.
-      codes: int4 `[o, i]`; i is a multiple of warpgroups times columns.
+      codes: int32 `[o, i/8]`; i is a multiple of warpgroups times columns.
       sides: as in `forward`.
       book: as in `forward`.
       tile: the shape of a thread block's work.
       interpret: parameters of the GPU interpreter.
     """
-    (m, o), i, group = y.shape, codes.shape[1], codes.shape[1] // sides[0].shape[0]
+    (m, o), i = y.shape, codes.shape[1] * WORD
+    group = i // sides[0].shape[0]
     columns, width = tile.warpgroups * tile.columns, min(group, TILE)
     scratch = {
         "block": _memory((tile.warpgroups, tile.rows, tile.columns), jnp.bfloat16),
@@ -134,8 +135,8 @@ def transposed(y: jax.Array, codes: jax.Array, sides: Sides, book: Book, tile: T
         def step(_, y, packed, *rest):
             *near, total = rest
             for at in range(0, tile.columns, TILE):
-                begin = warpgroup * tile.columns + at
-                fragment = _numbers(packed.at[:, pl.ds(begin, TILE)], book, interpret is not None)
+                begin, word = warpgroup * tile.columns + at, warpgroup * (tile.columns // WORD) + at // WORD
+                fragment = _numbers(packed.at[:, pl.ds(word, TILE // WORD)], book, interpret is not None)
                 for start in range(0, TILE, width):
                     of = (begin + start) // group if columns > group else 0
                     part = _scaled(_columns(fragment, start, width), [side.at[of] for side in near])
@@ -152,18 +153,18 @@ def transposed(y: jax.Array, codes: jax.Array, sides: Sides, book: Book, tile: T
         groups = max(1, columns // group)
         specs = [
             _spec((tile.rows, tile.depth), lambda k: (0, k), 2, width),
-            _spec((tile.depth, columns), lambda k: (k, 0), 0.5, TILE),
+            _spec((tile.depth, columns // WORD), lambda k: (k, 0), 4, TILE // WORD),
             *[_spec((groups, tile.depth), lambda k: (first // (group * groups), k))] * len(sides),
         ]
         pipeline = _pipeline(step, finish, specs, tile, o // tile.depth, total=(tile.rows, tile.columns))
-        pipeline(y_ref.at[rows, :], codes_ref.at[:, pl.ds(first, columns)], *side_refs)
+        pipeline(y_ref.at[rows, :], codes_ref.at[:, pl.ds(jax.lax.axis_index("columns") * (columns // WORD), columns // WORD)], *side_refs)
 
     grid = {"columns": i // columns, "rows": m // tile.rows}
     return _kernel(body, jax.ShapeDtypeStruct((m, i), jnp.bfloat16), scratch, grid, tile, interpret)(y, codes, *sides)
 
 
 def _numbers(codes, book, in_jax: bool) -> jax.Array:
-    return numbers_in_jax(codes[...], book) if in_jax else numbers(_load(codes, CODES), book)
+    return numbers_in_jax(codes[...], book) if in_jax else numbers(_load(codes, LAYOUT), book)
 
 
 def _load(ref, layout) -> jax.Array:
@@ -221,9 +222,9 @@ def _kernel(body, result, scratch, grid: dict[str, int], tile: Tile, interpret: 
     )
 
 
-def _spec(shape: tuple[int, int], index, size: float = 0, width: int = 0) -> plgpu.BlockSpec:
+def _spec(shape: tuple[int, int], index, size: int = 0, width: int = 0) -> plgpu.BlockSpec:
     """Return a block of numbers of so many bytes that is read in pieces of this width; size 0: as it lies."""
-    return plgpu.BlockSpec(shape, index, memory_space=plgpu.SMEM, transforms=_transforms(int(size * width), width) if size else ())
+    return plgpu.BlockSpec(shape, index, memory_space=plgpu.SMEM, transforms=_transforms(size * width, width) if size else ())
 
 
 def _memory(shape: tuple[int, ...], dtype: jnp.dtype, width: int | None = None):

@@ -1,8 +1,8 @@
 """Sixteen numbers looked up in the registers of a warpgroup: what Hopper's kernels do between the packed codes and the tensor cores.
 
-Glossary: a *fragment* is a 64 x 64 tile spread over the 128 threads of a warpgroup, either as packed codes are read (a thread holds 8 that
-lie together in a row: a word of 32 bits) or as the tensor cores take their left operand (it holds 4 pairs, 8 columns apart).
-`decode.by_outputs` stores codes in the order that makes a thread's word the very codes whose numbers it must hold, so that nothing moves
+Glossary: a *fragment* is a 64 x 64 tile spread over the 128 threads of a warpgroup as the tensor cores take their left operand: of a row a
+thread holds 8 pairs, 8 columns apart. Packed it is 64 x 8 words in the same layout: of a row a thread holds 2 words, of 8 codes each.
+`decode.by_outputs` stores codes in the order that makes a thread's words the very codes whose numbers it must hold, so that nothing moves
 between threads.
 
 A book of consecutive integers is arithmetic, and exact: the code put into the mantissa of 2^23 and 2^23 subtracted. Any other book is a
@@ -26,7 +26,8 @@ from jaxlib.mlir.dialects import llvm, nvvm
 from ftjax.kernels.int4_matmul.hopper_tiles import TILE
 
 LAYOUT = plgpu.Layout.WGMMA
-CODES = plgpu.Layout.WGMMA_UPCAST_4X
+WORD = 8
+"""Codes in a word."""
 HALVES = 0x101F
 """Of a shuffle: within each 16 lanes of a warp, so that only the lowest 4 bits of a lane's number count."""
 SIGNED = (*map(float, range(8)), *map(float, range(-8, 0)))
@@ -52,18 +53,18 @@ def places(signed: bool) -> tuple[Place, ...]:
 
 
 def numbers(codes: jax.Array, book: tuple[float, ...]) -> jax.Array:
-    """Return the numbers of a fragment of codes, int4 in `CODES` -> float32 in `LAYOUT`, as instructions of the GPU."""
+    """Return the numbers of a fragment of codes, int32 `[64, 8]` -> float32 `[64, 64]`, as instructions of the GPU."""
     shape = plgpu.ShapeDtypeStruct((TILE, TILE), jnp.float32, layout=LAYOUT)
 
-    @plgpu.inline_mgpu(arg_types=(CODES,), return_type=shape)
+    @plgpu.inline_mgpu(arg_types=(LAYOUT,), return_type=shape)
     def inline(_, codes):
         read = _integers(signed=book == SIGNED) if book in (SIGNED, UNSIGNED) else _table(book)
         pair = ir.VectorType.get((2,), ir.F32Type.get())
         found = np.empty(mgpu.WGMMA_LAYOUT.registers_shape((TILE, TILE)), dtype=object)
-        for at, register in np.ndenumerate(codes.registers):  # at[1]: which 32 columns; at[4]: which 8 of 16 rows
-            eight = read(mgpu.utils.bitcast(register, _i32()))
-            for block in range(4):
-                found[0, 4 * at[1] + block, 0, 0, at[4], 0, 0, 0, 0] = vector.from_elements(pair, eight[2 * block : 2 * block + 2])
+        for at, words in np.ndenumerate(codes.registers):  # at[4]: which 8 of 16 rows
+            sixteen = [number for half in range(2) for number in read(vector.extract(words, [], [half]))]
+            for block in range(8):
+                found[(0, block, *at[2:])] = vector.from_elements(pair, sixteen[2 * block : 2 * block + 2])
         return mgpu.FragmentedArray(_registers=found, _layout=mgpu.WGMMA_LAYOUT, _is_signed=None)
 
     return inline(codes)
@@ -71,8 +72,8 @@ def numbers(codes: jax.Array, book: tuple[float, ...]) -> jax.Array:
 
 def numbers_in_jax(codes: jax.Array, book: tuple[float, ...]) -> jax.Array:
     """Return the same numbers as plain JAX, which the GPU interpreter can run: a tree of selections on the four bits."""
-    codes = codes.astype(jnp.int32).reshape(TILE, TILE // 32, 4, 4, 2)
-    codes = jnp.swapaxes(codes, 2, 3).reshape(TILE, TILE)
+    codes = codes[:, :, None] >> (4 * jax.lax.broadcasted_iota(jnp.int32, (1, 1, WORD), 2))
+    codes = jnp.transpose(codes.reshape(TILE, 4, 2, 4, 2), (0, 2, 3, 1, 4)).reshape(TILE, TILE)
     level = [jnp.full(codes.shape, number, jnp.float32) for number in book]
     for bit in range(4):
         on = (codes & (1 << bit)) != 0
