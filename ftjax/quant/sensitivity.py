@@ -96,7 +96,10 @@ def report(
     dense = None if loss is None else measured(params)
     rows = []
     for path in tree.matches(params, targets, who="sensitivity"):
-        found, errors = seen(flat[path])
+        try:
+            found, errors = seen(flat[path])
+        except ValueError as error:
+            raise ValueError(f"sensitivity: {path!r}: {error} Choose another group, or other targets.") from error
         rise = None if dense is None else measured(tree.replace(params, {path: found})) - dense
         rows.append(Row(path, flat[path].size, tuple(errors.reshape(-1).tolist()), rise))
     return sorted(rows, key=lambda row: row.harm, reverse=True)

@@ -23,10 +23,7 @@ EXAMPLES = {
         partial(peft.dora, "all-linear", rank=2, alpha=4),
         partial(peft.dora, "everything", rank=2, init="a_zero", exclude=VECTORS, dropout=0.3),
     ],
-    "loftq": [
-        partial(peft.loftq, rank=2, group=4),
-        partial(peft.loftq, "everything", exclude=f"{VECTORS}|embed_.*", rank=2, group=8, iterations=2),
-    ],
+    "loftq": [partial(peft.loftq, rank=2, format="int4", group=4, iterations=2)],
     "lora_fa": [partial(peft.lora_fa, "all-linear", rank=4), partial(peft.lora_fa, "everything", rank=4, exclude=VECTORS, dropout=0.3)],
     "full": [partial(peft.full, "everything"), partial(peft.full, "norms")],
     "ia3": [partial(peft.ia3, "all-linear"), partial(peft.ia3, "everything", exclude=VECTORS, feedforward=".*(down_proj|tokens)/kernel")],

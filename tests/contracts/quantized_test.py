@@ -10,7 +10,9 @@ from tests import toy
 from tests.contracts.methods_test import CASES, base, hidden, moved
 
 BASE = quant.quantized("nf4", "layers/.*kernel", group=4, nested=True)
-RIDING = [case for case in CASES if case.id not in ("full0", "loftq0", "loftq1")]  # which need the dense matrices
+RIDING = [case for case in CASES if case.id not in ("full0", "loftq0")] + [  # which need the dense matrices
+    pytest.param(peft.lora(rank=2, init="pissa"), id="pissa")
+]
 
 
 @pytest.mark.parametrize(

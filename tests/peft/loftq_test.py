@@ -66,11 +66,10 @@ def test_the_start_is_nearer_the_dense_matrix_than_the_base_and_nearer_after_mor
     assert error(start[1][0]) > 1.1 * error(start[1][1]) > 1.1 * error(start[3][1])
 
 
-@pytest.mark.parametrize("iterations", [1, 3])
-def test_at_scale_one_they_are_those_of_peft(iterations):
-    base, joined = start(jnp.asarray(GOLDEN["weight"].T), rank=4, nested=False, iterations=iterations)
-    np.testing.assert_allclose(base.materialize().T, GOLDEN[f"base{iterations}"], rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(joined.delta().T, GOLDEN[f"b{iterations}"] @ GOLDEN[f"a{iterations}"], rtol=1e-4, atol=1e-6)
+def test_at_scale_one_they_are_those_of_peft():
+    base, joined = start(jnp.asarray(GOLDEN["weight"].T), rank=4, nested=False, iterations=3)
+    np.testing.assert_allclose(base.materialize().T, GOLDEN["base"], rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(joined.delta().T, GOLDEN["b"] @ GOLDEN["a"], rtol=1e-4, atol=1e-6)
 
 
 def test_a_randomised_svd_finds_nearly_the_same_term(made):

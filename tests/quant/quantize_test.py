@@ -57,6 +57,21 @@ def test_the_error_on_normal_numbers_is_the_formats(format, error, key):
     assert float(jnp.sqrt(jnp.mean(jnp.square(quantize(w, format).materialize() - w)))) == pytest.approx(error, rel=0.02)
 
 
+def test_nf4_loses_least_of_normal_and_heavy_tailed_numbers_and_integers_of_uniform_ones(key):
+    """Of four bits and one scale for 64. The values are those of another implementation, on other draws."""
+    shape = (256, 192)
+    draws = {"normal": jax.random.normal(key, shape), "t5": jax.random.t(key, 5.0, shape), "uniform": jax.random.uniform(key, shape) - 0.5}
+
+    def error(name, format):
+        return float(jnp.linalg.norm(quantize(draws[name], format).materialize() - draws[name]) / jnp.linalg.norm(draws[name]))
+
+    for name in ("normal", "t5"):
+        assert error(name, "nf4") < error(name, "int4") < error(name, "fp4")
+    assert error("uniform", "int4") < error("uniform", "nf4")
+    expected = {("normal", "nf4"): 0.0919, ("normal", "int4"): 0.1080, ("t5", "nf4"): 0.1054, ("t5", "int4"): 0.1479}
+    assert {case: error(*case) for case in expected} == pytest.approx(expected, rel=0.02)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("group", [32, 128, None])
 def test_what_is_quantised_again_stays_as_it_is(format, group, key):

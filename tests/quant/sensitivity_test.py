@@ -61,7 +61,9 @@ def test_kinds_are_taken_by_harm_for_their_size_while_they_fit():
         sensitivity.worst(ROWS, share=0.05)
 
 
-def test_a_loss_needs_batches_and_zeros_have_no_error():
+def test_a_loss_needs_batches_a_group_must_divide_and_zeros_have_no_error():
+    with pytest.raises(ValueError, match="'layers/mlp/down_proj/kernel': quant: 16 rows .* groups of 64"):
+        sensitivity.report(toy.init(jax.random.key(0)), "int4")
     with pytest.raises(ValueError, match="a loss and no batch"):
         sensitivity.report(toy.init(jax.random.key(0)), "int4", group=8, loss=lambda params, batch: None)
     np.testing.assert_array_equal(sensitivity.relative_errors(jnp.zeros((2, 3, 4)), jnp.zeros((2, 3, 4))), [0, 0])
