@@ -111,20 +111,22 @@ def load_params(
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     shapes = {path: leaf.shape for path, leaf in tree.flatten(abstract).items()}
     packing = quant.packing(quantizer.plan(abstract)) if quantizer else {}
-    if quantizer:
-        jax.eval_shape(quantizer.init, jax.random.key(0), abstract)  # its errors come before anything is read
     if _SCORE in checkpoint.tensors:
         shapes[f"{VALUE_HEAD}/kernel"] = (model.config.hidden_size, 1)
     _check(checkpoint, shapes)
-    place = place or on_default_device
-    params = {}
+    leaves = {}
     for path, shape in shapes.items():
         tensors = [checkpoint.tensors[name] for name in names.tensors(path, shape)]
-        tensor = leaf(path, tensors, None if path.startswith(VALUE_HEAD) else dtype)
+        leaves[path] = leaf(path, tensors, None if path.startswith(VALUE_HEAD) else dtype)
+    if quantizer:  # its errors come before anything is read
+        found = jax.tree.map(lambda tensor: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype), tree.unflatten(leaves))
+        jax.eval_shape(quantizer.init, jax.random.key(0), found)
+    place = place or on_default_device
+    for path, tensor in leaves.items():
         if path in packing and isinstance(tensor, LazyTensor):
             tensor = packed.pack(path, tensor, **packing[path])
-        params[path] = place(path, tensor)
-    return tree.unflatten(params)
+        leaves[path] = place(path, tensor)
+    return tree.unflatten(leaves)
 
 
 def leaf(path: str, tensors: list[LazyTensor], dtype: Any = None) -> LazyTensor | quantized.Packed:

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType
 from safetensors.numpy import load_file
 
-from ftjax import models, sharding, tree, weights
+from ftjax import models, quant, sharding, tree, weights
 from ftjax.hf import folder, load, quantized, quantized_gptq
 from ftjax.hf.lazy import LazyTensor, from_array
 from ftjax.hf.quantized_parts import Parts
@@ -174,6 +174,15 @@ def test_layers_of_one_leaf_are_packed_alike():
     found = folder.Checkpoint("test", *opened(config, tensors))
     with pytest.raises(ValueError, match="'layers/self_attn/q_proj/kernel' is dense in layer 0 and int8 by 64 rows of float32 in layer 1"):
         load.load_params(found, models.build(load.config_of(found)))
+
+
+def test_a_quantiser_leaves_what_is_in_its_format_and_refuses_another():
+    checkpoint = folder.read(GOLDENS / "nf4")
+    model = models.build(load.config_of(checkpoint))
+    same = load.load_params(checkpoint, model, quantizer=quant.nf4())
+    assert same["layers"]["mlp"]["up_proj"]["kernel"].format == "nf4"
+    with pytest.raises(ValueError, match="'layers/mlp/down_proj/kernel' is packed already, nf4 by 64 rows"):
+        load.load_params(checkpoint, model, quantizer=quant.int4(), place=lambda path, tensor: pytest.fail("read"))
 
 
 def test_an_embedding_is_not_packed():
