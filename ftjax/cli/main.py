@@ -20,6 +20,7 @@ COMMANDS = {
     "eval": "measure loss, perplexity and exact match",
     "merge": "fold an adapter into its model and write a Hugging Face folder",
     "export": "write a model as a Hugging Face folder",
+    "plan": "say what a step takes of each device and whether it fits",
     "sensitivity": "say which matrices suffer most from 4 or 8 bits",
     "quantize": "store a model's matrices in 4 or 8 bits and write a Hugging Face folder",
     "inspect": "look at the data: supervised tokens in colour, lengths, problems",
@@ -32,7 +33,8 @@ _EXPECTED = (ValueError, OSError, ImportError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code.
 
-    It is 0 done, 1 an error, 2 a wrong command line, 130 aborted by a second Ctrl-C, 141 the reader of a pipe has gone, as `head` does.
+    It is 0 done, 1 an error, 2 a wrong command line, 3 a plan that does not fit, 130 aborted by a second Ctrl-C, 141 the
+    reader of a pipe has gone, as `head` does.
     """
     try:
         code = _dispatch(list(sys.argv[1:] if argv is None else argv))

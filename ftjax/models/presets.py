@@ -71,6 +71,7 @@ _TINY_GEMMA = {**_TINY, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_wind
 
 PRESETS: dict[str, dict[str, Any]] = {
     "llama-2-7b": {**_LLAMA2, **_sizes(4096, 11008, 32, 32, 32)},
+    "llama-65b": {**_LLAMA2, **_sizes(8192, 22016, 80, 64, 64), "max_position_embeddings": 2048},
     "llama-3-8b": {**_LLAMA3, **_sizes(4096, 14336, 32, 32, 8)},
     "llama-3.1-8b": {**_LLAMA31, **_sizes(4096, 14336, 32, 32, 8)},
     "llama-3.1-70b": {**_LLAMA31, **_sizes(8192, 28672, 80, 64, 8)},

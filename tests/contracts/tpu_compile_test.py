@@ -4,18 +4,23 @@ libtpu compiles for a described topology on a CPU host. It tells how much memory
 runs; it tells nothing of speed. The lowest optimisation level is six times faster to compile and needs slightly more memory.
 """
 
+import dataclasses
 import math
 import os
 import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from ftjax import models, sharding
+from ftjax import models, quant, sharding, weights
+from ftjax.cli import abstract
 from ftjax.cli import config as configs
-from tests import abstract
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 HBM = 15.75 * 2**30  # of a v5e chip, as libtpu has it
@@ -85,3 +90,43 @@ def test_without_gathering_leaves_rows_do_leave_their_device(v5e, monkeypatch):
     fields = {"mesh.fsdp": 4, "mesh.tensor": 4, "data.batch_size": 16}
     hlo = compiled_step("sft_qwen3_4b_lora.py:smoke", fields, v5e)[0].as_text()
     assert {s for s in shapes(hlo, r" (all-gather|all-reduce)(-start)?\(") if s[:2] == (16, 128)}
+
+
+@pytest.mark.parametrize(
+    ("topology", "format", "rows", "dtype"),
+    [
+        ("v5e:2x2", "nf4", 2048, jnp.bfloat16),
+        ("v5e:2x2", "int8", 16, jnp.float32),
+        ("v5p:2x2x1", "uint4", 2048, jnp.bfloat16),
+        ("v5p:2x2x1", "nf4", 16, jnp.bfloat16),
+        ("v6e:2x2", "int4", 2048, jnp.bfloat16),
+        ("v6e:2x2", "fp4", 16, jnp.bfloat16),
+    ],
+)
+def test_products_with_packed_matrices_compile_and_hold_nothing_but_packed_bytes(v5e, topology, format, rows, dtype):
+    """In training and in decoding, forwards and backwards."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    where = NamedSharding(Mesh(np.array(devices[:1]), "one"), P())
+    w = jax.eval_shape(lambda w: quant.quantize(w, format), jax.ShapeDtypeStruct((1024, 1024), dtype))
+    w = dataclasses.replace(w, implementation="tpu")
+    x = jax.ShapeDtypeStruct((rows, 1024), dtype)
+    x, w = (jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree) for tree in (x, w))
+    compiled = jax.jit(lambda x, y, w: (weights.dot(x, w), weights.dot_transposed(y, w))).lower(x, x, w).compile()
+    memory = compiled.memory_analysis()
+    packed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(w))
+    assert memory.temp_size_in_bytes == 0
+    assert memory.argument_size_in_bytes == 2 * rows * 1024 * jnp.dtype(dtype).itemsize + packed
+    assert (1024, 1024) not in shapes(compiled.as_text())
+
+
+def test_a_quantised_base_is_multiplied_by_the_kernel_and_never_dense(v5e):
+    """Every product forwards, computed again and backwards; the packed layers lie over `fsdp` and `tensor`."""
+    fields = {"model.preset": "llama-3.2-1b", "model.remat": "full", "data.batch_size": 16, "data.max_tokens": 24}
+    compiled, config, mesh = compiled_step("qlora_llama3_8b.py", {**fields, "mesh.fsdp": 4, "mesh.tensor": 4}, v5e)
+    hlo, model = compiled.as_text(), models.preset(config.model.preset)
+    calls = re.findall(r"%(int4_product(?:_transposed)?)[.\d]* = bf16\[[\d,]+\].* custom-call\(", hlo)
+    assert calls.count("int4_product") >= 7 and calls.count("int4_product_transposed") >= 7
+    heads, keys = (count * model.head_dim for count in (model.num_attention_heads, model.num_key_value_heads))
+    sizes = {size // parts for size in (model.hidden_size, model.intermediate_size, heads, keys) for parts in (1, 4)}
+    layers = {s for s in shapes(hlo) if len(s) > 1 and {*s[-2:]} <= sizes and math.prod(s[:-2]) in (1, model.num_hidden_layers)}
+    assert not layers, "a matrix exists as numbers"

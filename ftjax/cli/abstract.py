@@ -1,0 +1,77 @@
+"""The training step of a config on a mesh, with shapes in place of arrays: what the command line builds, and nothing is computed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ftjax import data, losses, peft, sharding, tree
+from ftjax.cli import build
+from ftjax.peft import inits
+from ftjax.train import Step, init_state
+from ftjax.types import Batch, Model, Params, TrainState, Transform
+
+
+class Built(NamedTuple):
+    """The steps, and the shapes that they take, each with its sharding."""
+
+    train_step: Step
+    eval_step: Step
+    state: TrainState
+    frozen: Params
+    batch: Batch
+    model: Model
+    method: Transform
+    params: Params
+    """Of the model alone, before any method."""
+
+
+def built(config, mesh: Mesh) -> Built:
+    """Return the steps of a config, built by the functions that `ftjax train` calls."""
+    model, _ = build.architecture(config)
+    key = jax.random.key(0)
+    params = jax.eval_shape(model.init, key)
+    found = statistics(config, params)
+    method, optimizer = build.method(config, found), build.optimizer(config)
+    frozen, trainable = jax.eval_shape(lambda key, params, found: build.method(config, found).init(key, params), key, params, found)
+    state = jax.eval_shape(partial(init_state, method=method, optimizer=optimizer), key, trainable)
+    return Built(
+        build.train_step(config, model, method, optimizer, mesh, state),
+        build.eval_step(config, model, method, mesh),
+        sharding.abstract(state, sharding.state_shardings(state, mesh)),
+        sharding.abstract(frozen, sharding.shardings(frozen, mesh)),
+        batch(mesh, rows=config.data.batch_size, tokens=config.data.max_tokens, needs=build.needs(config)),
+        model,
+        method,
+        params,
+    )
+
+
+def batch(mesh: Mesh, *, rows: int, tokens: int, needs: losses.Needs = losses.NEEDS["sft"]) -> Batch:
+    """Return the shapes of a batch on a mesh, as an objective needs it."""
+    shape = (rows, 2, tokens) if needs.data == data.PAIRS else (rows, tokens)
+    where = sharding.batch_sharding(mesh, ndim=len(shape))
+    ids, mask = (jax.ShapeDtypeStruct(shape, dtype, sharding=where) for dtype in (jnp.int32, jnp.float32))
+    found = Batch(ids, mask, ids, ids)
+    if needs.data == data.LABELLED:
+        each = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=sharding.batch_sharding(mesh, ndim=1, time=False))
+        found = dataclasses.replace(found, desirable=each)
+    return dataclasses.replace(found, mismatched=Batch(ids, mask, ids, ids)) if needs.baseline else found
+
+
+def statistics(config, params: Params) -> dict[str, Mapping[str, jax.ShapeDtypeStruct]]:
+    """Return the shapes of `ftjax.cli.beginning.statistics`."""
+    flat, found = tree.flatten(params), {}
+    for name, options in build.methods(config):
+        init = options.get("init")
+        if init in inits.CALIBRATED:
+            paths = {path for row in peft.METHODS[name](**options).plan(params) for path in row.paths}
+            shapes = {path: (*flat[path].shape[:-1], flat[path].shape[-1 if init == "lora_ga" else -2]) for path in sorted(paths)}
+            found[name] = {path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in shapes.items()}
+    return found
