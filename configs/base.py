@@ -95,6 +95,19 @@ def sft() -> ConfigDict:
     return config
 
 
+def judged(algorithm: str = "dpo", **loss) -> ConfigDict:
+    """Learning from judged responses with LoRA: `algorithm` is a name of `ftjax.losses.LOSSES`, `loss` its options (β and so on)."""
+    config = sft().unlock()
+    config.algorithm = algorithm
+    config.loss = ConfigDict(loss)
+    config.data.packing = "none"
+    config.optimizer.learning_rate = 5e-5
+    config.lock()
+    for sources in (config.data.sources, config.data.eval_sources):
+        sources.unlock()
+    return config
+
+
 def rope() -> ConfigDict:
     """Another RoPE than the model's own, for a longer context: see `ftjax.models.stretch`."""
     config = ConfigDict()
@@ -155,6 +168,7 @@ def quantizer(*, group: int | None = None, nested: bool = False) -> ConfigDict:
     config.exclude = config_dict.placeholder(object)
     config.group = config_dict.placeholder(int)  # rows of [i, o] that share a scale; empty: all
     config.nested = nested  # quantise the scales too
+    config.implementation = "auto"  # of the products: tpu, gpu, reference; auto: the first that fits
     config.update({"group": group})
     return config
 

@@ -96,7 +96,15 @@ def init_state(keys: jax.Array, frozen: Frozen, trainable: Params, method: Metho
 
 
 def make_sweep_step(
-    score: Score, method: Method, loss_fn: LossFn, optimizer: Optimizer, *, accumulation: int = 1, out_shardings: Any = None
+    score: Score,
+    method: Method,
+    loss_fn: LossFn,
+    optimizer: Optimizer,
+    *,
+    accumulation: int = 1,
+    out_shardings: Any = None,
+    complete: train.Complete | None = None,
+    baseline: train.Baseline | None = None,
 ) -> Step:
     """Return the jitted `step(state, frozen, batch) -> (state, metrics)`: for each member the step of `train.make_train_step`.
 
@@ -110,13 +118,16 @@ def make_sweep_step(
       optimizer: the optimiser of a member from its numbers, likewise.
       accumulation: as in `train.make_train_step`.
       out_shardings: of `(state, metrics)` on a mesh.
+      complete: as in `train.make_train_step`; what does not depend on a member is computed once for all.
+      baseline: likewise.
 
     Returns:
       The step. It donates the state. Totals and weights of the metrics are `[n]`.
     """
 
     def one(state: TrainState, active: jax.Array, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
-        step = train.make_train_step(score, method(frozen.numbers), loss_fn, optimizer(frozen.numbers), accumulation=accumulation)
+        options = {"accumulation": accumulation, "complete": complete, "baseline": baseline}
+        step = train.make_train_step(score, method(frozen.numbers), loss_fn, optimizer(frozen.numbers), **options)
         new, metrics = step(state, {**frozen.model, **frozen.own}, batch)
         return _where(active, new, state), metrics
 
@@ -127,11 +138,14 @@ def make_sweep_step(
     return jax.jit(step, donate_argnums=0, out_shardings=out_shardings)
 
 
-def make_sweep_eval_step(score: Score, method: Method, loss_fn: LossFn) -> Callable[[Params, Frozen, Batch], Metrics]:
+def make_sweep_eval_step(
+    score: Score, method: Method, loss_fn: LossFn, *, complete: train.Complete | None = None, baseline: train.Baseline | None = None
+) -> Callable[[Params, Frozen, Batch], Metrics]:
     """Return the jitted `evaluate(trainable [n, ...], frozen, batch) -> metrics [n]`, with dropout and noise off."""
 
     def one(trainable: Params, frozen: Frozen, batch: Batch) -> Metrics:
-        return train.make_eval_step(score, method(frozen.numbers), loss_fn)(trainable, {**frozen.model, **frozen.own}, batch)
+        evaluate = train.make_eval_step(score, method(frozen.numbers), loss_fn, complete=complete, baseline=baseline)
+        return evaluate(trainable, {**frozen.model, **frozen.own}, batch)
 
     return jax.jit(jax.vmap(one, in_axes=(0, _AXES, None)))
 

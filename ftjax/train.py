@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,17 @@ from ftjax.types import Batch, LossFn, Mean, Metrics, Params, Scores, TrainState
 
 Score = Callable[[Params, Batch], Scores]
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
+Complete = Callable[[Params, Batch], Batch]
+"""`(frozen, batch) -> batch`: what is known of a micro-batch before its gradient, such as the reference's log-probabilities."""
+
+
+class Baseline(NamedTuple):
+    """A number that the objective compares with and that no micro-batch knows alone, as KTO's."""
+
+    measure: Callable[[Params, Params, Batch], Mean]
+    """`(params, frozen, batch) -> Mean` of a micro-batch, from the policy as it is before the step."""
+    write: Callable[[Batch, Mean], Batch]
+    """Put the quotient over the whole step into a batch."""
 
 
 def init_state(key: jax.Array, trainable: Params, method: Transform, optimizer: optax.GradientTransformation) -> TrainState:
@@ -34,6 +45,8 @@ def make_train_step(
     *,
     accumulation: int = 1,
     state_sharding: Any = None,
+    complete: Complete | None = None,
+    baseline: Baseline | None = None,
 ) -> Step:
     """Return the jitted `step(state, frozen, batch) -> (state, metrics)`.
 
@@ -47,6 +60,9 @@ def make_train_step(
       optimizer: an optax transformation over the trainable tree.
       accumulation: into how many micro-batches, one after the other, the rows of a batch are split; must divide them.
       state_sharding: shardings of the state on a mesh, so that it leaves the step as it came.
+      complete: what is written into each micro-batch first. For an objective with a reference, and a forward pass more:
+        `lambda frozen, batch: losses.with_reference(batch, score(frozen, batch))`.
+      baseline: see `Baseline`: a pass over the whole batch before the first gradient.
 
     Returns:
       The step. It donates the state and keeps `frozen`. The metrics are `Mean`s: `loss`, the loss's own, the method's own,
@@ -55,6 +71,7 @@ def make_train_step(
     rule = method.optimizer(optimizer)
 
     def objective(trainable: Params, frozen: Params, batch: Batch, key: jax.Array):
+        batch = complete(frozen, batch) if complete else batch
         mean, metrics = loss_fn(score(method.attach(frozen, trainable, key=key), batch), batch)
         return mean.total, {"loss": mean, **metrics}
 
@@ -64,19 +81,18 @@ def make_train_step(
     def accumulate(trainable: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[Params, Metrics]:
         if accumulation == 1:
             return gradient(trainable, frozen, batch, key)
-        batches = jax.tree.map(lambda x: _split(x, accumulation), batch)
-        first = jax.tree.map(lambda x: x[0], batches)
-        shapes = jax.eval_shape(gradient, trainable, frozen, first, key)
+        return _sum_over(
+            lambda index, micro: gradient(trainable, frozen, micro, jax.random.fold_in(key, index)), _micro_batches(batch, accumulation)
+        )
 
-        def add(total, item):
-            index, micro = item
-            return jax.tree.map(jnp.add, total, gradient(trainable, frozen, micro, jax.random.fold_in(key, index))), None
-
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(add, zeros, (jnp.arange(accumulation), batches))[0]
+    def with_baseline(trainable: Params, frozen: Params, batch: Batch) -> Batch:
+        params = method.attach(frozen, jax.lax.stop_gradient(trainable))
+        mean = _sum_over(lambda index, micro: baseline.measure(params, frozen, micro), _micro_batches(batch, accumulation))
+        return baseline.write(batch, mean)
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
+        batch = with_baseline(state.trainable, frozen, batch) if baseline else batch
         grads, metrics = accumulate(state.trainable, frozen, batch, key)
         grads = jax.tree.map(lambda g: g / metrics["loss"].weight, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes int32 step counts; ftjax itself runs under strict promotion in tests
@@ -99,11 +115,16 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(state_sharding, None))
 
 
-def make_eval_step(score: Score, method: Transform, loss_fn: LossFn) -> Callable[[Params, Params, Batch], Metrics]:
-    """Return the jitted `evaluate(trainable, frozen, batch) -> metrics`, with dropout and noise off."""
+def make_eval_step(
+    score: Score, method: Transform, loss_fn: LossFn, *, complete: Complete | None = None, baseline: Baseline | None = None
+) -> Callable[[Params, Params, Batch], Metrics]:
+    """Return the jitted `evaluate(trainable, frozen, batch) -> metrics`, with dropout and noise off; `complete` and `baseline` as above."""
 
     def evaluate(trainable: Params, frozen: Params, batch: Batch) -> Metrics:
-        mean, metrics = loss_fn(score(method.attach(frozen, trainable), batch), batch)
+        params = method.attach(frozen, trainable)
+        batch = baseline.write(batch, baseline.measure(params, frozen, batch)) if baseline else batch
+        batch = complete(frozen, batch) if complete else batch
+        mean, metrics = loss_fn(score(params, batch), batch)
         return {"loss": mean, **metrics}
 
     return jax.jit(evaluate)
@@ -112,6 +133,26 @@ def make_eval_step(score: Score, method: Transform, loss_fn: LossFn) -> Callable
 def _select(condition: jax.Array, new: Any, old: Any) -> Any:
     """Return `new` or `old`; a multiplication by zero would keep a NaN."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+
+
+def _micro_batches(batch: Batch, parts: int) -> Batch:
+    """Return the batch with an axis of micro-batches in front."""
+    return jax.tree.map(lambda x: _split(x, parts), batch)
+
+
+def _sum_over(function: Callable[[jax.Array, Batch], Any], batches: Batch) -> Any:
+    """Return the sum of `function(index, micro-batch)`, one after the other."""
+    count = batches.tokens.shape[0]
+    first = jax.tree.map(lambda x: x[0], batches)
+    if count == 1:
+        return function(jnp.zeros((), jnp.int32), first)
+    shapes = jax.eval_shape(function, jnp.zeros((), jnp.int32), first)
+
+    def add(total: Any, item: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(*item)), None
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, (jnp.arange(count), batches))[0]
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:

@@ -1,3 +1,4 @@
+import dataclasses
 from functools import partial
 
 import chex
@@ -74,6 +75,52 @@ def test_accumulation_equals_one_batch_though_rows_hold_different_numbers_of_tok
     other, got = parts(other, frozen, batch)
     chex.assert_trees_all_close(other.trainable, state.trainable, rtol=1e-5, atol=1e-7)
     assert values(got) == pytest.approx(values(expected), rel=1e-5)
+
+
+def complete(frozen, batch):
+    return losses.with_reference(batch, SCORE(peft.reference(frozen), batch))
+
+
+def pairs(key):
+    rows = toy.batch(key, rows=8)
+    return jax.tree.map(lambda x: x.reshape(4, 2, *x.shape[1:]), rows)
+
+
+@pytest.mark.parametrize("method", [METHOD, peft.full("everything")])
+def test_the_reference_of_a_step_is_the_frozen_tree_and_stays_what_it_was(key, method):
+    method = peft.anchored(method)
+    frozen, trainable = method.init(key, toy.init(key))
+    step = train.make_train_step(SCORE, method, losses.dpo, optax.sgd(0.5), complete=complete)
+    state, batch = train.init_state(key, trainable, method, optax.sgd(0.5)), pairs(key)
+    expected = complete(frozen, batch).reference_logps
+    seen = []
+    for _ in range(3):
+        state, metrics = step(state, frozen, batch)
+        seen.append(values(metrics))
+    assert seen[0]["loss"] == pytest.approx(np.log(2), rel=1e-6) and seen[0]["kl"] == 0
+    assert seen[0]["loss"] > seen[1]["loss"] > seen[2]["loss"] and seen[2]["kl"] > 0
+    np.testing.assert_array_equal(complete(frozen, batch).reference_logps, expected)
+
+
+def test_a_baseline_is_one_number_however_the_step_is_split(key):
+    rows, others = toy.batch(key, rows=8), toy.batch(jax.random.fold_in(key, 1), rows=8)
+    batch = dataclasses.replace(rows, desirable=jnp.arange(8.0) % 3, mismatched=others)
+
+    def measure(params, frozen, batch):
+        found = complete(frozen, batch.mismatched)
+        return losses.kl_baseline(SCORE(params, found), found)
+
+    options = {"complete": complete, "baseline": train.Baseline(measure, losses.with_baseline)}
+    method, results = peft.anchored(METHOD), []
+    frozen, trainable = method.init(key, toy.init(key))
+    trainable = jax.tree.map(lambda x: x + 0.1, trainable)  # away from the reference, so that there is a distance to it
+    for parts in (1, 4):
+        step = train.make_train_step(SCORE, method, losses.kto, optax.sgd(0.1), accumulation=parts, **options)
+        state = train.init_state(key, jax.tree.map(jnp.copy, trainable), method, optax.sgd(0.1))
+        results.append(step(state, frozen, batch))
+    (one, metrics), (other, got) = results
+    chex.assert_trees_all_close(other.trainable, one.trainable, rtol=1e-5, atol=1e-7)
+    assert values(got) == pytest.approx(values(metrics), rel=1e-5) and values(metrics)["kl"] > 0
 
 
 def test_a_batch_that_does_not_divide_is_an_error(key):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,9 +21,9 @@ from ftjax.cli import measure
 from ftjax.hf import load as hf_load
 from ftjax.hf import tokenizer as hf_tokenizer
 from ftjax.peft import inits
-from ftjax.train import Score, Step, make_eval_step, make_train_step
+from ftjax.train import Baseline, Score, Step, make_eval_step, make_train_step
 from ftjax.tree import nearest
-from ftjax.types import Batch, LossFn, Metrics, Model, Params, Scores, TrainState, Transform
+from ftjax.types import Batch, LossFn, Mean, Metrics, Model, Params, Scores, TrainState, Transform
 
 METHODS = peft.METHODS | quant.METHODS
 """What `config.methods` may name."""
@@ -137,7 +138,8 @@ def method(config, statistics: Mapping[str, Mapping[str, Any]] = {}) -> Transfor
     """
     starts = {name: inits.CALIBRATED[config[name].init](found) for name, found in statistics.items()}
     options = ((name, block | {"init": starts[name]} if name in starts else block) for name, block in methods(config))
-    return peft.chain(*(METHODS[name](**block) for name, block in options))
+    chosen = peft.chain(*(METHODS[name](**block) for name, block in options))
+    return peft.anchored(chosen) if needs(config).reference else chosen
 
 
 def quantizer(config) -> Transform | None:
@@ -164,17 +166,30 @@ def _options(name: str, config) -> dict[str, Any]:
     return options
 
 
-def loss(config) -> LossFn:
-    """Return the objective of `config.algorithm` with the options of `config.loss`."""
+def needs(config) -> losses.Needs:
+    """Return what the objective of `config.algorithm` asks for."""
     if config.algorithm not in losses.LOSSES:
         raise ValueError(f"algorithm: there is no {config.algorithm!r}; nearest: {nearest(config.algorithm, losses.LOSSES)}.")
-    return partial(losses.LOSSES[config.algorithm], **plain(config.loss))
+    return losses.NEEDS[config.algorithm]
+
+
+def loss(config) -> LossFn:
+    """Return the objective of `config.algorithm` with the options of `config.loss`."""
+    needs(config)
+    chosen, options = losses.LOSSES[config.algorithm], plain(config.loss)
+    known = [name for name, parameter in inspect.signature(chosen).parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    if unknown := sorted(options.keys() - set(known)):
+        raise ValueError(f"loss.{unknown[0]}: {config.algorithm!r} has no such option; nearest: {nearest(unknown[0], known)}.")
+    return partial(chosen, **options)
 
 
 def check_best_metric(config) -> None:
     """Refuse a `checkpoint.best_metric` that no evaluation will have; asked before anything is loaded."""
-    row = jax.ShapeDtypeStruct((1, 2), jnp.float32)
-    batch = Batch(**{field.name: row for field in dataclasses.fields(Batch)})
+    shape = (1, 2, 2) if needs(config).data == data.PAIRS else (1, 2)
+    row, number = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+    of_items = ("desirable", "baseline", "margins")
+    rows = ("tokens", "loss_mask", "positions", "segment_ids", "reference_logps")
+    batch = Batch(**dict.fromkeys(rows, row), **dict.fromkeys(of_items, number))
     scores = Scores(**{name: row for name in _outputs(config)})
     names = ("loss", *jax.eval_shape(loss(config), scores, batch)[1], "perplexity")
     if config.checkpoint.best_metric not in names:
@@ -182,13 +197,34 @@ def check_best_metric(config) -> None:
 
 
 def _outputs(config) -> tuple[str, ...]:
-    return ("logps", "greedy", *(["mean_logps"] if config.loss.label_smoothing else []))
+    """Return what is scored: what the objective needs, and of conversations the accuracy."""
+    wanted = needs(config)
+    more = ("greedy",) if wanted.data == "messages" else ()
+    smooth = ("mean_logps",) if wanted.data == "messages" and config.loss.label_smoothing else ()
+    return (*wanted.outputs, *more, *smooth)
 
 
-def score(config, model: Model, mesh: Mesh) -> Score:
+def score(config, model: Model, mesh: Mesh, outputs: tuple[str, ...] | None = None) -> Score:
     """Return how tokens are scored: with what the objective and its metrics need, and no more."""
     shards = math.prod(mesh.shape[name] for name in sharding.ROWS)
-    return partial(scoring.score, sharding.on_mesh(model, mesh), batch_shards=shards, outputs=_outputs(config))
+    return partial(scoring.score, sharding.on_mesh(model, mesh), batch_shards=shards, outputs=outputs or _outputs(config))
+
+
+def comparison(config, model: Model, mesh: Mesh) -> dict[str, Any]:
+    """Return `complete` and `baseline` of `train.make_train_step`: how the objective gets to know its reference; empty without one."""
+    wanted = needs(config)
+    if not wanted.reference:
+        return {}
+    look = score(config, model, mesh, ("logps",))
+
+    def complete(frozen: Params, batch: Batch) -> Batch:
+        return losses.with_reference(batch, look(peft.reference(frozen), batch))
+
+    def measure(params: Params, frozen: Params, batch: Batch) -> Mean:
+        rows = complete(frozen, batch.mismatched)
+        return losses.kl_baseline(look(params, rows), rows)
+
+    return {"complete": complete, "baseline": Baseline(measure, losses.with_baseline) if wanted.baseline else None}
 
 
 def train_step(config, model: Model, method: Transform, rule: optax.GradientTransformation, mesh: Mesh, state: TrainState) -> Step:
@@ -200,12 +236,13 @@ def train_step(config, model: Model, method: Transform, rule: optax.GradientTran
         rule,
         accumulation=config.data.accumulation,
         state_sharding=sharding.state_shardings(state, mesh),
+        **comparison(config, model, mesh),
     )
 
 
 def eval_step(config, model: Model, method: Transform, mesh: Mesh) -> Callable[[Params, Params, Batch], Metrics]:
     """Return `evaluate(trainable, frozen, batch) -> metrics` of the config on a mesh."""
-    return make_eval_step(score(config, model, mesh), method, loss(config))
+    return make_eval_step(score(config, model, mesh), method, loss(config), **comparison(config, model, mesh))
 
 
 def optimizer(config) -> optax.GradientTransformation:
@@ -243,15 +280,15 @@ def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False)
     if not sources:
         raise ValueError(f"data.{field}: no source is named; add one as base.source(PATH).")
     check_rows(config, mesh, accumulation=1 if held_out else config.data.accumulation)
-    found, reports = data.load(
-        {name: plain(source) for name, source in sources.items()},
-        encoder,
-        batch_size=config.data.batch_size,
-        packing=config.data.packing,
-        seed=config.seed,
-        shuffle=held_out or config.data.shuffle,
-        bad_rows=config.data.bad_rows,
-    )
+    specs = {name: plain(source) for name, source in sources.items()}
+    options = {"batch_size": config.data.batch_size, "seed": config.seed, "shuffle": held_out or config.data.shuffle}
+    options["bad_rows"], wanted = config.data.bad_rows, needs(config)
+    if wanted.data == "messages":
+        found, reports = data.load(specs, encoder, packing=config.data.packing, **options)
+    elif wanted.data in (data.PAIRS, data.LABELLED):
+        found, reports = data.load_judged(specs, encoder, wanted=wanted.data, mismatched=wanted.baseline, **options)
+    else:
+        raise ValueError(f"algorithm: {config.algorithm!r} learns from {wanted.data}, not read by `ftjax train` yet; use it from Python.")
     return found.shard(*sharding.batch_share(mesh)), reports
 
 
@@ -270,7 +307,7 @@ def check_rows(config, mesh: Mesh, *, accumulation: int) -> None:
 def first_examples(config, count: int, *, held_out: bool = False) -> list[data.Example]:
     """Return the first `count` examples of each source."""
     sources = config.data.eval_sources if held_out else config.data.sources
-    found = (data.read(plain(source), bad_rows=config.data.bad_rows) for source in sources.values())
+    found = (_examples(config, source) for source in sources.values())
     return [example for examples in found for example in itertools.islice(examples, count)]
 
 
@@ -282,7 +319,7 @@ def held_out_examples(config, count: int) -> list[data.Example]:
     """
     if not count:
         return []
-    sources = [data.read(plain(source), bad_rows=config.data.bad_rows) for source in config.data.eval_sources.values()]
+    sources = [_examples(config, source) for source in config.data.eval_sources.values()]
     answered = [list(itertools.islice(filter(data.answer, examples), count)) for examples in sources]
     width = max(map(len, answered), default=0)
     if not width:
@@ -291,6 +328,15 @@ def held_out_examples(config, count: int) -> list[data.Example]:
             "to compare with; set eval.generate.examples and eval.samples to 0, or add a source of prompts and answers."
         )
     return [examples[at] for at in range(width) for examples in answered if at < len(examples)][:count]
+
+
+def _examples(config, source) -> Iterator[data.Example]:
+    """Yield the examples of a source; of judged responses the good ones."""
+    wanted, options = needs(config).data, {"bad_rows": config.data.bad_rows}
+    if wanted == "messages":
+        yield from data.read(plain(source), **options)
+    else:
+        yield from (one.responses[0] for one in data.read_judged(plain(source), wanted, **options) if one.numbers.get("desirable", 1))
 
 
 def quiz(config, loaded: Loaded, encoder: data.Encoder, attach: Callable[[TrainState], Params]) -> measure.Quiz:

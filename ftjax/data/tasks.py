@@ -2,7 +2,7 @@
 
 Row `i` of a split is a pure function of (task, split, seed, i), and there is no last one. Whether a problem is for training or held out
 is decided by a hash of its prompt, so the splits share no problem. Every prompt says what form the answer must have, so that an
-untrained model has its fair chance.
+untrained model has its fair chance. A row is a prompt with its answer, and a pair too: the answer and that to another problem.
 """
 
 from __future__ import annotations
@@ -160,7 +160,13 @@ def _make(names: list[str], i: int, *, split: str = "train", seed: int = 0) -> d
     while True:
         prompt, answer = TASKS[name](draw)
         if split_of(prompt) == split:
-            return {"prompt": prompt, "completion": answer, "answer": answer, "task": name}
+            wrong = _another(name, answer, random.Random(f"wrong {name}/{split}/{seed}/{i}"))
+            return {"prompt": prompt, "completion": answer, "answer": answer, "chosen": answer, "rejected": wrong, "task": name}
+
+
+def _another(name: str, answer: str, draw: random.Random) -> str:
+    """Return the answer to another problem, wrong for this one."""
+    return next(other for _, other in iter(lambda: TASKS[name](draw), None) if other != answer)
 
 
 def split_of(prompt: str) -> str:

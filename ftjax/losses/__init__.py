@@ -7,7 +7,9 @@ from functools import partial
 
 from ftjax.losses.bco import bco
 from ftjax.losses.cpo import cpo, simpo
+from ftjax.losses.distillation import distill
 from ftjax.losses.kto import apo_zero_unpaired, balance, kl_baseline, kto, with_baseline
+from ftjax.losses.needs import NEEDS, Needs
 from ftjax.losses.orpo import orpo
 from ftjax.losses.pairs import PAIR_LOSSES
 from ftjax.losses.preference import dpo, ipo, mpo, preference, rpo, wpo
@@ -39,6 +41,8 @@ LOSSES = {
     # reward models
     "reward": bradley_terry,
     "process_reward": stepwise,
+    # distillation
+    "distill": distill,
     # unlearning
     "npo": npo,
     "gradient_difference": gradient_difference,
@@ -46,12 +50,15 @@ LOSSES = {
 
 __all__ = [
     "LOSSES",
+    "NEEDS",
     "PAIR_LOSSES",
+    "Needs",
     "apo_zero_unpaired",
     "balance",
     "bco",
     "bradley_terry",
     "cpo",
+    "distill",
     "dpo",
     "gradient_difference",
     "ipo",

@@ -6,6 +6,7 @@ A method is a `Transform` (see `ftjax.types`). `METHODS` lists them once: for co
 """
 
 from ftjax.peft.adalora import ADALORA, adalora
+from ftjax.peft.anchored import REFERENCE, anchored, reference
 from ftjax.peft.bitfit import bitfit, norm_tuning
 from ftjax.peft.boft import BOFT, boft
 from ftjax.peft.bottleneck import bottleneck, parallel_bottleneck
@@ -85,11 +86,13 @@ SOFT_PROMPTS: dict[str, SoftPrompt] = {"p_tuning": P_TUNING, "prefix_tuning": PR
 __all__ = [
     "FORMATS",
     "METHODS",
+    "REFERENCE",
     "SOFT_PROMPTS",
     "Format",
     "SoftPrompt",
     "Tensor",
     "adalora",
+    "anchored",
     "assign_rows",
     "bitfit",
     "boft",
@@ -119,6 +122,7 @@ __all__ = [
     "prefix_tuning",
     "prompt_tuning",
     "randlora",
+    "reference",
     "relora",
     "row_indices",
     "shira",

@@ -53,7 +53,9 @@ def test_a_stored_config_holds_the_ids_of_the_text_that_a_prompt_starts_as(confi
 
 def test_held_out_examples_without_an_answer_are_refused_by_name(tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"text": "a"}\n')
-    config = ConfigDict({"data": {"bad_rows": "raise", "eval_sources": {"texts": {"path": str(tmp_path / "texts.jsonl")}}}})
+    config = ConfigDict(
+        {"algorithm": "sft", "data": {"bad_rows": "raise", "eval_sources": {"texts": {"path": str(tmp_path / "texts.jsonl")}}}}
+    )
     assert build.held_out_examples(config, 0) == []
     with pytest.raises(ValueError, match=r"eval\.generate\.examples: no row of data.eval_sources \(texts\) has an answer"):
         build.held_out_examples(config, 1)

@@ -16,8 +16,8 @@ from ftjax.logs.writers import read_jsonl
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "base")
 
-OWN_FORM = ("pretrain_smollm2_longlora",)
-"""They train an embedding that is the output head too, for which PEFT's folders have no place."""
+OWN_FORM = ("pretrain_smollm2_longlora", "reward_smollm2_hh")
+"""They train what PEFT's folders have no place for: an embedding that is the output head too, a value head."""
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*persistent compilation cache.*")
 

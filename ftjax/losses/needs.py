@@ -1,0 +1,41 @@
+"""What each objective of `LOSSES` asks for: which data, which scores, and what is written into a batch before its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ftjax.losses.pairs import PAIR_LOSSES
+
+
+class Needs(NamedTuple):
+    """Of one objective."""
+
+    data: str = "pairs"
+    """"messages": conversations, `[b, t]`; "pairs": a chosen and a rejected response, `[b, 2, t]`; "labelled": single responses with
+    `desirable`, `[b, t]`; or another word for what `ftjax train` cannot read yet."""
+    outputs: tuple[str, ...] = ("logps",)
+    """Of `scoring.score`, without which the objective cannot be computed."""
+    reference: bool = False
+    """Whether it reads `reference_logps`."""
+    baseline: bool = False
+    """Whether it reads `baseline`, a mean over the `mismatched` rows of the whole step."""
+
+
+_ANCHORED = Needs(reference=True)
+NEEDS: Mapping[str, Needs] = {
+    "sft": Needs("messages"),
+    **dict.fromkeys(("dpo", "rpo", "mpo", *(name for name in PAIR_LOSSES if name != "sigmoid")), _ANCHORED),
+    "wpo": Needs(outputs=("logps", "log_collision"), reference=True),
+    **dict.fromkeys(("orpo", "cpo", "simpo", "alphapo"), Needs()),
+    **dict.fromkeys(("tpo", "tpo_l"), Needs("triples")),
+    "kto": Needs("labelled", reference=True, baseline=True),
+    "apo_zero_unpaired": Needs("labelled", reference=True),
+    "bco": Needs("labelled responses and a mean over the steps before", reference=True),
+    "reward": Needs(outputs=("logps", "values")),
+    "process_reward": Needs("labelled steps", outputs=("logps", "values")),
+    "distill": Needs("messages and a teacher"),
+    "npo": Needs("labelled", reference=True),
+    "gradient_difference": Needs("labelled"),
+}
+"""By the names of `LOSSES`."""
