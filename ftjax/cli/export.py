@@ -48,7 +48,7 @@ def define_flags(flags: absl_flags.FlagValues, argv) -> None:
     absl_flags.DEFINE_enum(
         "dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "of the files (auto: the model's)", flag_values=flags
     )
-    absl_flags.DEFINE_bool("quantized", False, "a run over a quantised base: write that, the adapter folded in and quantised anew", flags)
+    absl_flags.DEFINE_bool("quantized", False, "over a quantised base: write that, the adapter folded in and quantised anew", flags)
     absl_flags.DEFINE_bool("value_head", True, "write a model that has a value head as a classifier; else the language model alone", flags)
     runtime.define_flags(flags)
 
@@ -80,7 +80,7 @@ class Found(NamedTuple):
     loaded: build.Loaded
     params: Params
     packing: Mapping[str, Mapping[str, Any]] = {}
-    """`{path: arguments of quantize}` of the base that the run trained over."""
+    """`{path: arguments of quantize}` of the base that was trained over, where it is packed."""
     trained: Params | None = None
     """The parameters over that base; None where it is the one of `params`."""
 
@@ -91,7 +91,7 @@ def pretrained_model(name: str, adapter: str) -> Found:
     name = name or (pretrained.base_name(folder) if folder else pretrained.DEFAULT)
     model, params, tokenizer, _ = hf_load.load(name, change=partial(pretrained.trained_in, [folder] if folder else []))
     tokenizer = pretrained.tokenizer(folder, model, base=tokenizer)
-    return Found(build.Loaded(model, params, tokenizer, name), pretrained.attach(model, params, folder))
+    return Found(build.Loaded(model, params, tokenizer, name), pretrained.attach(model, params, folder), _packing(params))
 
 
 def trained(workdir: epath.Path, step: str = "last") -> Found:
@@ -118,18 +118,23 @@ def trained(workdir: epath.Path, step: str = "last") -> Found:
 
 
 def _over_dense(config: ConfigDict, loaded: build.Loaded, params: Params) -> Found:
-    """Return what a run trained over its dense base, if it trained it over one that was packed."""
-    quantizer = build.quantizer(config)
-    if quantizer is None:
-        return Found(loaded, params)
+    """Return what a run trained, over the dense base if it packed that one; what is packed in the file or by LoftQ has no other."""
+    packing = _packing(params)
+    if build.quantizer(config) is None:
+        return Found(loaded, params, packing)
     dense = build.model(config, sharding.make_mesh(devices=jax.local_devices()[:1]), packed=False)
-    packing, base = quant.packing(quantizer.plan(dense.params)), tree.flatten(dense.params)
+    flat, base = tree.flatten(params), tree.flatten(dense.params)
 
-    def rebased(path: str, leaf: Leaf) -> Leaf:
-        return jax.tree.map(lambda part: base[path] if _is_packed(part) else part, leaf, is_leaf=_is_packed)
+    def rebased(path: str) -> Leaf:
+        return jax.tree.map(lambda part: base[path] if _is_packed(part) else part, flat[path], is_leaf=_is_packed)
 
-    flat = tree.flatten(params)
-    return Found(dense, tree.replace(params, {path: rebased(path, flat[path]) for path in packing}), packing, params)
+    return Found(dense, tree.replace(params, {path: rebased(path) for path in packing}), packing, params)
+
+
+def _packing(params: Params) -> dict[str, dict[str, Any]]:
+    """Return how the matrices of a tree are packed, adapters on them or not."""
+    found = {path: next(filter(_is_packed, jax.tree.leaves(leaf, is_leaf=_is_packed)), None) for path, leaf in tree.flatten(params).items()}
+    return {path: {"format": part.format, "group": part.group, "nested": part.nested} for path, part in found.items() if part is not None}
 
 
 def _is_packed(leaf: Any) -> bool:
@@ -138,11 +143,12 @@ def _is_packed(leaf: Any) -> bool:
 
 def repacked(found: Found) -> Found:
     """Return what was trained over a packed base, adapters folded into it and all of it quantised anew."""
-    if found.trained is None:
-        raise ValueError("export: --quantized is for the --workdir of a run over a quantised base; `ftjax quantize` packs any model.")
-    flat = tree.flatten(found.trained)
+    if not found.packing:
+        raise ValueError("export: --quantized is for what was trained over a quantised base, which this was not; see `ftjax quantize`.")
+    trained = found.params if found.trained is None else found.trained
+    flat = tree.flatten(trained)
     packed = {path: hf_packed.repack(path, flat[path], **options) for path, options in found.packing.items()}
-    return found._replace(params=tree.replace(found.params, packed))
+    return found._replace(params=tree.replace(trained, packed), trained=trained)
 
 
 def _chosen(checkpoints: Checkpoints, step: str) -> int | None:

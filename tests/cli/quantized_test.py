@@ -62,7 +62,7 @@ def test_a_run_is_merged_into_the_dense_base(run, base, tmp_path, capsys):
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "same"))
     assert all(np.array_equal(one[name], two[name]) for name in two) and one.keys() == two.keys()
     assert main.main(["export", f"--model={base.folder}", "--quantized", f"--output={tmp_path / 'none'}"]) == 1
-    assert "run over a quantised base" in capsys.readouterr().err
+    assert "trained over a quantised base" in capsys.readouterr().err
 
 
 def test_a_run_is_merged_into_the_base_quantised_anew(run, base, tmp_path, capsys):
