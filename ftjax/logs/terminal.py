@@ -81,6 +81,10 @@ def megabytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
+PAIRS = {"rewards/accuracy": "right {:.0%}", "rewards/margin": "margin {:.3g}"}
+"""What a line of progress says of pairs, by metric."""
+
+
 class Terminal:
     """Progress and messages. Where the output is no terminal the bar becomes one plain line at each report.
 
@@ -132,8 +136,10 @@ class Terminal:
             self._progress.update(self._task, completed=step)
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
-        """Show loss, tokens a second and memory."""
-        self.progress(step, f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s  {values['memory_gb']:.2f} GB")
+        """Show loss, tokens a second and memory, and of pairs how many are right and by how much."""
+        pairs = "".join(f"{text.format(values[name])}  " for name, text in PAIRS.items() if name in values)
+        speed = f"{values['tokens_per_second']:,.0f} tokens/s  {values['memory_gb']:.2f} GB"
+        self.progress(step, f"loss {values['loss']:.4f}  {pairs}{speed}")
 
     def progress(self, step: int, shown: str) -> None:
         """Show a text of a step: beside the bar, or as a line."""
