@@ -26,17 +26,29 @@ def check(leaf, dense, arrays, *, i, o, key, grad_rtol=2e-4):
     keys = jax.random.split(key, 4)
     base, x, y = normal(keys[0], i, o), normal(keys[1], 2, 3, i), normal(keys[2], 2, 3, o)
     ids = jnp.array([[0, i - 1], [i // 2, 0]])
+    given = {name: a for name, a in arrays.items() if isinstance(a, jax.Array)}
+    settings = {name: a for name, a in arrays.items() if name not in given}
+    trained = {name: a for name, a in given.items() if jnp.issubdtype(a.dtype, jnp.floating)}
+    uses = {
+        "dot": lambda w: jnp.sum(y * weights.dot(x, w)),
+        "dot_transposed": lambda w: jnp.sum(x * weights.dot_transposed(y, w)),
+        "materialize": lambda w: jnp.sum(y * (x @ weights.materialize(w))),
+    }
+
+    @jax.jit  # one program for all of it: compiling is what a test waits for
+    def results(base, given, trained):
+        w = leaf(base, **settings, **given)
+        stacked = leaf(jnp.stack([base, base]), **settings, **{name: jnp.stack([a, a]) for name, a in given.items()})
+        products = (weights.materialize(w), weights.dot(x, w), weights.dot_transposed(y, w), weights.embed(ids, w))
+        of_trained = lambda use: jax.grad(lambda trained: use(leaf(base, **settings, **{**given, **trained})))(trained)  # noqa: E731
+        return products, weights.materialize(stacked), {name: of_trained(use) for name, use in uses.items()}
+
+    products, stacked, gradients = results(base, given, trained)
     want = dense(double(base), **double(arrays))
-    w = leaf(base, **arrays)
-    close(weights.materialize(w), want)
-    close(weights.dot(x, w), double(x) @ want)
-    close(weights.dot_transposed(y, w), double(y) @ want.T)
-    close(weights.embed(ids, w), want[np.asarray(ids)])
+    for got, wanted in zip(products, (want, double(x) @ want, double(y) @ want.T, want[np.asarray(ids)]), strict=True):
+        close(got, wanted)
+    close(stacked, np.stack([want, want]))
 
-    stacked = leaf(jnp.stack([base, base]), **{name: jnp.stack([a, a]) if isinstance(a, jax.Array) else a for name, a in arrays.items()})
-    close(weights.materialize(stacked), np.stack([want, want]))
-
-    trained = {name: a for name, a in arrays.items() if isinstance(a, jax.Array) and jnp.issubdtype(a.dtype, jnp.floating)}
     way = {name: normal(jax.random.fold_in(keys[3], n), *a.shape) for n, (name, a) in enumerate(trained.items())}
 
     def formula(step):
@@ -44,14 +56,8 @@ def check(leaf, dense, arrays, *, i, o, key, grad_rtol=2e-4):
         return np.sum(double(y) * (double(x) @ dense(double(base), **{**double(arrays), **moved})))
 
     slope = (formula(1e-5) - formula(-1e-5)) / 2e-5
-    uses = {
-        "dot": lambda w: jnp.sum(y * weights.dot(x, w)),
-        "dot_transposed": lambda w: jnp.sum(x * weights.dot_transposed(y, w)),
-        "materialize": lambda w: jnp.sum(y * (x @ weights.materialize(w))),
-    }
-    for name, use in uses.items():
-        gradient = jax.grad(lambda trained, use=use: use(leaf(base, **{**arrays, **trained})))(trained)
-        got = sum(float(jnp.vdot(gradient[field], way[field])) for field in trained)
+    for name, gradient in gradients.items():
+        got = sum(np.vdot(double(gradient[field]), double(way[field])) for field in trained)
         np.testing.assert_allclose(got, slope, rtol=grad_rtol, atol=1e-2, err_msg=name)
 
 
