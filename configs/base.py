@@ -100,7 +100,7 @@ def judged(algorithm: str = "dpo", **loss) -> ConfigDict:
     config = sft().unlock()
     config.algorithm = algorithm
     config.loss = ConfigDict(loss)
-    config.data.packing = "none"
+    config.data.packing = "none" if algorithm == "kto" else "best_fit"  # rows of twice max_tokens, with as many pairs as fit
     config.optimizer.learning_rate = 5e-5
     config.lock()
     for sources in (config.data.sources, config.data.eval_sources):

@@ -128,6 +128,9 @@ def _load(run: Run) -> tuple[Policy, Params]:
     plans = method.plan(loaded.params)
     terminal.heading("What is trained")
     terminal.say(logs.plan_table(plans, loaded.params, trainable))
+    rows = config.data.batch_size * config.data.max_tokens // config.data.accumulation // sharding.batch_share(mesh)[1]
+    if products := show.products(frozen, mesh, rows=rows, dtype=config.model.dtype):
+        terminal.say(products)
     if mesh.size > 1:
         terminal.heading("Where it lies")
         terminal.say(show.layout({"frozen": frozen, "trained": trainable}, mesh))

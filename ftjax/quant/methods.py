@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import jax
 
 from ftjax import tree
+from ftjax.kernels import int4_matmul
 from ftjax.quant.quantize import quantize
 from ftjax.quant.weight import SPECS, QuantizedWeight
 from ftjax.types import Params, Plan, Transform
@@ -25,6 +27,7 @@ def quantized(
     group: int | None = 64,
     nested: bool = False,
     exclude: tree.Filter | None = None,
+    implementation: str = "auto",
     name: str = "",
 ) -> Transform:
     """Store frozen matrices in a 4-bit or 8-bit format; those that are in it already stay as they are.
@@ -39,11 +42,12 @@ def quantized(
       group: consecutive rows (of `[i, o]`) that share a scale; None: all.
       nested: quantise the scales too (QLoRA's double quantisation).
       exclude: matrices to leave as they are.
+      implementation: of the products, of `ftjax.kernels.int4_matmul.IMPLEMENTATIONS`; "auto": the first that fits.
       name: the method's name in the plan, the format's if empty.
 
     Raises:
       ValueError: a filter matches nothing, or a leaf that is no plain matrix, or one that is packed otherwise; the rows do not divide into
-        groups; there is no such format.
+        groups; there is no such format or implementation.
 
     Example:
       >>> import jax.numpy as jnp
@@ -55,12 +59,14 @@ def quantized(
     name = name or format
     if format not in SPECS:
         raise ValueError(f"{name}: there is no format {format!r}; nearest: {tree.nearest(format, SPECS)}.")
+    int4_matmul.check(implementation)
 
     def init(key: jax.Array, params: Params) -> tuple[Params, Params]:
         del key
         flat = tree.flatten(params)
         paths = tree.matches(params, targets, who=name, exclude=exclude)
-        return tree.replace(params, {path: packed(path, flat[path]) for path in paths}), {}
+        found = {path: dataclasses.replace(packed(path, flat[path]), implementation=implementation) for path in paths}
+        return tree.replace(params, found), {}
 
     def packed(path: str, leaf: Any) -> QuantizedWeight:
         if isinstance(leaf, QuantizedWeight):

@@ -68,16 +68,17 @@ def on_mesh(model: Model, mesh: Mesh, rules: Rules = RULES) -> Model:
         return model
 
     def apply(params: Params, tokens: jax.Array, **options: Any) -> tuple[jax.Array, Any]:
-        hidden, cache = model.apply(_wrap(params, mesh, rules), _rows(mesh, tokens), **options)
+        hidden, cache = model.apply(leaves_on_mesh(params, mesh, rules), _rows(mesh, tokens), **options)
         return _rows(mesh, hidden), cache
 
     def head(params: Params) -> Params:
-        return jax.tree.map(_once, model.head(_wrap(params, mesh, rules)), is_leaf=lambda leaf: isinstance(leaf, Sharded))
+        return jax.tree.map(_once, model.head(leaves_on_mesh(params, mesh, rules)), is_leaf=lambda leaf: isinstance(leaf, Sharded))
 
     return model._replace(apply=apply, head=head)
 
 
-def _wrap(params: Params, mesh: Mesh, rules: Rules) -> Params:
+def leaves_on_mesh(params: Params, mesh: Mesh, rules: Rules = RULES) -> Params:
+    """Return the leaves as a model on the mesh has them."""
     return tree.unflatten({path: _sharded(path, leaf, mesh, rules) for path, leaf in tree.flatten(params).items()})
 
 
