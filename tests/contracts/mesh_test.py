@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from ftjax import peft, sharding, tree
+from ftjax import peft, quant, sharding, tree
 from ftjax.checkpoint import Checkpoints, Record
 from tests import meshed
 
@@ -76,6 +76,14 @@ def test_what_layers_share_and_what_a_leaf_keeps_frozen_lie_on_a_mesh_too():
     assert_equal(meshed.train(mesh, method, chunk_tokens=5), meshed.train(method=method))
 
 
+def test_adapters_over_a_quantised_base_train_on_a_mesh_to_the_weights_of_one_device():
+    method = peft.chain(quant.nf4(["q_proj", "down_proj"], group=8), peft.lora(["q_proj", "down_proj"], rank=4, init="gaussian"))
+    run = meshed.train(sharding.make_mesh(data=2, fsdp=2, tensor=2), method, chunk_tokens=5)
+    assert_equal(run, meshed.train(method=method))
+    codes = tree.flatten(run.frozen)["layers/mlp/down_proj/kernel"].codes
+    assert codes.sharding.shard_shape(codes.shape)[1:] == (codes.shape[1] // 2, codes.shape[2] // 2)
+
+
 def test_accumulation_and_rematerialisation_change_nothing_on_a_mesh(alone):
     assert_equal(meshed.train(sharding.make_mesh(data=2, fsdp=2, tensor=2), accumulation=2, remat="full"), alone)
 
@@ -124,7 +132,7 @@ def test_two_processes_train_to_the_weights_of_one(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
     outputs = [tmp_path / f"{n}.npz" for n in range(2)]
     root = pathlib.Path(__file__).parents[2]
     commands = [[sys.executable, "-m", "tests.meshed", str(n), "2", port, str(output)] for n, output in enumerate(outputs)]

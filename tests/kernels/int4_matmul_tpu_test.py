@@ -13,13 +13,13 @@ from ftjax.kernels import int4_matmul
 from ftjax.kernels.int4_matmul import Implementation, implementations, reference, tpu
 from ftjax.quant import SPECS, QuantizedWeight, quantize
 
-TILES = tpu.Tiles(96, 128, 128)
+TILES = tpu.Tiles(192, 256, 128)
 CASES = [  # every format and group, both dtypes
     ("nf4", 64, jnp.bfloat16),
     ("fp4", 32, jnp.float32),
     ("int4", 128, jnp.bfloat16),
-    ("uint4", 256, jnp.float32),  # the whole column, of two tiles
-    ("int8", 256, jnp.bfloat16),
+    ("uint4", 512, jnp.float32),  # the whole column, of two tiles
+    ("int8", 512, jnp.bfloat16),
 ]
 
 
@@ -53,15 +53,15 @@ def through(implementation, x, y, w, monkeypatch):
 
 @pytest.mark.parametrize(("format", "group", "dtype"), CASES, ids=[case[0] for case in CASES])
 def test_product_and_gradient_are_those_of_the_matrix_and_tiles_equal_it_bit_for_bit(format, group, dtype, monkeypatch):
-    """On a grid of 4 x 3 x 2 and 4 x 2 x 3, the last rows ragged."""
-    w = packed(format, (256, 384), group, dtype)
-    ones = jnp.eye(256, dtype=dtype)  # rows of it pick rows of the matrix, for a sum with one number is exact
-    x, y = jnp.concatenate([ones, rows((50, 256), dtype)]), rows((306, 384), dtype)
+    """On grids of 3 x 3 x 2 and 3 x 2 x 3, the last rows ragged."""
+    w = packed(format, (512, 384), group, dtype)
+    ones = jnp.eye(512, dtype=dtype)  # rows of it pick rows of the matrix, for a sum with one number is exact
+    x, y = jnp.concatenate([ones, rows((50, 512), dtype)]), rows((562, 384), dtype)
     forms = (partial(form, tiles=TILES, interpret=True) for form in (tpu.product, tpu.product_transposed))
     out, gradient = through(Implementation(*forms), x, y, w, monkeypatch)
     dense = np.asarray(w.materialize(), np.float64)
     tolerance = 1e-2 if dtype == jnp.bfloat16 else 1e-5
-    np.testing.assert_array_equal(out[:256], dense.astype(out.dtype))
+    np.testing.assert_array_equal(out[:512], dense.astype(out.dtype))
     assert relative(out, np.asarray(x, np.float64) @ dense) < tolerance
     assert relative(gradient, np.asarray(y, np.float64) @ dense.T) < tolerance
 

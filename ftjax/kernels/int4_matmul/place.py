@@ -54,7 +54,7 @@ def specs(place: Place, spec: Spec, w: Packed) -> Packed:
     """Return where each array of a matrix lies while it multiplies."""
     i, o = _sides(place, spec, w)
     of_groups = P(i if w.scales.shape[-2] > 1 else None, o)
-    return Packed(P(o, i) if w.codes.dtype == jnp.int4 else P(i, o), of_groups, None if w.zeros is None else of_groups)
+    return Packed(P(o, i) if w.codes.dtype == jnp.int32 else P(i, o), of_groups, None if w.zeros is None else of_groups)
 
 
 def part(place: Place, spec: Spec, w: Packed) -> Packed:

@@ -3,9 +3,9 @@
 Glossary: a *block* is what one step of the grid reads or writes; a *tile* is the block of the matrix, `[bi, bo]` numbers; a *group* is the
 rows that share a scale. Tiles and groups do not know of each other, except that one divides the other.
 
-    HBM     x [m, i]          codes [i/2, o] (two a byte)   scales [n, 1, o]         y [m, o]
-    VMEM    x [bm, bi]        codes [bi/2, bo]              scales [bi/g, 1, bo]     y [bm, bo]
-    step                      tile D [bi, bo], in the dtype of x             total [bm, bo] float32 += x D
+    HBM     x [m, i]          codes [i/2, o] (two a byte)   scales [n, o]         y [m, o]
+    VMEM    x [bm, bi]        codes [bi/2, bo]              scales [bi/g, bo]     y [bm, bo]
+    step                      tile D [bi, bo], in the dtype of x          total [bm, bo] float32 += x D
 
 The grid is (rows, output, contraction); `x Dᵀ` is the same kernel with `[bm, bo]` in, `[bm, bi]` out and the other side contracted, so no
 transposed copy of the bytes exists. It must equal `reference`: a tile bit for bit, sums up to their order. Products of bfloat16 are exact
@@ -74,8 +74,11 @@ def _call(spec: Spec, x: jax.Array, w: Packed, tiles: Tiles | None, interpret, *
     wide = pl.BlockSpec((bm, bi), lambda *at: (at[0], at[along_i]))
     tall = pl.BlockSpec((bm, bo), lambda *at: (at[0], at[along_o]))
     codes = pl.BlockSpec((bi * spec.bits // 8, bo), lambda *at: (at[along_i], at[along_o]))
-    scales = pl.BlockSpec((max(1, bi // group), 1, bo), lambda *at: (jax.lax.div(at[along_i], shared), 0, at[along_o]))
-    of_groups = [array.reshape(n, 1, o) for array in (w.scales, w.zeros) if array is not None]
+    bg = max(1, bi // group)
+    flat = bg % SUBLANES == 0 or bg == n  # else rows of scales must be an axis of their own to be cut, which costs a copy of them
+    middle = () if flat else (1,)
+    scales = pl.BlockSpec((bg, *middle, bo), lambda *at: (jax.lax.div(at[along_i], shared), *(0 for _ in middle), at[along_o]))
+    of_groups = [array.reshape(n, *middle, o) for array in (w.scales, w.zeros) if array is not None]
     size, kept = (i, bi) if transposed else (o, bo)
     return pl.pallas_call(
         functools.partial(_kernel, spec, transposed, w.zeros is not None),
@@ -114,9 +117,10 @@ def _tile(spec: Spec, codes: jax.Array, scales: jax.Array, zeros: jax.Array | No
     """Return the numbers of a tile: `decode.values`, in what a TPU core can do."""
     found = _numbers(spec, codes)
     i, o = found.shape
+    by_group = (scales.shape[0], 1, o)
     found = found.reshape(scales.shape[0], -1, o)
-    found = found if zeros is None else found - zeros
-    found = found * scales
+    found = found if zeros is None else found - zeros.reshape(by_group)
+    found = found * scales.reshape(by_group)
     return (found if spec.unit == 1 else found * jnp.float32(spec.unit)).reshape(i, o).astype(dtype)
 
 
