@@ -4,8 +4,8 @@ Command: ftjax train --config=configs/qlora_llama3_70b.py --workdir=runs/qlora_l
 TPU slice: --config.mesh.data=1 --config.mesh.fsdp=-1 --config.data.accumulation=1, the same command on every worker.
 The model is gated: `hf auth login` first. Its matrices are packed as they are read: the host holds 40 GB, not 141.
 Hardware: one 48 GB GPU, or a v5e-16; UNTESTED. With the flags above `ftjax plan --config=… --topology=v5e:4x4` compiles the step by
-libtpu: 7.83 GB of each chip's 16.91. For `--topology=gpu:48GB` (51.54 GB) it is 46.02 GB from shapes, 39.52 of them the base, and not compiled; there JAX needs
-XLA_PYTHON_CLIENT_MEM_FRACTION=0.95.
+libtpu: 7.83 GB of each chip's 16.91. For `--topology=gpu:48GB` (51.54 GB) it is 46.02 GB from shapes, 39.52 of them the base, and not
+compiled; there JAX needs XLA_PYTHON_CLIENT_MEM_FRACTION=0.95.
 """
 
 from configs import base
