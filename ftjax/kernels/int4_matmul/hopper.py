@@ -2,9 +2,9 @@
 
 What has been run (2026-11-24; there was no GPU): the kernels are lowered for an H100 on JAX 0.10.2 and 0.12, and the GPU interpreter of
 0.12 runs them with its race detection, except that there fragments are decoded by plain JAX and multiplied from shared memory. On JAX 0.12
-they were compiled to machine code for sm_90a too (experiments/int4_speed/machine_code.py): next to no register spills. **No GPU has
-executed them**: how fragments are decoded there, `wgmma` from registers and all that is said of time is unproven. Tests marked `gpu` and
-experiments/int4_speed/gpu.py are for the day that there is one.
+they were compiled to machine code for sm_90a too (experiments/int4_speed/machine_code.py), with at most 16 bytes of spilled registers.
+**No GPU has executed them**: how fragments are decoded there, `wgmma` from registers and all that is said of time is unproven. Tests marked
+`gpu` and experiments/int4_speed/gpu.py are for the day that there is one.
 
 Codes must lie as `decode.by_outputs` puts them, once, before the run: `ftjax.quant.for_hopper`.
 """

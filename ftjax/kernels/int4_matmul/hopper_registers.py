@@ -6,7 +6,7 @@ thread holds 8 pairs, 8 columns apart. Packed it is 64 x 8 words in the same lay
 between threads.
 
 A book of consecutive integers is arithmetic, and exact: the code put into the mantissa of 2^23 and 2^23 subtracted. Any other book is a
-table of which each lane of a warp holds one number, and a shuffle fetches it: 1 instruction a code where a tree of selections takes 19.
+table of which each lane of a warp holds one number: a shift and a shuffle a code, where a tree of selections takes 19 instructions.
 """
 
 from __future__ import annotations
