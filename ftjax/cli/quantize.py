@@ -34,6 +34,7 @@ def define_flags(flags: absl_flags.FlagValues, argv) -> None:
     absl_flags.DEFINE_enum(
         "layout", "auto", layouts, "of the files (auto: bitsandbytes' if it has the format, else ftjax's)", flag_values=flags
     )
+    absl_flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16", "float16"], "of what stays dense (auto: the model's)", flags)
     absl_flags.DEFINE_string("output", None, "the folder to write; new or empty", flag_values=flags)
     runtime.define_flags(flags)
 
@@ -46,7 +47,7 @@ def main(flags: absl_flags.FlagValues) -> None:
     runtime.start(flags)
     given: dict[str, Any] = {name: flags[name].value for name in ("group", "nested") if flags[name].present}
     quantizer = quant.METHODS[flags.format](flags.targets, exclude=flags.exclude or None, **given)
-    model, params, tokenizer, _ = hf_load.load(flags.model, quantizer=quantizer)
+    model, params, tokenizer, _ = hf_load.load(flags.model, dtype=flags.dtype, quantizer=quantizer)
     logs.Terminal().say(logs.plan_table(quantizer.plan(params), params, {}))
     folder = hf_export.export_model(output, model, params, tokenizer, base_name=flags.model, layout=flags.layout)
     print(f"wrote {folder}, {megabytes(tree.num_bytes(params))}")

@@ -81,7 +81,8 @@ def test_a_run_is_merged_into_the_base_quantised_anew(run, base, tmp_path, capsy
 def test_a_model_is_quantised_from_the_command_line(base, tmp_path, capsys):
     argv = ["quantize", f"--model={base.folder}", "--format=int4", "--group=32", "--exclude=.*down_proj/kernel"]
     assert main.main([*argv, f"--output={tmp_path / 'packed'}"]) == 0
-    assert "bits 5" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "bits 5" in out and "MB → " in out
     found = load.load(str(tmp_path / "packed")).params
     options = {"quantizer": quant.int4(group=32, exclude=".*down_proj/kernel"), "dtype": "float32"}
     jax.tree.map(np.testing.assert_array_equal, found, load.load(str(base.folder), **options).params)
