@@ -13,6 +13,8 @@ import numpy as np
 # A nested dict with slash paths. A leaf is a `jax.Array` or an `ftjax.weights.Weight`; whatever is not a dict is a leaf.
 Params = dict[str, Any]
 Metrics = dict[str, "Mean"]
+TEACHER = "teacher"
+"""The branch of the frozen parameters that holds another model's, for `scoring.score_against`; no method sees it."""
 VALUE_HEAD = "value_head"
 """The branch of the parameters that makes values of hidden states, `{"kernel": [d, 1], "bias": [1]}`; `peft.value_head` adds it."""
 
@@ -104,6 +106,8 @@ class Batch:
     returns: jax.Array | None = None
     desirable: jax.Array | None = None
     """float or bool `[b]`: 1 where an unpaired response is a good one."""
+    places: jax.Array | None = None
+    """int `[b, k, n, t]`: where the tokens of the n responses of k items lie in a packed row, -1 for none: see `losses.unpacked`."""
     mismatched: Batch | None = None
     """`[b]` rows more: each prompt with a response to another one, which estimate how far the policy has moved (KTO)."""
     baseline: jax.Array | None = None
@@ -114,6 +118,12 @@ class Batch:
     """float `[b]`: by how much the chosen response of a pair is better, where that was labelled."""
     labels: jax.Array | None = None
     """float `[*b, t]`: 1 where the step that ends at this token is right, 0 where it is wrong; read where `loss_mask` is 1."""
+    teacher: Batch | None = None
+    """The same texts in a teacher's own tokens, `[*b, s]`: the n-th token that counts here is compared with the n-th that counts there."""
+    teacher_ids: jax.Array | None = None
+    """int `[*b, t, k]`: the tokens that a stored teacher found most likely in the place of `tokens[t]`."""
+    teacher_logps: jax.Array | None = None
+    """float `[*b, t, k]`: what it said of them."""
 
 
 @pytree
@@ -130,6 +140,8 @@ class Scores:
     """`[*b, t]`: 1 where `tokens[t]` was the most likely token."""
     log_collision: jax.Array | None = None
     """`[*b, t]`: log Σ_v π(v)², what the policy gives a token of its own on average; carries no gradient."""
+    divergence: jax.Array | None = None
+    """`[*b, t]`: how far the distribution that `tokens[t]` was drawn from is from a teacher's."""
     values: jax.Array | None = None
     """`[*b, t]`: a value head's prediction when `tokens[..t]` are read, at every token that is not padding, whatever `loss_mask` says. The
     baseline of `logps[t]`, the value of the state that `tokens[t]` was drawn in, is therefore `values[t-1]`; the reward of a text is

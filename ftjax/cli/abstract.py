@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ftjax import data, losses, peft, sharding, tree
+from ftjax import data, peft, sharding, tree
 from ftjax.cli import build
 from ftjax.peft import inits
 from ftjax.train import Step, init_state
@@ -46,22 +46,29 @@ def built(config, mesh: Mesh) -> Built:
         build.eval_step(config, model, method, mesh),
         sharding.abstract(state, sharding.state_shardings(state, mesh)),
         sharding.abstract(frozen, sharding.shardings(frozen, mesh)),
-        batch(mesh, rows=config.data.batch_size, tokens=config.data.max_tokens, needs=build.needs(config)),
+        batch(mesh, config),
         model,
         method,
         params,
     )
 
 
-def batch(mesh: Mesh, *, rows: int, tokens: int, needs: losses.Needs = losses.NEEDS["sft"]) -> Batch:
-    """Return the shapes of a batch on a mesh, as an objective needs it."""
-    shape = (rows, 2, tokens) if needs.data == data.PAIRS else (rows, tokens)
-    where = sharding.batch_sharding(mesh, ndim=len(shape))
-    ids, mask = (jax.ShapeDtypeStruct(shape, dtype, sharding=where) for dtype in (jnp.int32, jnp.float32))
+def batch(mesh: Mesh, config, *, rows: int | None = None) -> Batch:
+    """Return the shapes of a batch of a config on a mesh, of other than its own rows if they are given; packed items each fill a row."""
+    needs, rows, tokens = build.needs(config), rows or config.data.batch_size, config.data.max_tokens
+    responses = 2 if needs.data == data.PAIRS else 1
+    packed = needs.data != "messages" and config.data.packing != "none"
+
+    def of(dtype: Any, *shape: int, time: bool = True) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, ndim=len(shape), time=time))
+
+    shape = (rows, responses * tokens) if packed else (rows, 2, tokens) if responses == 2 else (rows, tokens)
+    ids, mask = of(jnp.int32, *shape), of(jnp.float32, *shape)
     found = Batch(ids, mask, ids, ids)
+    if packed:
+        found = dataclasses.replace(found, places=of(jnp.int32, rows, 1, responses, tokens, time=False))
     if needs.data == data.LABELLED:
-        each = jax.ShapeDtypeStruct((rows,), jnp.float32, sharding=sharding.batch_sharding(mesh, ndim=1, time=False))
-        found = dataclasses.replace(found, desirable=each)
+        found = dataclasses.replace(found, desirable=of(jnp.float32, *((rows, 1) if packed else (rows,)), time=False))
     return dataclasses.replace(found, mismatched=Batch(ids, mask, ids, ids)) if needs.baseline else found
 
 

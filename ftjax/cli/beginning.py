@@ -34,10 +34,10 @@ def statistics(config, loaded: build.Loaded, mesh: Mesh) -> dict[str, dict[str, 
     asked = {name: options for name, options in build.methods(config) if options.get("init") in inits.CALIBRATED}
     if not asked:
         return {}
-    score, loss_fn = build.score(config, loaded.model, mesh), build.loss(config)
+    read = build.reading(config, loaded.model, mesh)
 
     def loss(params: Params, batch: Batch) -> jax.Array:
-        mean, _ = loss_fn(score(params, batch), batch)
+        mean, _ = read(params, jax.lax.stop_gradient(params), batch)
         return mean.total / mean.weight
 
     found = {}

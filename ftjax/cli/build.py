@@ -183,6 +183,12 @@ def loss(config) -> LossFn:
     return partial(chosen, **options)
 
 
+def loss_of_batch(config) -> LossFn:
+    """Return the objective for batches as they are packed."""
+    packed = needs(config).data != "messages" and config.data.packing != "none"
+    return losses.unpacked(loss(config)) if packed else loss(config)
+
+
 def check_best_metric(config) -> None:
     """Refuse a `checkpoint.best_metric` that no evaluation will have; asked before anything is loaded."""
     shape = (1, 2, 2) if needs(config).data == data.PAIRS else (1, 2)
@@ -227,12 +233,25 @@ def comparison(config, model: Model, mesh: Mesh) -> dict[str, Any]:
     return {"complete": complete, "baseline": Baseline(measure, losses.with_baseline) if wanted.baseline else None}
 
 
+def reading(config, model: Model, mesh: Mesh) -> Callable[[Params, Params, Batch], tuple[Mean, Metrics]]:
+    """Return `(params, frozen, batch) -> (loss, metrics)`: the objective of a batch by itself, its reference and baseline included."""
+    look, judge, known = score(config, model, mesh), loss_of_batch(config), comparison(config, model, mesh)
+
+    def read(params: Params, frozen: Params, batch: Batch) -> tuple[Mean, Metrics]:
+        if known and known["baseline"]:
+            batch = known["baseline"].write(batch, known["baseline"].measure(params, frozen, batch))
+        batch = known["complete"](frozen, batch) if known else batch
+        return judge(look(params, batch), batch)
+
+    return read
+
+
 def train_step(config, model: Model, method: Transform, rule: optax.GradientTransformation, mesh: Mesh, state: TrainState) -> Step:
     """Return the training step of the config on a mesh, for states of the shapes of `state`."""
     return make_train_step(
         score(config, in_training(config, model), mesh),
         method,
-        loss(config),
+        loss_of_batch(config),
         rule,
         accumulation=config.data.accumulation,
         state_sharding=sharding.state_shardings(state, mesh),
@@ -242,7 +261,7 @@ def train_step(config, model: Model, method: Transform, rule: optax.GradientTran
 
 def eval_step(config, model: Model, method: Transform, mesh: Mesh) -> Callable[[Params, Params, Batch], Metrics]:
     """Return `evaluate(trainable, frozen, batch) -> metrics` of the config on a mesh."""
-    return make_eval_step(score(config, model, mesh), method, loss(config), **comparison(config, model, mesh))
+    return make_eval_step(score(config, model, mesh), method, loss_of_batch(config), **comparison(config, model, mesh))
 
 
 def optimizer(config) -> optax.GradientTransformation:
@@ -283,8 +302,9 @@ def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False)
     specs = {name: plain(source) for name, source in sources.items()}
     options = {"batch_size": config.data.batch_size, "seed": config.seed, "shuffle": held_out or config.data.shuffle}
     options["bad_rows"], wanted = config.data.bad_rows, needs(config)
+    options["packing"] = config.data.packing
     if wanted.data == "messages":
-        found, reports = data.load(specs, encoder, packing=config.data.packing, **options)
+        found, reports = data.load(specs, encoder, **options)
     elif wanted.data in (data.PAIRS, data.LABELLED):
         found, reports = data.load_judged(specs, encoder, wanted=wanted.data, mismatched=wanted.baseline, **options)
     else:

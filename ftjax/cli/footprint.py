@@ -141,16 +141,16 @@ def _kept(config, mesh: Mesh, built: abstract.Built, rows: int) -> tuple[int, in
 def residuals(config, built: abstract.Built, rows: int) -> list[Any]:
     """Return shape and dtype of every array that the forward pass of `rows` rows leaves to the backward pass, arguments excepted."""
     alone = sharding.make_mesh(data=1, devices=[jax.devices()[0]])  # the rows of one device
-    score, loss = build.score(config, build.in_training(config, built.model), alone), build.loss(config)
+    read = build.reading(config, build.in_training(config, built.model), alone)
 
     def forward(trainable, frozen, batch, key):
         def objective(trainable):
-            mean, metrics = loss(score(built.method.attach(frozen, trainable, key=key), batch), batch)
+            mean, metrics = read(built.method.attach(frozen, trainable, key=key), frozen, batch)
             return mean.total, metrics
 
         return jax.vjp(objective, trainable, has_aux=True)[1]
 
-    shapes = (built.state.trainable, built.frozen, abstract.batch(alone, rows=rows, tokens=config.data.max_tokens), built.state.key)
+    shapes = (built.state.trainable, built.frozen, abstract.batch(alone, config, rows=rows), built.state.key)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
     jaxpr = jax.make_jaxpr(forward)(*shapes).jaxpr
     made = {variable for equation in jaxpr.eqns for variable in equation.outvars}

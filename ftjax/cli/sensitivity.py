@@ -43,10 +43,10 @@ def main(flags: absl_flags.FlagValues) -> None:
     config.methods = tuple(name for name in config.methods if name not in quant.METHODS) or ("lora",)  # the model is wanted dense
     mesh, options = build.mesh(config), build.plain(config[flags.format])
     loaded = build.model(config, mesh)
-    score, loss_fn = build.score(config, loaded.model, mesh), build.loss(config)
+    read = build.reading(config, loaded.model, mesh)
 
     def loss(params: Params, batch: Batch) -> Mean:
-        return loss_fn(score(params, batch), batch)[0]
+        return read(params, params, batch)[0]
 
     batches = []
     if flags.batches:

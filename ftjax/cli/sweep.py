@@ -199,7 +199,8 @@ def _resume(run: Run, state: SweepState, memory: Memory) -> tuple[SweepState, Me
 
 def _loop(run: Run, cast: Cast, lessons: Lessons, state: SweepState, memory: Memory, writers: logs.Writers) -> Loop:
     config, mesh, model = run.config, run.mesh, cast.loaded.model
-    where, everywhere, loss = _state_shardings(state, mesh), _everywhere(mesh), build.loss(config)
+    where, everywhere, loss = _state_shardings(state, mesh), _everywhere(mesh), build.loss_of_batch(config)
+    known = build.comparison(config, model, mesh)
     step = sweep.make_sweep_step(
         build.score(config, build.in_training(config, model), mesh),
         cast.method,
@@ -207,8 +208,9 @@ def _loop(run: Run, cast: Cast, lessons: Lessons, state: SweepState, memory: Mem
         partial(_optimizer, config),
         accumulation=config.data.accumulation,
         out_shardings=(where, everywhere),
+        **known,
     )
-    examine = sweep.make_sweep_eval_step(build.score(config, model, mesh), cast.method, loss)
+    examine = sweep.make_sweep_eval_step(build.score(config, model, mesh), cast.method, loss, **known)
     remember = jax.jit(sweep.remember, donate_argnums=0, out_shardings=where)
 
     def evaluate(state: SweepState) -> list[dict[str, float]]:

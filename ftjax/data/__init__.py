@@ -130,6 +130,7 @@ def load_judged(
     *,
     wanted: str,
     batch_size: int,
+    packing: str = "none",
     seed: int = 0,
     shuffle: bool = True,
     bad_rows: str = "raise",
@@ -141,7 +142,8 @@ def load_judged(
       sources: name -> what `read` takes.
       encoder: its `max_tokens` holds for a prompt with one response.
       wanted: `PAIRS`: batches `[batch_size, 2, t]`, chosen first, or `LABELLED`: `[batch_size, t]` with `desirable`.
-      batch_size: items of a batch over all hosts.
+      batch_size: items of a batch over all hosts, or packed rows.
+      packing: "none", or "best_fit": rows as wide as all responses of an item may be, with as many items as fit, for `losses.unpacked`.
       seed: of the order.
       shuffle: False keeps the order of the rows.
       bad_rows: "raise" at a row that cannot be used, or "skip" and count.
@@ -154,7 +156,7 @@ def load_judged(
         parts.append(encode_judged(found, encoder, bad_rows=bad_rows, report=reports[name]))
     items = joined(parts)
     check_labels(items)
-    options = {"batch_size": batch_size, "max_tokens": encoder.max_tokens, "packing": "none", "seed": seed, "shuffle": shuffle}
+    options = {"batch_size": batch_size, "max_tokens": encoder.max_tokens, "packing": packing, "seed": seed, "shuffle": shuffle}
     sizes = tuple(len(part.lengths) for part in parts)
     judged = {"responses": items.responses, "numbers": items.numbers, "mismatched": mismatched}
     return make_loader(items.sequences, **options, sizes=sizes, weights=weights, **judged), reports

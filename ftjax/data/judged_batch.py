@@ -1,9 +1,9 @@
-"""Items as a batch: a row for each response, padded to one width, with what is known of them."""
+"""Items as a batch: a row for each response, padded to one width, or several items in a row; with what is known of them."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +48,54 @@ def judged_batch(
     others = _next_of(items)[mine]
     crossed = [_crossed(sequences, int(item), int(other), width) if item >= 0 else None for item, other in zip(local, others, strict=True)]
     return dataclasses.replace(batch, mismatched=padded(crossed, width, (len(local),)))
+
+
+class Room(NamedTuple):
+    """What a packed row has room for, the same in every batch, so that all run one program."""
+
+    items: int
+    tokens: int
+    """Of a response, from its first trained token on."""
+
+
+def packed_batch(
+    sequences: Sequences,
+    rows: Sequence[Sequence[int]],
+    responses: int,
+    numbers: Mapping[str, np.ndarray],
+    *,
+    width: int,
+    room: Room,
+) -> Batch:
+    """Return the batch `[rows, width]` of several items a row, each response a document of its own, with `places`.
+
+    Args:
+      sequences: as in `judged_batch`.
+      rows: the items of each row.
+      responses: of an item.
+      numbers: what is known of each item; in the batch `[rows, items]`.
+      width: tokens of a row.
+      room: at least what the fullest row of the run needs.
+    """
+    tokens, positions, segment_ids = (np.zeros((len(rows), width), np.int32) for _ in range(3))
+    loss_mask = np.zeros((len(rows), width), np.float32)
+    places = np.full((len(rows), room.items, responses, room.tokens), -1, np.int32)
+    known = {name: np.zeros((len(rows), room.items), np.float32) for name in numbers}
+    for at, items in enumerate(rows):
+        column = 0
+        for n, item in enumerate(items):
+            for response in range(responses):
+                row = sequences_row(sequences, item * responses + response)
+                size, first = len(row.tokens), int(np.argmax(row.loss_mask))
+                where = slice(column, column + size)
+                tokens[at, where], loss_mask[at, where] = row
+                loss_mask[at, column] = 0
+                positions[at, where], segment_ids[at, where] = np.arange(size), n * responses + response + 1
+                places[at, n, response, : size - first] = np.arange(column + first, column + size)
+                column += size
+            for name, values in numbers.items():
+                known[name][at, n] = values[item]
+    return Batch(tokens, loss_mask, positions, segment_ids, places=places, **known)
 
 
 def sequences_row(sequences: Sequences, index: int) -> _Row:

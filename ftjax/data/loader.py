@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ftjax.data.corpus import Sequences
-from ftjax.data.judged_batch import judged_batch
+from ftjax.data.judged_batch import Room, judged_batch, packed_batch
 from ftjax.data.mixture import Mixture
 from ftjax.data.packing import Plan, make_plan
 from ftjax.types import Batch
@@ -41,6 +41,8 @@ class Loader:
     """Sequences that an item has, which then lie on an axis of their own: batches are `[rows, responses, width]`."""
     numbers: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     """`{field of Batch: float32 [items]}`."""
+    room: Room | None = None
+    """Of packed rows of items."""
     mismatched: bool = False
     """Whether a batch has, beside its rows, each prompt with the response of the next."""
     plans: dict[int, tuple[np.ndarray, Plan]] = dataclasses.field(default_factory=dict)
@@ -71,8 +73,9 @@ class Loader:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 `[items]`: tokens of each item's longest sequence."""
-        return self.sequences.lengths.reshape(-1, self.responses).max(axis=1)
+        """int64 `[items]`: tokens of an item: of all its sequences in a packed row, else of the longest."""
+        each = self.sequences.lengths.reshape(-1, self.responses)
+        return each.max(axis=1) if self.room is None else each.sum(axis=1)
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the items of an epoch `[epoch_size]` in the order in which they are drawn."""
@@ -103,6 +106,9 @@ class Loader:
         width, of_all, mine = int(plan.widths[within]), plan.batches[within], slice(*self.rows)
         if self.responses == 1 and not self.numbers:
             return assemble(self.sequences, plan, of_all[mine], order, width=width)
+        if self.room:
+            found = [order[plan.rows.pieces[slice(*plan.rows.starts[[row, row + 1]]), 0]] if row >= 0 else [] for row in of_all[mine]]
+            return packed_batch(self.sequences, found, self.responses, self.numbers, width=width, room=self.room)
         items = np.where(of_all < 0, -1, order[plan.rows.pieces[of_all, 0]])
         return judged_batch(self.sequences, items, mine, self.responses, self.numbers, width=width, mismatched=self.mismatched)
 
@@ -161,9 +167,9 @@ class Loader:
         """The share of all batch positions of the first epoch that hold a token."""
         _, plan = self.plan(0)
         used = int((plan.rows.pieces[:, 2] - plan.rows.pieces[:, 1]).sum())
-        if self.responses > 1:
-            used = int(self.sequences.lengths.sum())
-        return used / (int(plan.widths.sum()) * self.batch_size * self.responses)
+        if self.responses == 1 or self.room:
+            return used / (int(plan.widths.sum()) * self.batch_size)
+        return int(self.sequences.lengths.sum()) / (int(plan.widths.sum()) * self.batch_size * self.responses)
 
     def _end(self, epoch: int) -> int:
         with self.lock:
@@ -209,13 +215,26 @@ def make_loader(
     sizes = sizes or (count,)
     if sum(sizes) != count:
         raise ValueError(f"data: sizes {sizes} do not add up to {count} sequences")
-    if (responses > 1 or numbers) and packing != "none":
-        raise ValueError(f"data: judged responses have rows of their own: packing is 'none', not {packing!r}.")
+    judged = responses > 1 or bool(numbers)
+    if judged and packing not in ("none", "best_fit") or mismatched and packing != "none":
+        raise ValueError(f"data: packing is {packing!r}; judged responses {'of this objective ' if mismatched else ''}take 'none'.")
     if batch_size < 1:
         raise ValueError(f"data: batch_size is {batch_size}")
     first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     mixture = Mixture(tuple(sizes), weights, seed, shuffle)
-    return Loader(sequences, mixture, first, batch_size, max_tokens, packing, buckets, (0, batch_size), responses, numbers, mismatched)
+    loader = Loader(sequences, mixture, first, batch_size, max_tokens, packing, buckets, (0, batch_size), responses, numbers)
+    if judged and packing == "best_fit":
+        return _with_room(dataclasses.replace(loader, max_tokens=max_tokens * responses))
+    return dataclasses.replace(loader, mismatched=mismatched)
+
+
+def _with_room(loader: Loader) -> Loader:
+    """Return the loader with packed rows: room for the longest response, and for as many of the shortest items as a row can hold."""
+    sequences, starts = loader.sequences, loader.sequences.starts
+    firsts = [int(np.argmax(sequences.loss_mask[a:b])) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    sizes = np.sort(sequences.lengths.reshape(-1, loader.responses).sum(axis=1))
+    items = int(np.searchsorted(np.cumsum(sizes), loader.max_tokens, side="right"))
+    return dataclasses.replace(loader, room=Room(max(1, items), int((sequences.lengths - firsts).max())))
 
 
 def assemble(sequences: Sequences, plan: Plan, rows: np.ndarray, order: np.ndarray, *, width: int) -> Batch:

@@ -11,8 +11,9 @@ from ftjax.losses.distillation import distill
 from ftjax.losses.kto import apo_zero_unpaired, balance, kl_baseline, kto, with_baseline
 from ftjax.losses.needs import NEEDS, Needs
 from ftjax.losses.orpo import orpo
+from ftjax.losses.packing import unpacked
 from ftjax.losses.pairs import PAIR_LOSSES
-from ftjax.losses.preference import dpo, ipo, mpo, preference, rpo, wpo
+from ftjax.losses.preference import dpo, mpo, preference, rpo, wpo
 from ftjax.losses.reference import with_reference
 from ftjax.losses.reward import bradley_terry, response_rewards, stepwise
 from ftjax.losses.sft import sft
@@ -61,7 +62,6 @@ __all__ = [
     "distill",
     "dpo",
     "gradient_difference",
-    "ipo",
     "kl_baseline",
     "kto",
     "mpo",
@@ -75,6 +75,7 @@ __all__ = [
     "stepwise",
     "tpo",
     "tpo_l",
+    "unpacked",
     "with_baseline",
     "with_reference",
     "wpo",
