@@ -32,12 +32,12 @@ def curves(runs: pathlib.Path) -> dict[str, dict[float, float]]:
     """Return `{what: {learning rate: loss at the end}}`; the tasks' names are part of `what`."""
     found: dict[str, dict[float, float]] = {}
     for workdir in sorted(path.parent for path in runs.glob("*/loss.png")):
-        kind, _, last = workdir.name.rpartition("-")
+        kind, _, last = workdir.name.partition("-")
         if (workdir / "sweep.json").exists():
             for row in json.loads((workdir / "sweep.json").read_text())["members"]:
                 options = row["options"]
                 rank = options.get("lora.rank", last)
-                name = f"{kind or last}, rank {rank}"
+                name = f"{kind}, rank {rank}"
                 found.setdefault(name, {})[options["optimizer.learning_rate"]] = final(workdir, row["member"])
         else:
             found.setdefault(kind, {})[float(last)] = final(workdir)
@@ -63,7 +63,8 @@ def draw(found: dict[str, dict[float, float]], path: pathlib.Path) -> None:
             axes.plot(*zip(*sorted(found[name].items()), strict=True), marker="o", label=name, linestyle="--" if "full" in name else "-")
         axes.set(xscale="log", xlabel="learning rate", ylabel="loss at the end", title=task, ylim=(None, 4))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        if names:
+            axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
