@@ -40,7 +40,7 @@ def main() -> None:
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=4,
         tie_word_embeddings=True,
         initializer_range=0.1,
     )

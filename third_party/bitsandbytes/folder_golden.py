@@ -37,7 +37,7 @@ def dense_folder(folder: str, dtype: torch.dtype, intermediate_size: int) -> Non
         intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=4,
         attention_bias=True,
         initializer_range=0.1,
     )

@@ -6,7 +6,7 @@ Usage: python third_party/gptq/golden.py WHEEL_FOLDER tests/goldens/quantized
 
 gptq: symmetric, group 32. gptq_sorted: with zeros, group 32, its rows grouped in a random order, as desc_act=true leaves them. Numbers are
 rounded to nearest; how a code was chosen is nothing to a reader. `expected.json` holds the SHA-256 of each matrix `[o, i]` in float16, -0
-as 0: the product of AutoGPTQ's module with the identity.
+as 0: the product of AutoGPTQ's module with the identity; and transformers' logits with the matrices in float32.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 GROUP = 32
+TOKENS = torch.arange(3, 15)[None]
 
 
 def quant_linear(wheel: str):
@@ -38,7 +39,7 @@ def model() -> torch.nn.Module:
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=4,
         tie_word_embeddings=True,
         initializer_range=0.1,
     )
@@ -76,6 +77,8 @@ def write(folder: pathlib.Path, QuantLinear, symmetric: bool, ordered: bool) -> 
             tensors |= {f"{name}.{part}": getattr(module, part) for part in ("qweight", "qzeros", "scales", "g_idx")}
             tensors[f"{name}.bias"] = torch.zeros(linear.out_features, dtype=torch.float16)  # as AutoGPTQ saves it
             matrix = module(torch.eye(linear.in_features, dtype=torch.float16)).T
+            module.scales = module.scales.float()
+            linear.weight.data = module(torch.eye(linear.in_features)).T
             found[name] = hashlib.sha256((matrix + 0).contiguous().numpy().tobytes()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
@@ -83,7 +86,12 @@ def write(folder: pathlib.Path, QuantLinear, symmetric: bool, ordered: bool) -> 
     settings |= {"true_sequential": True, "model_name_or_path": None, "model_file_base_name": "model", "quant_method": "gptq"}
     config = dense.config.to_dict() | {"quantization_config": settings | {"checkpoint_format": "gptq"}}
     (folder / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n")
-    (folder / "expected.json").write_text(json.dumps({"sha256": found}, indent=1) + "\n")
+    whole = LlamaForCausalLM(dense.config).float()  # a new one: `half` rounded the frequencies of the RoPE too
+    whole.load_state_dict(dense.state_dict())
+    with torch.no_grad():
+        logits = whole(TOKENS).logits[0, -1].tolist()
+    expected = {"sha256": found, "tokens": TOKENS[0].tolist(), "logits": logits}
+    (folder / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
 
 
 def main() -> None:
