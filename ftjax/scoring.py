@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from ftjax import weights
 from ftjax.kernels.logps import token_logps
-from ftjax.types import VALUE_HEAD, Batch, Model, Params, Scores
+from ftjax.kernels.per_token import per_token
+from ftjax.types import TEACHER, VALUE_HEAD, Batch, Model, Params, Scores
 
 CHUNK_LOGITS = 2**24
 """Logits that exist at a time on one device unless `chunk_tokens` says otherwise: 64 MiB in float32."""
@@ -39,13 +44,72 @@ def score(
     Raises:
       ValueError: values are asked for and the parameters have no value head.
     """
+    return _scores(model, params, batch, _read(model, params, batch, chunk_tokens, batch_shards), outputs)
+
+
+def score_against(
+    model: Model,
+    teacher: Model | None,
+    params: Params,
+    batch: Batch,
+    *,
+    divergence: Callable[..., jax.Array],
+    chunk_tokens: int | None = None,
+    batch_shards: int = 1,
+    outputs: tuple[str, ...] = ("logps", "greedy"),
+) -> Scores:
+    """Return `score`, with the divergence of every counted token's distribution from a teacher's.
+
+    The teacher is a model in the same program, whose parameters are the branch `types.TEACHER` of `params`: add it to the frozen tree after
+    the method's `init`. It reads `batch.teacher` where that is given (another tokenizer) and the same tokens otherwise. Without a teacher
+    what it said is stored in the batch: `teacher_ids` and `teacher_logps`.
+
+    Args:
+      model: the student's architecture.
+      teacher: the teacher's, or None.
+      params: the student's parameters, attached.
+      batch: tokens `[*b, t]` and masks.
+      divergence: `(student logits, teacher logits) -> [...]` of one token, e.g. `losses.distillation.jsd`; with stored log-probabilities
+        `(student logits, ids, logps)`, e.g. `losses.distillation.stored_kl`.
+      chunk_tokens: tokens of each row whose logits exist at a time, as in `score`.
+      batch_shards: as in `score`.
+      outputs: as in `score`.
+
+    Raises:
+      ValueError: there is neither a teacher nor what one said.
+    """
     shape = batch.tokens.shape
+    rows = lambda x: x.reshape(-1, *x.shape[len(shape) - 1 :])  # noqa: E731
+    teacher_params = params.get(TEACHER)
+    params = {name: branch for name, branch in params.items() if name != TEACHER}
+    if (teacher is None) != (teacher_params is None) or (teacher is None and batch.teacher_ids is None):
+        raise ValueError(f"score_against: it needs a teacher and params[{TEACHER!r}], or neither and batch.teacher_ids and teacher_logps.")
+    read = _read(model, params, batch, chunk_tokens, batch_shards)
+    if teacher is None:
+        extras, function, partners = [_ahead(rows(x)) for x in (batch.teacher_ids, batch.teacher_logps)], divergence, None
+    else:
+        told = batch if batch.teacher is None else batch.teacher
+        said = _read(teacher, jax.lax.stop_gradient(teacher_params), told, chunk_tokens, batch_shards)
+        extras, partners = [said.hidden], said.counted
+        function = lambda logits, hidden: divergence(logits, teacher.unembed(said.head, hidden))  # noqa: E731
+    found = per_token(function, model.unembed, read.head, read.hidden, read.counted, *extras, chunk=read.chunk, extra_mask=partners)
+    return dataclasses.replace(_scores(model, params, batch, read, outputs), divergence=_back(found).reshape(shape))
+
+
+class _Read(NamedTuple):
+    """What a model makes of a batch before its head."""
+
+    hidden: jax.Array
+    counted: jax.Array
+    """`[b, t]`: 1 where position t predicts a token t + 1 that counts."""
+    head: Params
+    chunk: int
+
+
+def _read(model: Model, params: Params, batch: Batch, chunk_tokens: int | None, batch_shards: int) -> _Read:
     tokens, mask, positions, segments = (
-        x.reshape(-1, shape[-1]) for x in (batch.tokens, batch.loss_mask, batch.positions, batch.segment_ids)
+        x.reshape(-1, batch.tokens.shape[-1]) for x in (batch.tokens, batch.loss_mask, batch.positions, batch.segment_ids)
     )
-    value_head = params.get(VALUE_HEAD)
-    if "values" in outputs and value_head is None:
-        raise ValueError("scoring: values are asked for and the parameters have no value head: add peft.value_head() to the method.")
     params = {name: branch for name, branch in params.items() if name != VALUE_HEAD}
     hidden, _ = model.apply(params, tokens, positions=positions, segment_ids=segments)
     # Position t predicts token t + 1, inside one document only.
@@ -53,10 +117,18 @@ def score(
     head = model.head(params)
     vocabulary = jax.eval_shape(model.unembed, head, hidden[:, :1]).shape[-1]
     rows = -(-tokens.shape[0] // batch_shards)
-    chunk = chunk_tokens or max(1, CHUNK_LOGITS // (rows * vocabulary))
+    return _Read(hidden, counted, head, chunk_tokens or max(1, CHUNK_LOGITS // (rows * vocabulary)))
+
+
+def _scores(model: Model, params: Params, batch: Batch, read: _Read, outputs: tuple[str, ...]) -> Scores:
+    shape = batch.tokens.shape
+    tokens, segments = (x.reshape(-1, shape[-1]) for x in (batch.tokens, batch.segment_ids))
+    value_head = params.get(VALUE_HEAD)
+    if "values" in outputs and value_head is None:
+        raise ValueError("scoring: values are asked for and the parameters have no value head: add peft.value_head() to the method.")
     wanted = ("logps", *(name for name in outputs if name not in ("logps", "values")))
-    found = token_logps(model.unembed, head, hidden, _ahead(tokens), counted, chunk=chunk, outputs=wanted)
-    values = _values(value_head, hidden, segments > 0).reshape(shape) if "values" in outputs else None
+    found = token_logps(model.unembed, read.head, read.hidden, _ahead(tokens), read.counted, chunk=read.chunk, outputs=wanted)
+    values = _values(value_head, read.hidden, segments > 0).reshape(shape) if "values" in outputs else None
     return Scores(**{name: _back(value).reshape(shape) for name, value in found.items()}, values=values)
 
 
@@ -70,7 +142,7 @@ def _values(head: Params, hidden: jax.Array, real: jax.Array) -> jax.Array:
 
 
 def _ahead(x: jax.Array) -> jax.Array:
-    return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+    return jnp.pad(x[:, 1:], [(0, 0), (0, 1)] + [(0, 0)] * (x.ndim - 2))
 
 
 def _back(x: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """KTO: learning from single responses that are good or bad, each against what the policy gives to any response.
 
 The baseline z is the mean log-ratio of *mismatched* prompts and responses over the whole step. A loss sees one micro-batch, and σ(x - z)
-is not linear in z; so z is an input of the loss, found by a forward pass before the step, as the reference is:
+is not linear in z; so z is an input of the loss, found by a forward pass before the first gradient, as the reference is:
 
     z = kl_baseline(score(model, params, batch.mismatched), batch.mismatched)     # a Mean: micro-batches and devices add
     batch = with_baseline(batch, z)

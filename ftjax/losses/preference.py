@@ -155,7 +155,6 @@ def wpo_weights(scores: Scores, batch: Batch) -> jax.Array:
 
 
 dpo = partial(preference, losses={"sigmoid": 1.0})
-ipo = partial(preference, losses={"ipo": 1.0})
 rpo = partial(preference, losses={"sigmoid": 1.0}, nll_coef=1.0)
 mpo = partial(preference, losses={"sigmoid": 0.8, "bco_pair": 0.2}, nll_coef=1.0)
 wpo = partial(preference, losses={"sigmoid": 1.0}, weigh=wpo_weights)

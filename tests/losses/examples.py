@@ -78,6 +78,7 @@ EXAMPLES = {
     "bco": [unpaired("bco", "bco")],
     "reward": [example("reward", "reward", reads="values"), example("reward", "reward/margin", reads="values", centering_coef=0.01)],
     "process_reward": [example("process_reward", form="rows", reads="values")],
+    "distill": [example("distill", form="rows", reads="divergence")],
     "npo": [unpaired("npo")],
     "gradient_difference": [example("gradient_difference", form="rows")],
 }
@@ -94,7 +95,9 @@ def make_problem(form, dtype=np.float32):
     real = lambda low, high, shape=(*shape, T): rng.uniform(low, high, shape)  # noqa: E731
     ints = np.broadcast_to(np.arange(T), mask.shape)
     said = {"logps": real(-2, -0.1), "entropy": real(0, 1), "mean_logps": real(-4, -3), "greedy": real(0, 1) > 0.5}
-    scores = Scores(**{name: x * mask for name, x in said.items()}, log_collision=real(-2, 0) * mask, values=real(-1, 1))
+    scores = Scores(
+        **{name: x * mask for name, x in said.items()}, log_collision=real(-2, 0) * mask, values=real(-1, 1), divergence=real(0, 1)
+    )
     batch = Batch(
         ints,
         mask,

@@ -1,0 +1,116 @@
+"""Distillation: divergences of a student from its teacher, token by token, and the loss that averages them.
+
+The divergences read the logits of one token, student `[..., v]` and teacher `[..., v]`, and return `[...]`; `scoring.score_against` takes
+one and writes `Scores.divergence` without holding the logits. S and T are the two distributions at a temperature.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
+
+
+def distill(scores: Scores, batch: Batch, *, divergence_coef: float = 1.0, nll_coef: float = 0.0) -> tuple[Mean, Metrics]:
+    """Return c_d · divergence + c_n · NLL, a mean over tokens.
+
+    The soft and the hard targets of Hinton, Vinyals and Dean, 2015, arXiv 1503.02531, which scales the soft ones by the squared temperature
+    so that the two keep their balance: so does c_d here, if you want it. A token without a partner in the teacher's text has the divergence
+    0 and counts.
+
+    Args:
+      scores: of the student, with `divergence` from `scoring.score_against`.
+      batch: its `loss_mask` says which tokens count.
+      divergence_coef: c_d.
+      nll_coef: c_n, of the negative log-likelihood of the text itself.
+
+    Returns:
+      The loss, and the metrics `divergence`, `nll`, and `accuracy` and `entropy` where scored.
+
+    Raises:
+      ValueError: the divergence was not scored.
+
+    Example:
+      >>> mask = jnp.ones((1, 2))
+      >>> batch = Batch(mask.astype(int), mask, mask.astype(int), mask.astype(int))
+      >>> loss, _ = distill(Scores(logps=-mask, divergence=jnp.array([[0.5, 1.5]])), batch, nll_coef=2.0)
+      >>> loss.value()
+      3.0
+    """
+    if scores.divergence is None:
+        raise ValueError("distill: scores.divergence is missing: score with scoring.score_against(model, teacher, …).")
+    mask = batch.loss_mask
+    metrics = {"divergence": masked_mean(scores.divergence, mask), "nll": masked_mean(-scores.logps, mask)}
+    if scores.greedy is not None:
+        metrics["accuracy"] = masked_mean(scores.greedy, mask)
+    if scores.entropy is not None:
+        metrics["entropy"] = masked_mean(scores.entropy, mask)
+    loss = masked_mean(divergence_coef * scores.divergence - nll_coef * scores.logps, mask)
+    return loss, jax.tree.map(jax.lax.stop_gradient, metrics)
+
+
+def forward_kl(student: jax.Array, teacher: jax.Array, *, temperature: float = 1.0) -> jax.Array:
+    """Return KL(T ‖ S): the student covers whatever the teacher may say."""
+    student, teacher = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
+    return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+
+
+def reverse_kl(student: jax.Array, teacher: jax.Array, *, temperature: float = 1.0) -> jax.Array:
+    """Return KL(S ‖ T): the student keeps to what the teacher would say; MiniLLM's, Gu et al., 2023, arXiv 2306.08543."""
+    return forward_kl(teacher, student, temperature=temperature)
+
+
+def jsd(student: jax.Array, teacher: jax.Array, *, beta: float = 0.5, temperature: float = 1.0) -> jax.Array:
+    """Return β KL(T ‖ M) + (1 - β) KL(S ‖ M), M = β T + (1 - β) S: the generalised Jensen–Shannon divergence, 0 < β < 1.
+
+    Agarwal et al., 2023, arXiv 2306.13649, equation 1. It goes to 0 at both ends; divided by β it is the forward KL at β → 0, by 1 - β the
+    reverse KL at β → 1, so those are functions of their own here (TRL and the paper give them the names β = 0 and β = 1).
+
+    Raises:
+      ValueError: β is not between 0 and 1.
+    """
+    if not 0 < beta < 1:
+        raise ValueError(f"jsd: beta is in (0, 1), not {beta}; the ends are forward_kl and reverse_kl.")
+    student, teacher = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
+    mixture = jnp.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    kl = lambda log_p: jnp.sum(jnp.exp(log_p) * (log_p - mixture), axis=-1)  # noqa: E731
+    return beta * kl(teacher) + (1 - beta) * kl(student)
+
+
+def uld(student: jax.Array, teacher: jax.Array, *, temperature: float = 1.0) -> jax.Array:
+    """Return Σ_n | S_(n) - T_(n) | of the probabilities in falling order, the shorter vocabulary filled up with zeros.
+
+    Universal logit distillation, Boizard et al., 2024, arXiv 2402.12030: it asks for no common vocabulary.
+    """
+    student, teacher = (jnp.sort(jax.nn.softmax(x / temperature), axis=-1, descending=True) for x in (student, teacher))
+    size = max(student.shape[-1], teacher.shape[-1])
+    student, teacher = (jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])]) for x in (student, teacher))
+    return jnp.sum(jnp.abs(student - teacher), axis=-1)
+
+
+def stored_kl(student: jax.Array, ids: jax.Array, logps: jax.Array) -> jax.Array:
+    """Return KL(T ‖ S) from the teacher's k most likely tokens: the rest of the vocabulary is one outcome in both.
+
+    Σ_k T_k log T_k / S_k + T_rest log T_rest / S_rest, a lower bound of `forward_kl` that is 0 where S is T.
+
+    Args:
+      student: logits `[..., v]`.
+      ids: int `[..., k]`, different ones.
+      logps: `[..., k]`: what the teacher says of them.
+    """
+    found = jnp.take_along_axis(_log_softmax(student, 1.0), ids, axis=-1)
+    rest_of = lambda x: jnp.log(jnp.maximum(1 - jnp.sum(jnp.exp(x), axis=-1), REST))  # noqa: E731
+    rest, known = rest_of(logps), jnp.sum(jnp.exp(logps) * (logps - found), axis=-1)
+    return known + jnp.exp(rest) * (rest - rest_of(found))
+
+
+REST = 1e-6
+"""The least probability of the rest of the vocabulary: rounding may leave less than nothing."""
+DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "uld": uld}
+
+
+def _log_softmax(logits: jax.Array, temperature: float) -> jax.Array:
+    return jax.nn.log_softmax(logits / temperature, axis=-1)
