@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from configs import quickstart
 from ftjax import sweep, train
-from ftjax.cli import build, members
+from ftjax.cli import build, members, objective
 from ftjax.types import Batch
 
 
@@ -42,7 +42,9 @@ def plain(config, batch: Batch):
     mesh, method, optimizer, key = build.mesh(config), build.method(config), build.optimizer(config), jax.random.key(0)
     frozen, trainable = jax.eval_shape(lambda key: method.init(key, model.init(key)), key)
     state = jax.eval_shape(partial(train.init_state, method=method, optimizer=optimizer), key, trainable)
-    return train.make_train_step(build.score(config, model, mesh), method, build.loss(config), optimizer).lower(state, frozen, batch)
+    return train.make_train_step(objective.score(config, model, mesh), method, objective.loss(config), optimizer).lower(
+        state, frozen, batch
+    )
 
 
 def swept(config, batch: Batch, count: int):
@@ -62,7 +64,9 @@ def swept(config, batch: Batch, count: int):
     numbers = {name: jax.ShapeDtypeStruct(values.shape, values.dtype) for name, values in members.numbers(found).items()}
     frozen = sweep.Frozen(params, own, numbers)
     state = jax.eval_shape(partial(sweep.init_state, method=method, optimizer=optimizer), keys, frozen, trainable)
-    return sweep.make_sweep_step(build.score(config, model, mesh), method, build.loss(config), optimizer).lower(state, frozen, batch)
+    return sweep.make_sweep_step(objective.score(config, model, mesh), method, objective.loss(config), optimizer).lower(
+        state, frozen, batch
+    )
 
 
 def report(name: str, lowered) -> None:

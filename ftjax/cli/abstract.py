@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ftjax import data, peft, sharding, tree
-from ftjax.cli import build
+from ftjax.cli import build, objective
 from ftjax.peft import inits
 from ftjax.train import Step, init_state
 from ftjax.types import Batch, Model, Params, TrainState, Transform
@@ -42,8 +42,8 @@ def built(config, mesh: Mesh) -> Built:
     frozen, trainable = jax.eval_shape(lambda key, params, found: build.method(config, found).init(key, params), key, params, found)
     state = jax.eval_shape(partial(init_state, method=method, optimizer=optimizer), key, trainable)
     return Built(
-        build.train_step(config, model, method, optimizer, mesh, state),
-        build.eval_step(config, model, method, mesh),
+        objective.train_step(config, model, method, optimizer, mesh, state),
+        objective.eval_step(config, model, method, mesh),
         sharding.abstract(state, sharding.state_shardings(state, mesh)),
         sharding.abstract(frozen, sharding.shardings(frozen, mesh)),
         batch(mesh, config),
@@ -55,7 +55,7 @@ def built(config, mesh: Mesh) -> Built:
 
 def batch(mesh: Mesh, config, *, rows: int | None = None) -> Batch:
     """Return the shapes of a batch of a config on a mesh, of other than its own rows if they are given; packed items each fill a row."""
-    needs, rows, tokens = build.needs(config), rows or config.data.batch_size, config.data.max_tokens
+    needs, rows, tokens = objective.needs(config), rows or config.data.batch_size, config.data.max_tokens
     responses = 2 if needs.data == data.PAIRS else 1
     packed = needs.data != "messages" and config.data.packing != "none"
 

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from ftjax import peft, sharding
-from ftjax.cli import build
+from ftjax.cli import build, objective
 from ftjax.peft import calibration, inits
 from ftjax.types import Batch, Params, Transform
 
@@ -34,7 +34,7 @@ def statistics(config, loaded: build.Loaded, mesh: Mesh) -> dict[str, dict[str, 
     asked = {name: options for name, options in build.methods(config) if options.get("init") in inits.CALIBRATED}
     if not asked:
         return {}
-    read = build.reading(config, loaded.model, mesh)
+    read = objective.reading(config, loaded.model, mesh)
 
     def loss(params: Params, batch: Batch) -> jax.Array:
         mean, _ = read(params, jax.lax.stop_gradient(params), batch)

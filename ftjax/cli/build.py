@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,19 +10,18 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftjax import data, hub, losses, models, optimizers, peft, quant, scoring, sharding
-from ftjax.cli import measure
+from ftjax import data, hub, models, optimizers, peft, quant, sharding
+from ftjax.cli import measure, objective
+from ftjax.cli.config import named, plain
 from ftjax.hf import load as hf_load
 from ftjax.hf import tokenizer as hf_tokenizer
 from ftjax.peft import inits
-from ftjax.train import Baseline, Score, Step, make_eval_step, make_train_step
 from ftjax.tree import nearest
-from ftjax.types import Batch, LossFn, Mean, Metrics, Model, Params, Scores, TrainState, Transform
+from ftjax.types import Model, Params, TrainState, Transform
 
 METHODS = peft.METHODS | quant.METHODS
 """What `config.methods` may name."""
@@ -77,7 +75,7 @@ def resolved(config) -> ConfigDict:
 
 def architecture(config) -> tuple[Model, models.Config]:
     """Return the model of `config.model.preset`, without weights."""
-    shape = _named("model.preset", models.preset, config.model.preset)
+    shape = named("model.preset", models.preset, config.model.preset)
     shape = stretch(config, dataclasses.replace(shape, dtype=dtype(config.model.dtype)))
     return models.build(shape, remat=config.model.remat), shape
 
@@ -87,15 +85,7 @@ def stretch(config, shape: models.Config) -> models.Config:
     options = {name: value for name, value in plain(config.model.rope).items() if value not in (None, "")}
     if options and "rope_type" not in options:
         raise ValueError(f"model.rope: {sorted(options)[0]} says nothing without a rope_type, such as 'linear' or 'yarn'.")
-    return _named("model.rope", partial(models.stretch, shape), options) if options else shape
-
-
-def in_training(config, model: Model) -> Model:
-    """Return the model as a training step applies it: attention stays in groups of `config.model.group_tokens`, unless that is 0."""
-    size = config.model.group_tokens
-    if not size:
-        return model
-    return _named("model.group_tokens", lambda size: models.build(model.config, remat=config.model.remat, group_tokens=size), size)
+    return named("model.rope", partial(models.stretch, shape), options) if options else shape
 
 
 def model(config, mesh: Mesh, *, packed: bool = True) -> Loaded:
@@ -139,7 +129,7 @@ def method(config, statistics: Mapping[str, Mapping[str, Any]] = {}) -> Transfor
     starts = {name: inits.CALIBRATED[config[name].init](found) for name, found in statistics.items()}
     options = ((name, block | {"init": starts[name]} if name in starts else block) for name, block in methods(config))
     chosen = peft.chain(*(METHODS[name](**block) for name, block in options))
-    return peft.anchored(chosen) if needs(config).reference else chosen
+    return peft.anchored(chosen) if objective.needs(config).reference else chosen
 
 
 def quantizer(config) -> Transform | None:
@@ -164,104 +154,6 @@ def _options(name: str, config) -> dict[str, Any]:
     if "steps" in options and options["steps"] is None:
         options["steps"] = config.steps
     return options
-
-
-def needs(config) -> losses.Needs:
-    """Return what the objective of `config.algorithm` asks for."""
-    if config.algorithm not in losses.LOSSES:
-        raise ValueError(f"algorithm: there is no {config.algorithm!r}; nearest: {nearest(config.algorithm, losses.LOSSES)}.")
-    return losses.NEEDS[config.algorithm]
-
-
-def loss(config) -> LossFn:
-    """Return the objective of `config.algorithm` with the options of `config.loss`."""
-    needs(config)
-    chosen, options = losses.LOSSES[config.algorithm], plain(config.loss)
-    known = [name for name, parameter in inspect.signature(chosen).parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
-    if unknown := sorted(options.keys() - set(known)):
-        raise ValueError(f"loss.{unknown[0]}: {config.algorithm!r} has no such option; nearest: {nearest(unknown[0], known)}.")
-    return partial(chosen, **options)
-
-
-def loss_of_batch(config) -> LossFn:
-    """Return the objective for batches as they are packed."""
-    packed = needs(config).data != "messages" and config.data.packing != "none"
-    return losses.unpacked(loss(config)) if packed else loss(config)
-
-
-def check_best_metric(config) -> None:
-    """Refuse a `checkpoint.best_metric` that no evaluation will have; asked before anything is loaded."""
-    shape = (1, 2, 2) if needs(config).data == data.PAIRS else (1, 2)
-    row, number = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
-    of_items = ("desirable", "baseline", "margins")
-    rows = ("tokens", "loss_mask", "positions", "segment_ids", "reference_logps")
-    batch = Batch(**dict.fromkeys(rows, row), **dict.fromkeys(of_items, number))
-    scores = Scores(**{name: row for name in _outputs(config)})
-    names = ("loss", *jax.eval_shape(loss(config), scores, batch)[1], "perplexity")
-    if config.checkpoint.best_metric not in names:
-        raise ValueError(f"checkpoint.best_metric: there is no {config.checkpoint.best_metric!r}; the evaluation has {', '.join(names)}.")
-
-
-def _outputs(config) -> tuple[str, ...]:
-    """Return what is scored: what the objective needs, and of conversations the accuracy."""
-    wanted = needs(config)
-    more = ("greedy",) if wanted.data == "messages" else ()
-    smooth = ("mean_logps",) if wanted.data == "messages" and config.loss.label_smoothing else ()
-    return (*wanted.outputs, *more, *smooth)
-
-
-def score(config, model: Model, mesh: Mesh, outputs: tuple[str, ...] | None = None) -> Score:
-    """Return how tokens are scored: with what the objective and its metrics need, and no more."""
-    shards = math.prod(mesh.shape[name] for name in sharding.ROWS)
-    return partial(scoring.score, sharding.on_mesh(model, mesh), batch_shards=shards, outputs=outputs or _outputs(config))
-
-
-def comparison(config, model: Model, mesh: Mesh) -> dict[str, Any]:
-    """Return `complete` and `baseline` of `train.make_train_step`: how the objective gets to know its reference; empty without one."""
-    wanted = needs(config)
-    if not wanted.reference:
-        return {}
-    look = score(config, model, mesh, ("logps",))
-
-    def complete(frozen: Params, batch: Batch) -> Batch:
-        return losses.with_reference(batch, look(peft.reference(frozen), batch))
-
-    def measure(params: Params, frozen: Params, batch: Batch) -> Mean:
-        rows = complete(frozen, batch.mismatched)
-        return losses.kl_baseline(look(params, rows), rows)
-
-    return {"complete": complete, "baseline": Baseline(measure, losses.with_baseline) if wanted.baseline else None}
-
-
-def reading(config, model: Model, mesh: Mesh) -> Callable[[Params, Params, Batch], tuple[Mean, Metrics]]:
-    """Return `(params, frozen, batch) -> (loss, metrics)`: the objective of a batch by itself, its reference and baseline included."""
-    look, judge, known = score(config, model, mesh), loss_of_batch(config), comparison(config, model, mesh)
-
-    def read(params: Params, frozen: Params, batch: Batch) -> tuple[Mean, Metrics]:
-        if known and known["baseline"]:
-            batch = known["baseline"].write(batch, known["baseline"].measure(params, frozen, batch))
-        batch = known["complete"](frozen, batch) if known else batch
-        return judge(look(params, batch), batch)
-
-    return read
-
-
-def train_step(config, model: Model, method: Transform, rule: optax.GradientTransformation, mesh: Mesh, state: TrainState) -> Step:
-    """Return the training step of the config on a mesh, for states of the shapes of `state`."""
-    return make_train_step(
-        score(config, in_training(config, model), mesh),
-        method,
-        loss_of_batch(config),
-        rule,
-        accumulation=config.data.accumulation,
-        state_sharding=sharding.state_shardings(state, mesh),
-        **comparison(config, model, mesh),
-    )
-
-
-def eval_step(config, model: Model, method: Transform, mesh: Mesh) -> Callable[[Params, Params, Batch], Metrics]:
-    """Return `evaluate(trainable, frozen, batch) -> metrics` of the config on a mesh."""
-    return make_eval_step(score(config, model, mesh), method, loss_of_batch(config), **comparison(config, model, mesh))
 
 
 def optimizer(config) -> optax.GradientTransformation:
@@ -301,7 +193,7 @@ def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False)
     check_rows(config, mesh, accumulation=1 if held_out else config.data.accumulation)
     specs = {name: plain(source) for name, source in sources.items()}
     options = {"batch_size": config.data.batch_size, "seed": config.seed, "shuffle": held_out or config.data.shuffle}
-    options["bad_rows"], wanted = config.data.bad_rows, needs(config)
+    options["bad_rows"], wanted = config.data.bad_rows, objective.needs(config)
     options["packing"] = config.data.packing
     if wanted.data == "messages":
         found, reports = data.load(specs, encoder, **options)
@@ -352,7 +244,7 @@ def held_out_examples(config, count: int) -> list[data.Example]:
 
 def _examples(config, source) -> Iterator[data.Example]:
     """Yield the examples of a source; of judged responses the good ones."""
-    wanted, options = needs(config).data, {"bad_rows": config.data.bad_rows}
+    wanted, options = objective.needs(config).data, {"bad_rows": config.data.bad_rows}
     if wanted == "messages":
         yield from data.read(plain(source), **options)
     else:
@@ -369,15 +261,3 @@ def quiz(config, loaded: Loaded, encoder: data.Encoder, attach: Callable[[TrainS
 def on_mesh(batch: Any, mesh: Mesh) -> Any:
     """Return this process's rows of a batch as its part of the whole one, on the mesh."""
     return sharding.shard_batch(batch, mesh)
-
-
-def plain(block) -> dict[str, Any]:
-    """Return a block of the config as a dict of plain values."""
-    return block.to_dict() if isinstance(block, ConfigDict) else dict(block)
-
-
-def _named(field: str, function, value: Any):
-    try:
-        return function(value)
-    except ValueError as error:
-        raise ValueError(f"{field}: {error}") from error

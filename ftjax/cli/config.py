@@ -7,7 +7,7 @@ import importlib.util
 import json
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +161,16 @@ def help_lines(config: ConfigDict | None) -> list[str]:
         return ["Add --config=FILE to see the fields of that config here."]
     lines = ["fields of the config, each changed by --config.FIELD=VALUE:"]
     return lines + [f"  {name:32s} {value!r}" for name, value in fields(config).items()]
+
+
+def plain(block) -> dict[str, Any]:
+    """Return a block of the config as a dict of plain values."""
+    return block.to_dict() if isinstance(block, ConfigDict) else dict(block)
+
+
+def named(field: str, function: Callable[[Any], Any], value: Any) -> Any:
+    """Return `function(value)`; its error names the field of the config."""
+    try:
+        return function(value)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error

@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftjax import data, losses, peft, scoring
-from ftjax.cli import build, measure, pretrained, runtime
+from ftjax.cli import build, measure, objective, pretrained, runtime
 from ftjax.cli import config as configs
 from ftjax.train import Score, make_eval_step
 from ftjax.tree import nearest
@@ -139,7 +139,7 @@ def from_config(flags: absl_flags.FlagValues) -> Setting:
         name=_name(loaded.name, str(folder or "")),
         model=loaded.model,
         params=pretrained.attach(loaded.model, loaded.params, folder),
-        score=build.score(config, loaded.model, mesh),
+        score=objective.score(config, loaded.model, mesh),
         encoder=encoder,
         batches=(build.on_mesh(batch, mesh) for batch in itertools.islice(loader.epoch(), flags.batches or None)),
         examples=build.held_out_examples(config, asked.examples if flags.examples is None else flags.examples),

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ftjax import scoring, sharding, tree
-from ftjax.cli import abstract, build
+from ftjax.cli import abstract, build, objective
 from ftjax.kernels.attention.block import BLOCK
 from ftjax.kernels.attention.blocked import MAX_BLOCKS
 
@@ -141,14 +141,14 @@ def _kept(config, mesh: Mesh, built: abstract.Built, rows: int) -> tuple[int, in
 def residuals(config, built: abstract.Built, rows: int) -> list[Any]:
     """Return shape and dtype of every array that the forward pass of `rows` rows leaves to the backward pass, arguments excepted."""
     alone = sharding.make_mesh(data=1, devices=[jax.devices()[0]])  # the rows of one device
-    read = build.reading(config, build.in_training(config, built.model), alone)
+    read = objective.reading(config, objective.in_training(config, built.model), alone)
 
     def forward(trainable, frozen, batch, key):
-        def objective(trainable):
+        def loss(trainable):
             mean, metrics = read(built.method.attach(frozen, trainable, key=key), frozen, batch)
             return mean.total, metrics
 
-        return jax.vjp(objective, trainable, has_aux=True)[1]
+        return jax.vjp(loss, trainable, has_aux=True)[1]
 
     shapes = (built.state.trainable, built.frozen, abstract.batch(alone, config, rows=rows), built.state.key)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)

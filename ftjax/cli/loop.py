@@ -12,6 +12,7 @@ import numpy as np
 
 from ftjax import logs
 from ftjax.checkpoint import Checkpoints, Record, improves
+from ftjax.cli.advice import advice
 from ftjax.cli.late import Late, add_to, first_step, values_of
 from ftjax.cli.stop import Stop
 from ftjax.train import Step
@@ -40,6 +41,10 @@ class Memory:
     """`{metric: [total, weight]}` over the steps since the last report."""
     before: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What was measured before the first step."""
+    first: dict[str, float] = dataclasses.field(default_factory=dict)
+    """The first report of the run."""
+    advised: list[str] = dataclasses.field(default_factory=list)
+    """The patterns that were pointed out already: each once."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,3 +209,14 @@ class Readings:
         values["learning_rate"] = float(self._loop.learning_rate(step - 1))
         self._loop.writers.write(step, {f"train/{name}": value for name, value in values.items()})
         self._loop.terminal.report(step, values)
+        self._advise(values)
+
+    def _advise(self, values: Mapping[str, float]) -> None:
+        memory = self._loop.memory
+        if not memory.first:
+            memory.first = dict(values)
+            return
+        for name, text in advice(memory.first, values).items():
+            if name not in memory.advised:
+                memory.advised.append(name)
+                self._loop.terminal.say(f"[yellow]{name}[/]: {text}", markup=True)

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ftjax import data, logs
 from ftjax.checkpoint import Checkpoints
-from ftjax.cli import build, measure, runtime, show
+from ftjax.cli import build, measure, objective, runtime, show
 from ftjax.cli import config as configs
 from ftjax.cli.stop import Stop
 from ftjax.types import TrainState
@@ -44,7 +44,7 @@ def begin(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_c
     """Return the run, once its config is one that the workdir may go on with: asked before anything is loaded."""
     config = build.resolved(config)
     config_json = configs.as_json(config)
-    build.check_best_metric(config)
+    objective.check_best_metric(config)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
     runtime.agree("workdir: the last checkpoint", (checkpoints.steps() or [0])[-1])
     if last := checkpoints.last_record(fall_back=config.checkpoint.fall_back):

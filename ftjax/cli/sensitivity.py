@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ftjax import logs, quant
-from ftjax.cli import build, runtime
+from ftjax.cli import build, objective, runtime
 from ftjax.cli import config as configs
 from ftjax.quant import sensitivity
 from ftjax.types import Batch, Mean, Params
@@ -41,9 +41,9 @@ def main(flags: absl_flags.FlagValues) -> None:
     runtime.start(flags)
     config = flags.config
     config.methods = tuple(name for name in config.methods if name not in quant.METHODS) or ("lora",)  # the model is wanted dense
-    mesh, options = build.mesh(config), build.plain(config[flags.format])
+    mesh, options = build.mesh(config), configs.plain(config[flags.format])
     loaded = build.model(config, mesh)
-    read = build.reading(config, loaded.model, mesh)
+    read = objective.reading(config, loaded.model, mesh)
 
     def loss(params: Params, batch: Batch) -> Mean:
         return read(params, params, batch)[0]

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from ftjax import logs, sharding, sweep, tree
 from ftjax.checkpoint import Checkpoints
-from ftjax.cli import adapter, beginning, build, measure, show, standing
+from ftjax.cli import adapter, beginning, build, measure, objective, show, standing
 from ftjax.cli import members as sweep_members
 from ftjax.cli.loop import EARLY, FINISHED
 from ftjax.cli.members import Member
@@ -199,10 +199,10 @@ def _resume(run: Run, state: SweepState, memory: Memory) -> tuple[SweepState, Me
 
 def _loop(run: Run, cast: Cast, lessons: Lessons, state: SweepState, memory: Memory, writers: logs.Writers) -> Loop:
     config, mesh, model = run.config, run.mesh, cast.loaded.model
-    where, everywhere, loss = _state_shardings(state, mesh), _everywhere(mesh), build.loss_of_batch(config)
-    known = build.comparison(config, model, mesh)
+    where, everywhere, loss = _state_shardings(state, mesh), _everywhere(mesh), objective.loss_of_batch(config)
+    known = objective.comparison(config, model, mesh)
     step = sweep.make_sweep_step(
-        build.score(config, build.in_training(config, model), mesh),
+        objective.score(config, objective.in_training(config, model), mesh),
         cast.method,
         loss,
         partial(_optimizer, config),
@@ -210,7 +210,7 @@ def _loop(run: Run, cast: Cast, lessons: Lessons, state: SweepState, memory: Mem
         out_shardings=(where, everywhere),
         **known,
     )
-    examine = sweep.make_sweep_eval_step(build.score(config, model, mesh), cast.method, loss, **known)
+    examine = sweep.make_sweep_eval_step(objective.score(config, model, mesh), cast.method, loss, **known)
     remember = jax.jit(sweep.remember, donate_argnums=0, out_shardings=where)
 
     def evaluate(state: SweepState) -> list[dict[str, float]]:

@@ -25,7 +25,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ftjax import checkpoint, logs, sharding
-from ftjax.cli import adapter, beginning, build, measure, runtime, show, sweep
+from ftjax.cli import adapter, beginning, build, measure, objective, runtime, show, sweep
 from ftjax.cli import config as configs
 from ftjax.cli.loop import EARLY, FINISHED, Evaluate, Loop, Memory, take_steps
 from ftjax.cli.run import Lessons, Run, ask, begin, open_writers, read
@@ -161,7 +161,7 @@ def _loop(
     return Loop(
         config=config,
         config_json=run.config_json,
-        step=build.train_step(config, loaded.model, policy.method, policy.optimizer, mesh, state),
+        step=objective.train_step(config, loaded.model, policy.method, policy.optimizer, mesh, state),
         frozen=policy.frozen,
         batches=lessons.loader.iterate,
         put=partial(build.on_mesh, mesh=mesh),
@@ -184,7 +184,7 @@ def _examination(run: Run, policy: Policy, lessons: Lessons, quiz: measure.Quiz,
     config, held_out = run.config, lessons.held_out
     if held_out is None or not config.eval.every_steps:
         return None
-    step = build.eval_step(config, policy.loaded.model, policy.method, run.mesh)
+    step = objective.eval_step(config, policy.loaded.model, policy.method, run.mesh)
 
     def evaluate(state: TrainState, done: int) -> dict[str, float]:
         batches = itertools.islice(held_out.epoch(), config.eval.batches or None)

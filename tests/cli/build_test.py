@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from ftjax import data, models, sharding
-from ftjax.cli import build
+from ftjax.cli import build, objective
 from ftjax.cli import config as configs
 from ftjax.train import init_state
 from ftjax.types import Batch
@@ -86,10 +86,10 @@ def test_the_tokenizer_carries_the_template_variables_that_are_trained(config):
 def test_a_best_metric_that_no_evaluation_has_is_refused(config, smoothing):
     config.loss.label_smoothing = smoothing
     for config.checkpoint.best_metric in ("loss", "nll", "accuracy", "perplexity"):
-        build.check_best_metric(config)
+        objective.check_best_metric(config)
     config.checkpoint.best_metric = "acuracy"
     with pytest.raises(ValueError, match="best_metric: there is no 'acuracy'; the evaluation has loss, accuracy, nll, perplexity"):
-        build.check_best_metric(config)
+        objective.check_best_metric(config)
 
 
 @pytest.mark.parametrize(("rule", "b2"), [("adamw", 0.999), ("lion", 0.99)])
@@ -131,8 +131,8 @@ def test_training_attends_in_groups_and_evaluation_to_everything(config):
     def losses():
         frozen, trainable = method.init(jax.random.key(0), params)
         state = init_state(jax.random.key(0), trainable, method, rule)
-        evaluated = build.eval_step(config, model, method, mesh)(trainable, frozen, batch)["loss"].value()
-        trained = build.train_step(config, model, method, rule, mesh, state)(state, frozen, batch)[1]["loss"].value()
+        evaluated = objective.eval_step(config, model, method, mesh)(trainable, frozen, batch)["loss"].value()
+        trained = objective.train_step(config, model, method, rule, mesh, state)(state, frozen, batch)[1]["loss"].value()
         return trained, evaluated
 
     config.data.accumulation = 1
@@ -142,4 +142,4 @@ def test_training_attends_in_groups_and_evaluation_to_everything(config):
     assert full[0] == pytest.approx(full[1], rel=1e-6) and grouped[1] == full[1] and abs(grouped[0] - full[0]) > 1e-4
     config.model.group_tokens = 5
     with pytest.raises(ValueError, match=r"model\.group_tokens: .* positive even number"):
-        build.in_training(config, model)
+        objective.in_training(config, model)

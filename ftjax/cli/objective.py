@@ -1,0 +1,126 @@
+"""The objective of a config: what it asks of the data and of the scores, and the two steps in which a model, a method and a loss meet."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from ftjax import data, losses, models, peft, scoring, sharding
+from ftjax.cli.config import named, plain
+from ftjax.train import Baseline, Score, Step, make_eval_step, make_train_step
+from ftjax.tree import nearest
+from ftjax.types import Batch, LossFn, Mean, Metrics, Model, Params, Scores, TrainState, Transform
+
+
+def needs(config) -> losses.Needs:
+    """Return what the objective of `config.algorithm` asks for."""
+    if config.algorithm not in losses.LOSSES:
+        raise ValueError(f"algorithm: there is no {config.algorithm!r}; nearest: {nearest(config.algorithm, losses.LOSSES)}.")
+    return losses.NEEDS[config.algorithm]
+
+
+def loss(config) -> LossFn:
+    """Return the objective of `config.algorithm` with the options of `config.loss`."""
+    needs(config)
+    chosen, options = losses.LOSSES[config.algorithm], plain(config.loss)
+    known = [name for name, parameter in inspect.signature(chosen).parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    if unknown := sorted(options.keys() - set(known)):
+        raise ValueError(f"loss.{unknown[0]}: {config.algorithm!r} has no such option; nearest: {nearest(unknown[0], known)}.")
+    return partial(chosen, **options)
+
+
+def loss_of_batch(config) -> LossFn:
+    """Return the objective for batches as they are packed."""
+    packed = needs(config).data != "messages" and config.data.packing != "none"
+    return losses.unpacked(loss(config)) if packed else loss(config)
+
+
+def check_best_metric(config) -> None:
+    """Refuse a `checkpoint.best_metric` that no evaluation will have; asked before anything is loaded."""
+    shape = (1, 2, 2) if needs(config).data == data.PAIRS else (1, 2)
+    row, number = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+    of_items = ("desirable", "baseline", "margins")
+    rows = ("tokens", "loss_mask", "positions", "segment_ids", "reference_logps")
+    batch = Batch(**dict.fromkeys(rows, row), **dict.fromkeys(of_items, number))
+    scores = Scores(**{name: row for name in _outputs(config)})
+    names = ("loss", *jax.eval_shape(loss(config), scores, batch)[1], "perplexity")
+    if config.checkpoint.best_metric not in names:
+        raise ValueError(f"checkpoint.best_metric: there is no {config.checkpoint.best_metric!r}; the evaluation has {', '.join(names)}.")
+
+
+def _outputs(config) -> tuple[str, ...]:
+    """Return what is scored: what the objective needs, and of conversations the accuracy."""
+    wanted = needs(config)
+    more = ("greedy",) if wanted.data == "messages" else ()
+    smooth = ("mean_logps",) if wanted.data == "messages" and config.loss.label_smoothing else ()
+    return (*wanted.outputs, *more, *smooth)
+
+
+def score(config, model: Model, mesh: Mesh, outputs: tuple[str, ...] | None = None) -> Score:
+    """Return how tokens are scored: with what the objective and its metrics need, and no more."""
+    shards = math.prod(mesh.shape[name] for name in sharding.ROWS)
+    return partial(scoring.score, sharding.on_mesh(model, mesh), batch_shards=shards, outputs=outputs or _outputs(config))
+
+
+def comparison(config, model: Model, mesh: Mesh) -> dict[str, Any]:
+    """Return `complete` and `baseline` of `train.make_train_step`: how the objective gets to know its reference; empty without one."""
+    wanted = needs(config)
+    if not wanted.reference:
+        return {}
+    look = score(config, model, mesh, ("logps",))
+
+    def complete(frozen: Params, batch: Batch) -> Batch:
+        return losses.with_reference(batch, look(peft.reference(frozen), batch))
+
+    def measure(params: Params, frozen: Params, batch: Batch) -> Mean:
+        rows = complete(frozen, batch.mismatched)
+        return losses.kl_baseline(look(params, rows), rows)
+
+    return {"complete": complete, "baseline": Baseline(measure, losses.with_baseline) if wanted.baseline else None}
+
+
+def reading(config, model: Model, mesh: Mesh) -> Callable[[Params, Params, Batch], tuple[Mean, Metrics]]:
+    """Return `(params, frozen, batch) -> (loss, metrics)`: the objective of a batch by itself, its reference and baseline included."""
+    look, judge, known = score(config, model, mesh), loss_of_batch(config), comparison(config, model, mesh)
+
+    def read(params: Params, frozen: Params, batch: Batch) -> tuple[Mean, Metrics]:
+        if known and known["baseline"]:
+            batch = known["baseline"].write(batch, known["baseline"].measure(params, frozen, batch))
+        batch = known["complete"](frozen, batch) if known else batch
+        return judge(look(params, batch), batch)
+
+    return read
+
+
+def in_training(config, model: Model) -> Model:
+    """Return the model as a training step applies it: attention stays in groups of `config.model.group_tokens`, unless that is 0."""
+    size = config.model.group_tokens
+    if not size:
+        return model
+    return named("model.group_tokens", lambda size: models.build(model.config, remat=config.model.remat, group_tokens=size), size)
+
+
+def train_step(config, model: Model, method: Transform, rule: optax.GradientTransformation, mesh: Mesh, state: TrainState) -> Step:
+    """Return the training step of the config on a mesh, for states of the shapes of `state`."""
+    return make_train_step(
+        score(config, in_training(config, model), mesh),
+        method,
+        loss_of_batch(config),
+        rule,
+        accumulation=config.data.accumulation,
+        state_sharding=sharding.state_shardings(state, mesh),
+        **comparison(config, model, mesh),
+    )
+
+
+def eval_step(config, model: Model, method: Transform, mesh: Mesh) -> Callable[[Params, Params, Batch], Metrics]:
+    """Return `evaluate(trainable, frozen, batch) -> metrics` of the config on a mesh."""
+    return make_eval_step(score(config, model, mesh), method, loss_of_batch(config), **comparison(config, model, mesh))
