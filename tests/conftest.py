@@ -1,6 +1,8 @@
 """Strict JAX for every test: no implicit promotion of dtype or rank, eight CPU devices, warnings are errors, shapes as annotated."""
 
+import gc
 import os
+import pathlib
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 # The suite compiles far more than it computes: no optimisation by LLVM and, before JAX 0.12, no fusions through MLIR. What the environment
@@ -24,6 +26,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The shapes in the signatures of these modules are checked at every call; a new module joins by being listed.
 jaxtyping.install_import_hook(["ftjax.weights", "ftjax.kernels.logps", "ftjax.rollout.sampling"], "beartype.beartype")
+
+
+MAPPINGS = pathlib.Path("/proc/self/maps")
+"""What the kernel has mapped for this process. A compiled program takes some, and of 65,530 the next compilation is a crash."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_let_go():
+    """Let go of all compiled programs when there are very many."""
+    yield
+    if MAPPINGS.exists() and MAPPINGS.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

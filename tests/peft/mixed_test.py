@@ -12,7 +12,7 @@ from ftjax import peft, quant, scoring, weights
 from tests import toy
 from tests.contracts.methods_test import EXAMPLES, VECTORS, moved
 
-APART = {"full", "bitfit", "norm_tuning", "parallel_bottleneck", "value_head", *peft.SOFT_PROMPTS}
+APART = {"full", "bitfit", "norm_tuning", "parallel_bottleneck", "value_head", "loftq", *peft.SOFT_PROMPTS}
 """They change the model's own leaves, or add to its layers."""
 RIDING = {name: makes[-1]() for name, makes in EXAMPLES.items() if name not in APART}
 ROWS = ["b", None, "a", "b", None]
