@@ -5,6 +5,8 @@ from configs import base
 METHODS = {
     "full": ({}, (3e-5, 1e-4)),
     "lora": ({"rank": 8, "alpha": 16.0}, (1e-3, 3e-3)),
+    "nf4+lora": ({"rank": 8, "alpha": 16.0}, (1e-3, 3e-3)),
+    "loftq": ({"rank": 8, "alpha": 16.0}, (1e-3, 3e-3)),
     "dora": ({"rank": 8, "alpha": 16.0}, (1e-3, 3e-3)),
     "lora_fa": ({"rank": 16, "alpha": 32.0}, (1e-3, 3e-3)),
     "adalora": ({"init_rank": 12, "target_rank": 8, "alpha": 16.0}, (1e-3, 3e-3)),
@@ -33,8 +35,8 @@ METHODS = {
 def get_config(arg: str = "lora"):
     config = base.sft()
     config.steps = 24
-    config.methods = (arg,)
-    config[arg].update(METHODS[arg][0])
+    config.methods = tuple(arg.split("+"))
+    config[config.methods[-1]].update(METHODS[arg][0])
     config.data.sources.train = base.source("data/sums/train.jsonl")
     config.data.eval_sources.test = base.source("data/sums/test.jsonl")
     config.data.update({"max_tokens": 512, "batch_size": 2, "template": "none"})
