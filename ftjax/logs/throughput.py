@@ -7,7 +7,7 @@ Floating-point operations of one training step (a multiply-add is two):
     attention  12 · h · c · Σ over layers and queries of the keys that each sees: two products forward, four backward
 
 A prompt is more tokens in each row, and a prefix more keys. The embedding is a look-up and counts nothing; nor does the network behind a
-prompt, nor what rematerialisation computes twice: it is the model's work, not the machine's.
+prompt, nor what a reference says of the batch, nor what rematerialisation computes twice: it is the model's work, not the machine's.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 
 from ftjax import tree
+from ftjax.peft import REFERENCE
 from ftjax.types import Batch, Params
 
 PEAK_FLOPS = {
@@ -55,7 +56,8 @@ def flops_per_batch(frozen: Params, trainable: Params, config, batch: Batch, *, 
       batch: its masks say how many tokens count and how many keys each query sees.
       group_tokens: the size of the groups that attention stays in, half of the heads in shifted ones; 0 for none.
     """
-    base = {path: leaf for path, leaf in tree.flatten(frozen).items() if path.endswith("/kernel")}
+    own = {name: branch for name, branch in frozen.items() if name != REFERENCE}
+    base = {path: leaf for path, leaf in tree.flatten(own).items() if path.endswith("/kernel")}
     added, full = 0, set()
     for method in trainable.values():
         for path, leaf in tree.flatten(method).items():

@@ -16,7 +16,8 @@ REFERENCE = "reference"
 def anchored(method: Transform) -> Transform:
     """Return the method with a frozen tree that `reference` makes a whole model of: one copy more of the leaves that are trained in full.
 
-    A method that moves no leaf is the same as before: its frozen tree is the reference, and nothing is copied.
+    A method that moves no leaf is the same as before: its frozen tree is the reference, and nothing is copied. (Of LoftQ that is the packed
+    base alone, which is not where its training starts.)
     """
 
     def init(key: jax.Array, params: Params) -> tuple[Params, Params]:
