@@ -1,17 +1,15 @@
 """Delta-LoRA without moving the matrix computes what moving it computes."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from ftjax import losses, peft, scoring, train, tree
+from ftjax import losses, peft, train, tree
 from tests import toy
+from tests.peft.literal import SCORE, gradient_of, paths, product, updated
 
-SCORE = partial(scoring.score, toy.MODEL, chunk_tokens=4)
 RATIO, STEPS = 0.7, 7
 
 
@@ -19,34 +17,17 @@ def literally(params, trained, batch, start_steps):
     """LoRA over W_t with Adam; from step K on W moves by λ s (A' B' - A B). Yield the loss before each step, at last the dense tree."""
     lora, rule = peft.lora(["up_proj", "down_proj"], rank=2, alpha=4), optax.adam(0.02)
     state = rule.init(trained)
-
-    @jax.jit
-    def gradient(trained, params):
-        def loss(trained):
-            mean, _ = losses.sft(SCORE(lora.attach(params, trained), batch), batch)
-            return mean.total / mean.weight
-
-        return jax.value_and_grad(loss)(trained)
+    gradient = gradient_of(lora, batch)
 
     for t in range(STEPS):
         loss, grads = gradient(trained, params)
         yield loss
-        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-            updates, state = rule.update(grads, state)
+        updates, state = updated(rule, grads, state)
         before, trained = trained, optax.apply_updates(trained, updates)
         if t >= start_steps:
             moves = {path: RATIO * 2 * (product(trained, path) - product(before, path)) for path in paths(before)}
             params = tree.replace(params, {path: tree.flatten(params)[path] + move for path, move in moves.items()})
     yield peft.merge(lora, params, trained)
-
-
-def paths(trained):
-    return sorted({path.rsplit("/", 1)[0] for path in tree.flatten(trained["lora"])})
-
-
-def product(trained, path):
-    flat = tree.flatten(trained["lora"])
-    return jnp.matmul(flat[f"{path}/a"], flat[f"{path}/b"])
 
 
 @pytest.mark.parametrize("start_steps", [0, 3])

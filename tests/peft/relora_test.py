@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from ftjax import losses, peft, scoring, train, tree
+from ftjax import losses, peft, train, tree
 from ftjax.peft import inits, riding
 from ftjax.peft.prune import pruned
 from tests import toy
+from tests.peft.literal import SCORE, gradient_of, paths, updated
 
-SCORE = partial(scoring.score, toy.MODEL, chunk_tokens=4)
 TARGETS, EVERY, RESTARTS, WARMUP, STEPS, SEED = ["up_proj", "down_proj"], 3, 2, 2, 11, 5
 MAKE = partial(peft.relora, TARGETS, rank=2, alpha=4, every_steps=EVERY, restarts=RESTARTS, warmup_steps=WARMUP, seed=SEED)
 
@@ -22,20 +22,12 @@ def literally(params, trained, batch, how):
     """LoRA over W with Adam; at a restart W += s A B, A is drawn anew, B = 0 and moments go. Yield the losses, at last the dense tree."""
     lora, rule = peft.lora(TARGETS, rank=2, alpha=4), optax.adam(0.02)
     state, last = rule.init(trained), 0
-
-    @jax.jit
-    def gradient(trained, params):
-        def loss(trained):
-            mean, _ = losses.sft(SCORE(lora.attach(params, trained), batch), batch)
-            return mean.total / mean.weight
-
-        return jax.value_and_grad(loss)(trained)
+    gradient = gradient_of(lora, batch)
 
     for t in range(STEPS):
         loss, grads = gradient(trained, params)
         yield loss
-        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-            updates, state = rule.update(grads, state)
+        updates, state = updated(rule, grads, state)
         rise = min(1.0, (t - last + 1) / (WARMUP + 1)) if last else 1.0
         trained = optax.apply_updates(trained, jax.tree.map(lambda u, rise=rise: rise * u, updates))
         number = (t + 1) // EVERY
@@ -52,10 +44,6 @@ def literally(params, trained, batch, how):
             mu, nu = (jax.tree.map(lambda x, stay: jnp.where(stay, x, 0), moment, stays) for moment in (adam.mu, adam.nu))
             state = (adam._replace(mu=mu, nu=nu), *state[1:])
     yield peft.merge(lora, params, trained)
-
-
-def paths(trained):
-    return sorted({path.rsplit("/", 1)[0] for path in tree.flatten(trained["lora"])})
 
 
 def largest(moment):
