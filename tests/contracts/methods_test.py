@@ -102,8 +102,8 @@ def objective(scores, batch):
 @pytest.mark.parametrize("method", IDENTICAL)
 def test_a_method_is_the_identity_at_init(method, dtype, key):
     params, batch = base(method, key, dtype), toy.batch(key)
-    got, want = (hidden(tree_, batch).astype(jnp.float32) for tree_ in (method.attach(*method.init(key, params)), params))
-    np.testing.assert_allclose(got, want, rtol=1e-6, atol=2e-6)  # two programs, which may round differently
+    exact = jax.jit(hidden, compiler_options={"xla_backend_optimization_level": 3})  # at level 0 JAX 0.12 rounds two programs differently
+    np.testing.assert_array_equal(exact(method.attach(*method.init(key, params)), batch), exact(params, batch))
 
 
 @pytest.mark.parametrize("method", MERGED)
