@@ -9,12 +9,17 @@ Hardware: UNTESTED at full length.
 from configs import base
 
 
-def get_config(arg=""):
-    config = base.judged("dpo", beta=0.1)
+def experiment(algorithm, **loss):
+    """The preferences and the length of the runs, which the other configs of this data share."""
+    config = base.judged(algorithm, **loss)
     config.steps = 80
     config.data.sources.hh = base.source("Anthropic/hh-rlhf")
     config.data.eval_sources.hh = base.source("Anthropic/hh-rlhf", split="test[:256]")
     config.data.update({"max_tokens": 256, "batch_size": 4, "bad_rows": "skip"})
     config.optimizer.update({"learning_rate": 1e-4, "warmup_steps": 10})
     config.eval.update({"every_steps": 40, "batches": 0})
-    return base.finish(config, arg, tiny="tiny-llama")
+    return config
+
+
+def get_config(arg=""):
+    return base.finish(experiment("dpo", beta=0.1), arg, tiny="tiny-llama")

@@ -119,15 +119,26 @@ def make_eval_step(
     score: Score, method: Transform, loss_fn: LossFn, *, complete: Complete | None = None, baseline: Baseline | None = None
 ) -> Callable[[Params, Params, Batch], Metrics]:
     """Return the jitted `evaluate(trainable, frozen, batch) -> metrics`, with dropout and noise off; `complete` and `baseline` as above."""
+    read = make_reading(score, loss_fn, complete=complete, baseline=baseline)
 
     def evaluate(trainable: Params, frozen: Params, batch: Batch) -> Metrics:
-        params = method.attach(frozen, trainable)
-        batch = baseline.write(batch, baseline.measure(params, frozen, batch)) if baseline else batch
-        batch = complete(frozen, batch) if complete else batch
-        mean, metrics = loss_fn(score(params, batch), batch)
+        mean, metrics = read(method.attach(frozen, trainable), frozen, batch)
         return {"loss": mean, **metrics}
 
     return jax.jit(evaluate)
+
+
+def make_reading(
+    score: Score, loss_fn: LossFn, *, complete: Complete | None = None, baseline: Baseline | None = None
+) -> Callable[[Params, Params, Batch], tuple[Mean, Metrics]]:
+    """Return `(params, frozen, batch) -> (loss, metrics)`: the objective of a batch by itself, with what it compares with."""
+
+    def read(params: Params, frozen: Params, batch: Batch) -> tuple[Mean, Metrics]:
+        batch = baseline.write(batch, baseline.measure(params, frozen, batch)) if baseline else batch
+        batch = complete(frozen, batch) if complete else batch
+        return loss_fn(score(params, batch), batch)
+
+    return read
 
 
 def _select(condition: jax.Array, new: Any, old: Any) -> Any:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from ftjax import data, losses, models, peft, scoring, sharding
 from ftjax.cli.config import named, plain
-from ftjax.train import Baseline, Score, Step, make_eval_step, make_train_step
+from ftjax.train import Baseline, Score, Step, make_eval_step, make_reading, make_train_step
 from ftjax.tree import nearest
 from ftjax.types import Batch, LossFn, Mean, Metrics, Model, Params, Scores, TrainState, Transform
 
@@ -89,15 +89,7 @@ def comparison(config, model: Model, mesh: Mesh) -> dict[str, Any]:
 
 def reading(config, model: Model, mesh: Mesh) -> Callable[[Params, Params, Batch], tuple[Mean, Metrics]]:
     """Return `(params, frozen, batch) -> (loss, metrics)`: the objective of a batch by itself, its reference and baseline included."""
-    look, judge, known = score(config, model, mesh), loss_of_batch(config), comparison(config, model, mesh)
-
-    def read(params: Params, frozen: Params, batch: Batch) -> tuple[Mean, Metrics]:
-        if known and known["baseline"]:
-            batch = known["baseline"].write(batch, known["baseline"].measure(params, frozen, batch))
-        batch = known["complete"](frozen, batch) if known else batch
-        return judge(look(params, batch), batch)
-
-    return read
+    return make_reading(score(config, model, mesh), loss_of_batch(config), **comparison(config, model, mesh))
 
 
 def in_training(config, model: Model) -> Model:

@@ -61,12 +61,7 @@ def read(spec: Mapping[str, Any], *, bad_rows: str = "raise", report: Report | N
       bad_rows: "raise", or "skip" and count.
       report: counts.
     """
-    for key in spec:
-        if key not in SPEC:
-            raise ValueError(f"data: a source has no setting {key!r}; nearest: {tree.nearest(key, SPEC)}")
-    source = open_source(spec["path"], split=spec.get("split") or "train", name=spec.get("name") or None)
-    options = {"format": spec.get("format") or "auto", "columns": spec.get("columns"), "end_marker": spec.get("end_marker") or ""}
-    return examples(source, **options, bad_rows=bad_rows, report=report)
+    return examples(_opened(spec), **_reading(spec), end_marker=spec.get("end_marker") or "", bad_rows=bad_rows, report=report)
 
 
 def load(
@@ -119,9 +114,7 @@ def load(
 
 def read_judged(spec: Mapping[str, Any], wanted: str, *, bad_rows: str = "raise", report: Report | None = None) -> Iterator[Judged]:
     """Yield the judged responses of one source: as `read`, of the formats of `judged.FORMATS`; `wanted` is `PAIRS` or `LABELLED`."""
-    source = open_source(spec["path"], split=spec.get("split") or "train", name=spec.get("name") or None)
-    options = {"format": spec.get("format") or "auto", "columns": spec.get("columns")}
-    return judged_rows(source, wanted, **options, bad_rows=bad_rows, report=report)
+    return judged_rows(_opened(spec), wanted, **_reading(spec), bad_rows=bad_rows, report=report)
 
 
 def load_judged(
@@ -160,6 +153,22 @@ def load_judged(
     sizes = tuple(len(part.lengths) for part in parts)
     judged = {"responses": items.responses, "numbers": items.numbers, "mismatched": mismatched}
     return make_loader(items.sequences, **options, sizes=sizes, weights=weights, **judged), reports
+
+
+def _opened(spec: Mapping[str, Any]) -> Source:
+    """Return the rows of a source.
+
+    Raises:
+      ValueError: it has a setting that there is not.
+    """
+    for key in spec:
+        if key not in SPEC:
+            raise ValueError(f"data: a source has no setting {key!r}; nearest: {tree.nearest(key, SPEC)}")
+    return open_source(spec["path"], split=spec.get("split") or "train", name=spec.get("name") or None)
+
+
+def _reading(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return {"format": spec.get("format") or "auto", "columns": spec.get("columns")}
 
 
 def _weights(sources: Mapping[str, Mapping[str, Any]]) -> tuple[float, ...] | None:

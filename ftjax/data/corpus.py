@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,12 +86,18 @@ def examples(
     Raises:
       RowError: a row cannot be read and `bad_rows` is "raise".
     """
+    parse = partial(formats.parse, format=format, columns=columns, end_marker=end_marker)
+    yield from parsed(source, parse, bad_rows=bad_rows, report=report)
+
+
+def parsed(source: Source, parse: Callable[..., Sequence[Any]], *, bad_rows: str, report: Report | None) -> Iterator[Any]:
+    """Yield what `parse(row, where=…)` makes of the rows of a source, in order; see `examples` for the rest."""
     check_policy(bad_rows)
     report = report or Report()
     for at in range(source.size):
         report.rows += 1
         try:
-            found = formats.parse(source.read(at), format=format, columns=columns, end_marker=end_marker, where=source.where(at))
+            found = parse(source.read(at), where=source.where(at))
         except RowError as error:
             bad(error, bad_rows, report)
             continue

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from ftjax.data import judged
-from ftjax.data.corpus import Report, Sequences, bad, check_policy, chunks, concatenate
+from ftjax.data.corpus import Report, Sequences, bad, check_policy, chunks, concatenate, parsed
 from ftjax.data.files import Source
 from ftjax.data.judged import Judged
 from ftjax.data.rows import RowError
@@ -48,17 +49,8 @@ def rows(
     Raises:
       RowError: a row cannot be used and `bad_rows` is "raise".
     """
-    check_policy(bad_rows)
-    report = report or Report()
-    for at in range(source.size):
-        report.rows += 1
-        try:
-            found = judged.parse(source.read(at), wanted, format=format, columns=columns, where=source.where(at))
-        except RowError as error:
-            bad(error, bad_rows, report)
-            continue
-        report.examples += len(found)
-        yield from found
+    parse = partial(judged.parse, wanted=wanted, format=format, columns=columns)
+    yield from parsed(source, parse, bad_rows=bad_rows, report=report)
 
 
 def encode(

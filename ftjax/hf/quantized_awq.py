@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from ftjax.hf.lazy import Index, LazyTensor
-from ftjax.hf.quantized_gptq import group_of, pack
+from ftjax.hf.quantized_gptq import group_of
 from ftjax.hf.quantized_parts import Parts, spans
+from ftjax.kernels.int4_matmul import pack
 from ftjax.quant import QuantizedWeight
 
 PARTS = re.compile(r"(.+)\.(qweight|qzeros|scales)")

@@ -19,6 +19,7 @@ import numpy as np
 
 from ftjax.hf.lazy import Index, LazyTensor, cast, from_array
 from ftjax.hf.quantized_parts import Parts, made, mapped, plain, require, spans
+from ftjax.kernels.int4_matmul import pack
 from ftjax.quant import QuantizedWeight
 from ftjax.quant.permuted import PermutedWeight
 
@@ -132,13 +133,8 @@ def _sorted(codes: LazyTensor, order: np.ndarray) -> LazyTensor:
 
 
 def unpack(packed: np.ndarray) -> np.ndarray:
-    """Return the codes of `ftjax.kernels.int4_matmul.pack`, `[i/2, o] -> [i, o]`, on the host."""
+    """Return the codes of `pack`, `[i/2, o] -> [i, o]`, on the host."""
     return np.stack([packed & 15, packed >> 4], axis=1).reshape(-1, packed.shape[1])
-
-
-def pack(codes: np.ndarray) -> np.ndarray:
-    """Return codes two a byte, `[i, o] -> [i/2, o]`, on the host."""
-    return codes[0::2] | codes[1::2] << 4
 
 
 def settings(weights: Mapping[str, QuantizedWeight | PermutedWeight], dense: Iterable[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from ftjax.kernels import int4_matmul
 from ftjax.kernels.int4_matmul import Packed, decode, hopper
-from ftjax.quant.weight import SPECS, NestedScales, QuantizedWeight
+from ftjax.quant.weight import SPECS, NestedScales, QuantizedWeight, packed
 from ftjax.types import Params, pytree, static
 from ftjax.weights import Weight
 
@@ -52,8 +52,7 @@ class HopperWeight(Weight):
         return QuantizedWeight(codes, self.scales, self.zeros, self.format, self.dtype_name)
 
     def _packed(self) -> Packed:
-        scales = self.scales.expand() if isinstance(self.scales, NestedScales) else self.scales
-        return Packed(self.codes, scales, self.zeros)
+        return packed(self.codes, self.scales, self.zeros)
 
 
 def for_hopper(params: Params) -> Params:

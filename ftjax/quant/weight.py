@@ -123,5 +123,9 @@ class QuantizedWeight(Weight):
         return SPECS[self.format]
 
     def _packed(self) -> Packed:
-        scales = self.scales.expand() if self.nested else self.scales
-        return Packed(self.codes, scales, self.zeros)
+        return packed(self.codes, self.scales, self.zeros)
+
+
+def packed(codes: jax.Array, scales: jax.Array | NestedScales, zeros: jax.Array | None) -> Packed:
+    """Return the arrays as a product reads them, nested scales expanded."""
+    return Packed(codes, scales.expand() if isinstance(scales, NestedScales) else scales, zeros)
