@@ -47,6 +47,22 @@ class Memory:
     """The patterns that were pointed out already: each once."""
 
 
+class Stream:
+    """Batches in an order of their own, whatever the state: a `Loop.batch`."""
+
+    def __init__(self, batches: Iterator[Batch]):
+        self._batches = batches
+
+    def __call__(self, state: TrainState, done: int) -> tuple[Batch, Metrics]:
+        """Return the next batch."""
+        del state, done
+        return next(self._batches), {}
+
+    def close(self) -> None:
+        """End the thread that makes them."""
+        self._batches.close()
+
+
 @dataclasses.dataclass(frozen=True)
 class Loop:
     """What stays the same from step to step."""
@@ -55,8 +71,11 @@ class Loop:
     config_json: Mapping[str, Any]
     step: Step
     frozen: Params
-    batches: Callable[[int], Iterator[Batch]]
-    """`batches(start) -> iterator` of numpy batches: this process's rows."""
+    batch: Callable[[TrainState, int], tuple[Batch, Metrics]]
+    """`(state, steps done) -> (batch, metrics)`: this process's rows as numpy arrays, and what is to be said of how they came about. They
+    may be made by the state: an experience that the policy sampled."""
+    stride: int
+    """The steps that are taken on one experience: between them nothing is evaluated, saved or stopped. 1 where no batch depends on a state."""
     put: Callable[[Batch], Batch]
     """Onto the mesh."""
     flops: Callable[[Batch], float]
@@ -85,19 +104,20 @@ def take_steps(loop: Loop, state: TrainState, *, start: int) -> tuple[TrainState
     """
     config, readings, done = loop.config, Readings(loop), start
     loop.terminal.start(config.steps, done=start)
-    batches = loop.batches(start)
     try:
         loop.meter.restart()
         reason = _reason(loop, done)  # asked to stop while all was set up, or ended early by the process before
         if reason:
             _save(loop, state, done, {}, ending=True)
         while done < config.steps and not reason:
-            batch = next(batches)
+            batch, origin = loop.batch(state, done)
             placed = loop.put(batch)
             with jax.transfer_guard("disallow"):  # nothing slips from the host into a step
                 state, metrics = loop.step(state, loop.frozen, placed)
             done += 1
-            readings.add(done, metrics, batch)
+            readings.add(done, {**metrics, **origin}, batch)
+            if done % loop.stride:
+                continue
             reason = _reason(loop, done)
             evaluating = loop.evaluate is not None and due(done, loop.evaluate_every, config.steps)
             if reason or evaluating or due(done, config.checkpoint.every_steps, config.steps):
@@ -112,7 +132,6 @@ def take_steps(loop: Loop, state: TrainState, *, start: int) -> tuple[TrainState
         loop.checkpoints.wait()
         raise
     finally:
-        batches.close()
         loop.terminal.stop()
     loop.checkpoints.wait()
     return state, done, reason or FINISHED
@@ -120,7 +139,7 @@ def take_steps(loop: Loop, state: TrainState, *, start: int) -> tuple[TrainState
 
 def _reason(loop: Loop, done: int) -> str | None:
     """Return why to end after `done` steps, if there is a reason."""
-    return (loop.stop.reason or "SIGTERM") if loop.stop.at(done) else _early(loop)
+    return (loop.stop.reason or "SIGTERM") if loop.stop.at(done // loop.stride) else _early(loop)
 
 
 def _early(loop: Loop) -> str | None:

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from ftjax import checkpoint, logs, sharding
 from ftjax.cli import adapter, beginning, build, measure, objective, runtime, show, sweep
 from ftjax.cli import config as configs
-from ftjax.cli.loop import EARLY, FINISHED, Evaluate, Loop, Memory, take_steps
+from ftjax.cli.loop import EARLY, FINISHED, Evaluate, Loop, Memory, Stream, take_steps
 from ftjax.cli.run import Lessons, Run, ask, begin, open_writers, read
 from ftjax.cli.stop import Stop
 from ftjax.train import init_state
@@ -81,14 +81,15 @@ def train(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_c
     del trainable  # the state's, and donated with it
     with contextlib.closing(run.checkpoints):
         state, memory, start = _resume(run, state)
-        with contextlib.closing(open_writers(run, start)) as writers:
+        batch = Stream(lessons.loader.iterate(start))
+        with contextlib.closing(open_writers(run, start)) as writers, contextlib.closing(batch):
             run.terminal.heading("Training")
             quiz = build.quiz(
                 run.config, policy.loaded, lessons.encoder, lambda state: policy.method.attach(policy.frozen, state.trainable)
             )
             if not start and not memory.before:
                 memory.before = ask(run, quiz, state, "before")
-            loop = _loop(run, policy, lessons, state, memory, writers, _examination(run, policy, lessons, quiz, writers))
+            loop = _loop(run, policy, lessons, state, batch, memory, writers, _examination(run, policy, lessons, quiz, writers))
             state, done, reason = take_steps(loop, state, start=start)
             if reason not in (FINISHED, EARLY):
                 run.terminal.say(f"{reason}: saved at step {done} of {run.config.steps}; the same command goes on from there.")
@@ -163,7 +164,8 @@ def _loop(
         config_json=run.config_json,
         step=objective.train_step(config, loaded.model, policy.method, policy.optimizer, mesh, state),
         frozen=policy.frozen,
-        batches=lessons.loader.iterate,
+        batch=batch,
+        stride=1,
         put=partial(build.on_mesh, mesh=mesh),
         flops=partial(logs.flops_per_batch, policy.frozen, shapes, loaded.model.config, group_tokens=config.model.group_tokens),
         parts=sharding.batch_share(mesh)[1],

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from ftjax import tree
 from ftjax.data.corpus import Report, Sequences, concatenate, encode, examples
 from ftjax.data.files import Source
@@ -14,6 +16,10 @@ from ftjax.data.items import encode as encode_judged
 from ftjax.data.items import rows as judged_rows
 from ftjax.data.judged import LABELLED, PAIRS, Judged
 from ftjax.data.loader import Loader, make_loader
+from ftjax.data.mixture import Mixture
+from ftjax.data.prompts import ROLLOUTS, Prompt, Prompts
+from ftjax.data.prompts import encode as encode_prompts
+from ftjax.data.prompts import prompts as prompt_rows
 from ftjax.data.rows import RowError
 from ftjax.data.sources import open_source
 from ftjax.data.template import CHATML, ChatTemplate, TemplateError
@@ -24,11 +30,14 @@ __all__ = [
     "ChatTemplate",
     "LABELLED",
     "PAIRS",
+    "ROLLOUTS",
     "Encoder",
     "Example",
     "Items",
     "Judged",
     "Loader",
+    "Prompt",
+    "Prompts",
     "Report",
     "RowError",
     "Sequences",
@@ -40,12 +49,14 @@ __all__ = [
     "examples",
     "load",
     "load_judged",
+    "load_prompts",
     "make_encoder",
     "make_loader",
     "open_source",
     "parse",
     "read",
     "read_judged",
+    "read_prompts",
 ]
 
 
@@ -153,6 +164,41 @@ def load_judged(
     sizes = tuple(len(part.lengths) for part in parts)
     judged = {"responses": items.responses, "numbers": items.numbers, "mismatched": mismatched}
     return make_loader(items.sequences, **options, sizes=sizes, weights=weights, **judged), reports
+
+
+def read_prompts(spec: Mapping[str, Any], *, bad_rows: str = "raise", report: Report | None = None) -> Iterator[Example]:
+    """Yield the prompts of one source: as `read`, and rows of a `prompt` alone too."""
+    return prompt_rows(_opened(spec), **_reading(spec), end_marker=spec.get("end_marker") or "", bad_rows=bad_rows, report=report)
+
+
+def load_prompts(
+    sources: Mapping[str, Mapping[str, Any]],
+    encoder: Encoder,
+    *,
+    count: int,
+    max_tokens: int,
+    seed: int = 0,
+    shuffle: bool = True,
+    bad_rows: str = "raise",
+) -> tuple[Prompts, dict[str, Report]]:
+    """Return prompts by index and what became of their rows; arguments as in `load`.
+
+    Args:
+      sources: name -> what `read` takes, and perhaps a `weight`.
+      encoder: its `max_tokens` holds for a prompt with its answer.
+      count: prompts at a time.
+      max_tokens: of an answer.
+      seed: of the order.
+      shuffle: False keeps the order of the rows.
+      bad_rows: "raise" at a row that cannot be used, or "skip" and count.
+    """
+    weights, parts, reports = _weights(sources), [], {name: Report() for name in sources}
+    for name, spec in sources.items():
+        found = read_prompts(spec, bad_rows=bad_rows, report=reports[name])
+        parts.append(encode_prompts(found, encoder, max_tokens=max_tokens, bad_rows=bad_rows, report=reports[name]))
+    sizes = tuple(map(len, parts))
+    first = np.cumsum([0, *sizes[:-1]])
+    return Prompts([prompt for part in parts for prompt in part], Mixture(sizes, weights, seed, shuffle), first, count), reports
 
 
 def _opened(spec: Mapping[str, Any]) -> Source:

@@ -15,9 +15,12 @@ from ftjax.types import Mean
 class Run:
     """A run of six steps without a model: evaluated every third, saved at the end; `asked` says after which step to stop."""
 
-    def __init__(self, *, asked: int | None = None, losses=(1.0, 0.5), patience: int = 0, every_steps: int = 4):
-        self.asked, self.losses, self.patience, self.every_steps = asked, list(losses), patience, every_steps
+    def __init__(self, *, asked: int | None = None, losses=(1.0, 0.5), patience: int = 0, every_steps: int = 4, stride: int = 1):
+        self.asked, self.losses, self.patience, self.every_steps, self.stride = asked, list(losses), patience, every_steps, stride
         self.done, self.evaluated, self.saved, self.logged, self.memory = [], [], {}, {}, loop.Memory()
+
+    def origin(self, done):
+        return {}
 
     def evaluate(self, state, step):
         self.evaluated.append(step)
@@ -35,10 +38,6 @@ class Run:
         self.logged |= {(step, name): value for name, value in values.items() if name.endswith("loss")}
 
     def go(self, start: int = 0) -> tuple[int, str]:
-        def batches(start):
-            while True:
-                yield SimpleNamespace(segment_ids=np.ones((1, 4)))
-
         quiet = dict.fromkeys(("start", "stop", "advance", "report", "say", "add", "restart", "wait"), lambda *args, **options: None)
         given = {
             "config": ConfigDict(
@@ -52,7 +51,8 @@ class Run:
             ),
             "config_json": {},
             "step": self.step,
-            "batches": batches,
+            "batch": lambda state, done: (SimpleNamespace(segment_ids=np.ones((1, 4))), self.origin(done)),
+            "stride": self.stride,
             "put": lambda batch: batch,
             "flops": lambda batch: 1.0,
             "parts": 1,
@@ -91,6 +91,20 @@ def test_a_stop_changes_no_step_no_evaluation_and_no_number(at, whole):
     assert run.resume() == (6, loop.FINISHED)
     assert run.done == [1, 2, 3, 4, 5, 6] and run.evaluated == whole.evaluated == [3, 6]
     assert run.logged == whole.logged and run.logged[4, "train/loss"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+
+
+def test_nothing_happens_in_the_middle_of_an_experience():
+    run = Run(asked=1, stride=3)
+    assert run.go() == (3, "SIGINT") and run.evaluated == list(run.saved) == [3]
+    assert run.resume() == (6, loop.FINISHED) and run.done == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_is_said_of_a_batch_is_reported_with_its_step():
+    run = Run(every_steps=2)
+    told = {0: 4.0, 2: 8.0, 3: 2.0}
+    run.origin = lambda done: {"sampled_loss": Mean(np.float32(told[done]), np.float32(1))} if done in told else {}
+    run.go()
+    assert [run.logged.get((step, "train/sampled_loss")) for step in (2, 4, 6)] == [4.0, 5.0, None]
 
 
 def test_the_evaluation_of_the_step_of_a_stop_stands_in_its_checkpoint():
