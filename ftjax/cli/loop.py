@@ -75,7 +75,7 @@ class Loop:
     """`(state, steps done) -> (batch, metrics)`: this process's rows as numpy arrays, and what is to be said of how they came about. They
     may be made by the state: an experience that the policy sampled."""
     stride: int
-    """The steps that are taken on one experience: between them nothing is evaluated, saved or stopped. 1 where no batch depends on a state."""
+    """The steps taken on one experience: between them nothing is evaluated, saved or stopped. 1 where no batch depends on a state."""
     put: Callable[[Batch], Batch]
     """Onto the mesh."""
     flops: Callable[[Batch], float]

@@ -155,7 +155,14 @@ def _resume(run: Run, state: TrainState) -> tuple[TrainState, Memory, int]:
 
 
 def _loop(
-    run: Run, policy: Policy, lessons: Lessons, state: TrainState, memory: Memory, writers: logs.Writers, evaluate: Evaluate | None
+    run: Run,
+    policy: Policy,
+    lessons: Lessons,
+    state: TrainState,
+    batch: Stream,
+    memory: Memory,
+    writers: logs.Writers,
+    evaluate: Evaluate | None,
 ) -> Loop:
     config, mesh, loaded = run.config, run.mesh, policy.loaded
     shapes = jax.eval_shape(lambda tree: tree, state.trainable)
