@@ -6,7 +6,7 @@ model, params, tokenizer, path = load("smollm2-135m-instruct")
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import hub, models, quant, tree
-from ftjax.hf import folder, gguf, gguf_file, names, packed, quantized, tokenizer
+from ftjax.hf import depth, folder, gguf, gguf_file, names, packed, quantized, tokenizer
 from ftjax.hf.folder import Checkpoint
 from ftjax.hf.lazy import LazyTensor, aligned, cast, stack, swap
 from ftjax.models import Config
@@ -48,6 +48,7 @@ def load(
     place: Place | None = None,
     change: Callable[[Config], Config] = lambda config: config,
     quantizer: Transform | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Pretrained:
     """Find a model by name, read its config, weights and tokenizer.
 
@@ -58,6 +59,7 @@ def load(
       place: see `Place`; whole arrays on the default device if None.
       change: what is done to the architecture in the file, such as `models.stretch`; the weights must still fit.
       quantizer: `quant.nf4()` or the like: its matrices are packed as they are read, and never there as a whole.
+      layers: indices of the layers that are read, in this order; all if None. The others never leave the file.
 
     Raises:
       ValueError: the name, the config or a tensor is not as expected; the message says which and what to do.
@@ -65,6 +67,7 @@ def load(
     path = hub.find(name)
     file = gguf_file.open_file(path) if path.suffix == ".gguf" else None
     checkpoint = gguf.read(path, file) if file else folder.read(path)
+    checkpoint = checkpoint if layers is None else depth.with_layers(checkpoint, layers)
     dtype = stored_dtype(checkpoint) if dtype == "auto" else jnp.dtype(dtype)
     model = models.build(change(config_of(checkpoint)), remat=remat)
     params = load_params(checkpoint, model, dtype=dtype, place=place, quantizer=quantizer)

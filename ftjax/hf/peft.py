@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ftjax import peft, tree
-from ftjax.hf import architecture, names
+from ftjax.hf import architecture
 from ftjax.hf import peft_prompts as prompts
 from ftjax.hf import peft_tensors as tensors
+from ftjax.hf import peft_tokens as token_rows
 from ftjax.hf.folder import file_tensors, read_json
-from ftjax.hf.peft_config import PATTERNS, check, fields, kind_of, owners, short, shortest_names, to_peft
+from ftjax.hf.lazy import LazyTensor
+from ftjax.hf.peft_config import check, kind_of
 from ftjax.hf.peft_read import leaves_and_options, sort
+from ftjax.hf.peft_write import contents, method_of, model_leaves
 from ftjax.hf.write import Entry, new_folder, write_json, write_safetensors, write_tokenizer
 from ftjax.types import Model, Params, Plan, Transform
 
@@ -41,7 +42,7 @@ class Adapter(NamedTuple):
 
     def join(self, params: Params) -> Params:
         """Return the frozen tree that `method.attach` takes: without what was trained in full, with the adapter's own arrays."""
-        if self.kind in peft.SOFT_PROMPTS:
+        if self.kind in peft.SOFT_PROMPTS or self.kind == token_rows.KIND:
             return params
         form = peft.FORMATS[self.kind]
         if form.base is not None:
@@ -55,7 +56,7 @@ class Adapter(NamedTuple):
 
 def exportable(plans: Iterable[Plan]) -> bool:
     """Return whether PEFT has a method among these."""
-    return any(_kind(row) in peft.FORMATS or _kind(row) in peft.SOFT_PROMPTS for row in plans)
+    return any(method_of(row) in peft.FORMATS or method_of(row) in peft.SOFT_PROMPTS or token_rows.is_of(row) for row in plans)
 
 
 def save_adapter(
@@ -68,7 +69,7 @@ def save_adapter(
     tokenizer: Any = None,
     frozen: Params | None = None,
 ) -> Path:
-    """Write an adapter that `peft.PeftModel.from_pretrained` loads: one method, and leaves trained in full as `modules_to_save`.
+    """Write an adapter that `peft.PeftModel.from_pretrained` loads: one method, with leaves trained in full and rows of the embedding.
 
     Args:
       folder: a new folder; it appears when everything in it is written.
@@ -84,8 +85,8 @@ def save_adapter(
       ValueError: the tree holds something for which PEFT's folders have no place; nothing is written.
     """
     plans = tuple(plans)
-    soft = any(_kind(row) in peft.SOFT_PROMPTS for row in plans)
-    config, found = prompts.write(model.config, trainable, plans) if soft else _contents(model, trainable, plans, frozen or {})
+    soft = any(method_of(row) in peft.SOFT_PROMPTS for row in plans)
+    config, found = prompts.write(model.config, trainable, plans) if soft else contents(model, trainable, plans, frozen or {})
     config |= {"base_model_name_or_path": base_name or None}
     with new_folder(Path(folder)) as temporary:
         write_json(temporary / CONFIG, config)
@@ -93,98 +94,6 @@ def save_adapter(
         if tokenizer is not None:
             write_tokenizer(temporary, tokenizer)
     return Path(folder)
-
-
-def _contents(model: Model, trainable: Params, plans: Sequence[Plan], frozen: Params) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the fields of the config and the tensors of an adapter on matrices."""
-    trainable, plans = peft.plain(frozen, trainable, plans)
-    flat = {name: tree.flatten(branch) for name, branch in trainable.items()}
-    rows = [row for row in plans if row.method in trainable]
-    full_rows = [row for row in rows if all(path in flat[row.method] for path in row.paths)]
-    adapter_rows = [row for row in rows if row not in full_rows and _kind(row) in peft.FORMATS]
-    full_paths = [path for row in full_rows for path in row.paths]
-    leaves = _model_leaves(model)
-    _check_exportable(trainable, full_rows, adapter_rows, full_paths, leaves)
-    form, own = peft.FORMATS[_kind(adapter_rows[0])], tree.flatten(frozen.get(adapter_rows[0].method, {}))
-    untrained = [
-        f"{path}/{field}" for row in adapter_rows for path in row.paths for field, tensor in form.tensors.items() if not tensor.trained
-    ]
-    if absent := [field for field in (*form.shared, *untrained) if field not in own]:
-        raise ValueError(f"peft: {adapter_rows[0].method} keeps {absent[0]!r} in the frozen tree, which was not given: pass frozen=frozen")
-    config = _config(form, adapter_rows, full_paths, leaves, flat[adapter_rows[0].method])
-    found = {tensor.key: tensors.theirs(np.asarray(own[field]), tensor.axes) for field, tensor in form.shared.items() if field in own}
-    for row in adapter_rows:
-        values = own | flat[row.method]
-        for path in row.paths:
-            arrays = {field: np.asarray(values[f"{path}/{field}"]) for field in form.tensors if f"{path}/{field}" in values}
-            if (layers := row.options.get("layers")) is not None:  # what is not trained is there for all layers
-                arrays = {field: array if form.tensors[field].trained else array[list(layers)] for field, array in arrays.items()}
-            found |= tensors.write_leaf(path, leaves[path].shape, arrays, form, layers=layers)
-    for row in full_rows:
-        for path in row.paths:
-            found |= tensors.write_whole(path, leaves[path].shape, np.asarray(flat[row.method][path]))
-    return config, dict(sorted(found.items()))
-
-
-def _kind(row: Plan) -> str:
-    return row.kind or row.method
-
-
-def _check_exportable(
-    trainable: Params, full_rows: list[Plan], adapter_rows: list[Plan], full_paths: list[str], leaves: Mapping[str, Any]
-) -> None:
-    rows = full_rows + adapter_rows
-    problems = [f"not yet: the method {name!r}" for name in trainable if name not in {row.method for row in rows}]
-    if (count := len({row.method for row in adapter_rows})) != 1:
-        problems.append(f"not yet: {count} methods with a PEFT format in one folder; exactly one is expected")
-    touched = {path for row in rows for path in row.paths}
-    if "lm_head/kernel" not in leaves and tensors.EMBEDDING in touched:
-        problems.append("not yet: an adapter on an embedding that is tied to the head; export the merged model instead")
-    for row in adapter_rows:
-        form = peft.FORMATS[_kind(row)]
-        if tensors.EMBEDDING in row.paths and not form.embeddings:
-            problems.append(f"PEFT has no {form.peft_type} on embeddings")
-        for option, value in form.only.items():
-            if row.options.get(option, value) != value:
-                problems.append(f"PEFT has {form.peft_type} with {option}={value!r} only, not {row.options[option]!r}")
-        for option in (*form.options, *form.reads):
-            if option not in form.patterns and row.options.get(option) != adapter_rows[0].options.get(option):
-                problems.append(f"PEFT has one {form.options.get(option, option)} for all modules")
-    problems += [f"not yet: {row.method!r} on some of the layers; export the merged model" for row in full_rows if "layers" in row.options]
-    saved = {path.rpartition("/")[0] for path in full_paths}
-    problems += [
-        f"PEFT saves whole modules: train {path!r} too" for path in leaves if path.rpartition("/")[0] in saved and path not in full_paths
-    ]
-    if problems:
-        raise ValueError("peft: " + "; ".join(dict.fromkeys(problems)))
-
-
-def _config(
-    form: peft.Format, rows: list[Plan], full_paths: list[str], leaves: Mapping[str, Any], flat: Mapping[str, Any]
-) -> dict[str, Any]:
-    config = fields(form) | dict(form.constants)
-    paths = [path for row in rows for path in row.paths]
-    counts = Counter()
-    for row in rows:
-        counts[tuple(row.options[option] for option in form.patterns)] += len(row.paths)
-    common = dict(rows[0].options) | dict(zip(form.patterns, counts.most_common(1)[0][0], strict=True))
-    for option, field in form.options.items():
-        if option in common:
-            config[field] = to_peft(form, option, common[option])
-    config |= {field: write(common) for field, write in form.writes.items()}
-    for option in form.patterns:
-        others = [row for row in rows if row.options[option] != common[option]]
-        config[PATTERNS[option]] = {name: to_peft(form, option, row.options[option]) for row in others for name in short(row.paths, leaves)}
-    for field, mark in form.lists.values():
-        config[field] = short([path for path in paths if f"{path}/{mark}" in flat], leaves)
-    config["target_modules"] = short(paths, leaves)
-    if (layers := rows[0].options.get("layers")) is not None:
-        if "layers_to_transform" in config:
-            config["layers_to_transform"] = list(layers)
-        else:
-            config["target_modules"] = sorted(names.modules(path, leaves[path].shape)[layer] for path in paths for layer in layers)
-    config["modules_to_save"] = shortest_names(owners(full_paths, leaves), owners(leaves, leaves), str.endswith) or None
-    return config
 
 
 def load_adapter(folder: str | Path, model: Model) -> Adapter:
@@ -205,18 +114,32 @@ def load_adapter(folder: str | Path, model: Model) -> Adapter:
     """
     folder = Path(folder)
     raw = read_json(folder / CONFIG)
-    soft = raw.get("peft_type") in prompts.KINDS
-    config = raw if soft else check(raw, str(folder / CONFIG))
     architecture.check(folder, model.config)
     if not (folder / WEIGHTS).is_file():
         hint = "; adapter_model.bin is a pickle, which ftjax does not open" if (folder / "adapter_model.bin").is_file() else ""
         raise FileNotFoundError(f"peft: {folder / WEIGHTS} does not exist{hint}")
-    if soft:
-        kind, options, trainable = prompts.read(raw, file_tensors(folder / WEIGHTS), model.config, str(folder))
+    found = file_tensors(folder / WEIGHTS)
+    if raw.get("peft_type") in prompts.KINDS:
+        kind, options, trainable = prompts.read(raw, found, model.config, str(folder))
         return Adapter(peft.METHODS[kind](**options), trainable, options, raw.get("base_model_name_or_path") or "", kind, {})
-    leaves = _model_leaves(model)
+    leaves = model_leaves(model)
+    rows, config, found = token_rows.read(raw, found, leaves[tensors.EMBEDDING].shape)
+    if raw.get("peft_type") == token_rows.PEFT_TYPE:
+        _complain(folder, [f"extra: {name} {list(tensor.shape)}" for name, tensor in found.items()])
+        name = raw.get("base_model_name_or_path") or ""
+        return Adapter(rows.method(), {token_rows.KIND: rows.trainable()}, {"ids": rows.ids}, name, token_rows.KIND, {})
+    adapter = _on_matrices(folder, check(config, str(folder / CONFIG)), found, leaves)
+    if rows is None:
+        return adapter
+    return adapter._replace(
+        method=peft.chain(adapter.method, rows.method()), trainable={**adapter.trainable, token_rows.KIND: rows.trainable()}
+    )
+
+
+def _on_matrices(folder: Path, config: Mapping[str, Any], found: Mapping[str, LazyTensor], leaves: Mapping[str, Any]) -> Adapter:
+    """Return the adapter that a checked config and its tensors are."""
     kind = kind_of(config)
-    parts = sort(file_tensors(folder / WEIGHTS), config, leaves)
+    parts = sort(found, config, leaves)
     _complain(folder, parts.problems)
     arrays, options = leaves_and_options(parts, config, leaves)
     trained = {path: jnp.asarray(value) for path, value in arrays.items() if _tensor(path, kind).trained}
@@ -251,7 +174,3 @@ def _not_as_fresh(method: Transform, trainable: Params, leaves: Mapping[str, Any
         for path, leaf in found.items()
         if path in fresh and fresh[path].shape != leaf.shape
     ]
-
-
-def _model_leaves(model: Model) -> dict[str, Any]:
-    return tree.flatten(jax.eval_shape(model.init, jax.random.key(0)))

@@ -47,6 +47,8 @@ ADAPTERS = {
     "adalora_pruned": peft.AdaLoraConfig(
         task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], init_r=3, target_r=2, total_step=50
     ),
+    "tokens": peft.TrainableTokensConfig(task_type="CAUSAL_LM", token_indices=[44, 5, 22]),
+    "lora_tokens": peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2, trainable_token_indices=[16, 3, 0]),
     "shira": peft.ShiraConfig(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], r=2, random_seed=7),
     "vera_drawn": peft.VeraConfig(
         task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=5, save_projection=False, projection_prng_key=3
@@ -58,7 +60,8 @@ def targets(model):
     """Return the modules that an adapter rides on, by the base's name of them."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    return {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    found = {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    return {name.removesuffix(".token_adapter"): module for name, module in found.items()}
 
 
 def prune(model):
