@@ -30,6 +30,7 @@ FLOORS = {
     "optimizers": 3,
     "optimizers8bit": 3,
     "train": 4,
+    "online": 4,
     "sweep": 4,
     "cli": 5,
 }

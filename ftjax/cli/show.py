@@ -130,6 +130,31 @@ def _coloured(runs: list[tuple[str, bool]], *, marked: bool, limit: int = 1200) 
     return text if len(text) <= limit else Text("… ") + text[-limit:]
 
 
+def prompts(reports: Mapping[str, data.Report], prompts: data.Prompts, *, samples: int, stride: int) -> Group:
+    """Return the table of sources of prompts, and what an experience is."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("source", "rows", "prompts", "tokens", "left out"):
+        table.add_column(name, justify="left" if name == "source" else "right")
+    for name, report in reports.items():
+        cells = (report.rows, report.sequences, report.tokens, sum(report.skipped.values()))
+        table.add_row(Text(name), *(f"{cell:,}" for cell in cells))
+    steps = f"{stride} step{'s' if stride > 1 else ''}"
+    return Group(table, f"an experience is {prompts.count} prompts × {samples} samples, and gives {steps}")
+
+
+def rollouts(rows: list[Mapping[str, Any]]) -> Table:
+    """Return samples as a table: prompt, completion, each reward and the advantage."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    names = list(rows[0]["rewards"]) if rows else []
+    for name in ("prompt", "completion", *names, "advantage"):
+        table.add_column(name, justify="left" if name in ("prompt", "completion") else "right", overflow="fold")
+    for row in rows:
+        numbers = (*(row["rewards"][name] for name in names), row["advantage"])
+        cells = ("–" if value is None else f"{value:.3g}" for value in numbers)
+        table.add_row(Text(_short(row["prompt"], 160)), Text(_short(row["completion"], 200)), *cells)
+    return table
+
+
 def model_title(config) -> str:
     """Return what a plot calls the model: of a path its last part, for a plot is shown where the path means nothing."""
     name = config.model.preset if config.model.random else config.model.name

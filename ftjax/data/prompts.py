@@ -63,7 +63,7 @@ class Prompts:
         return [self.prompts[at] for at in (self.first[source] + row).tolist()]
 
     @property
-    def per_epoch(self) -> int:
+    def steps_per_epoch(self) -> int:
         """Experiences until every prompt has come once, at the least."""
         return -(-self.mixture.epoch_size // self.count)
 

@@ -81,8 +81,8 @@ def megabytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-PAIRS = {"rewards/accuracy": "right {:.0%}", "rewards/margin": "margin {:.3g}"}
-"""What a line of progress says of pairs, by metric."""
+SHOWN = {"rewards/accuracy": "right {:.0%}", "rewards/margin": "margin {:.3g}", "reward": "reward {:.3f}", "length": "{:.0f} tokens long"}
+"""What a line of progress says of pairs and of rollouts, by metric."""
 
 
 class Terminal:
@@ -136,10 +136,10 @@ class Terminal:
             self._progress.update(self._task, completed=step)
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
-        """Show loss, tokens a second and memory, and of pairs how many are right and by how much."""
-        pairs = "".join(f"{text.format(values[name])}  " for name, text in PAIRS.items() if name in values)
+        """Show loss, tokens a second and memory, of pairs how many are right and by how much, of rollouts what they are worth."""
+        more = "".join(f"{text.format(values[name])}  " for name, text in SHOWN.items() if name in values)
         speed = f"{values['tokens_per_second']:,.0f} tokens/s  {values['memory_gb']:.2f} GB"
-        self.progress(step, f"loss {values['loss']:.4f}  {pairs}{speed}")
+        self.progress(step, f"loss {values['loss']:.4f}  {more}{speed}")
 
     def progress(self, step: int, shown: str) -> None:
         """Show a text of a step: beside the bar, or as a line."""

@@ -12,9 +12,11 @@ prompt, nor what a reference says of the batch, nor what rematerialisation compu
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -139,6 +141,15 @@ class Meter:
     def restart(self) -> None:
         """Begin a new interval now; call it after work that is not training."""
         self._start, self._tokens, self._flops = time.perf_counter(), 0, 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of other work inside an interval out of it, such as that of sampling."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start += time.perf_counter() - began
 
     def add(self, tokens: int, flops: float) -> None:
         """Count the tokens and operations of a step."""

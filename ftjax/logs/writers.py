@@ -70,6 +70,10 @@ class Jsonl:
     def text(self, step: int, name: str, text: str) -> None:
         self._append({"step": step, "time": round(time.time(), 3), name: text})
 
+    def row(self, step: int, values: Mapping[str, Any]) -> None:
+        """Record plain data at a step."""
+        self._append({"step": step, **values})
+
     def close(self) -> None:
         if self._file:
             self._file.close()

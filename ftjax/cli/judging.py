@@ -1,0 +1,55 @@
+"""The rewards of a config: which judge, how much each counts, and what they are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ftjax import data
+from ftjax.cli.config import plain
+from ftjax.online import Sample
+from ftjax.rewards.panel import Judged
+from ftjax.rewards.panel import judge as ask
+
+Judge = Callable[[Sequence[data.Prompt], Sequence[str], Sequence[Sample]], Judged]
+"""`(prompts, texts, samples) -> judged`, one of each a sample."""
+
+
+def judge(config) -> Judge:
+    """Return the panel of `config.rewards`: `{name of rewards.REWARDS: weight}`, or a block of its options with a `weight`.
+
+    Raises:
+      ValueError: none is named, or one is unknown or has an option that it does not take.
+    """
+    blocks = {name: {"weight": block} if isinstance(block, (int, float)) else plain(block) for name, block in config.rewards.items()}
+    if not blocks:
+        raise ValueError("rewards: name at least one, as config.rewards.exact_match = 1.0 (its weight).")
+    weights = [float(block.pop("weight", 1.0)) for block in blocks.values()]
+    from ftjax.rewards import exact_match, numeric_match
+
+    def build(names, options):
+        return {name: {"exact_match": exact_match, "numeric_match": numeric_match}[name] for name in names}
+
+    rewards = build(list(blocks), {name: block for name, block in blocks.items() if block})
+    options = plain(config.judging)
+
+    def judged(prompts: Sequence[data.Prompt], texts: Sequence[str], samples: Sequence[Sample]) -> Judged:
+        shown = {**columns(prompts), "completion_ids": [sample.tokens.tolist() for sample in samples]}
+        return ask(rewards, weights, [prompt.text for prompt in prompts], texts, shown, **options)
+
+    return judged
+
+
+def columns(prompts: Sequence[data.Prompt]) -> Mapping[str, list[Any]]:
+    """Return the columns of the prompts' rows, but for what a reward has arguments of its own for."""
+    rows = [prompt.columns for prompt in prompts]
+    names = sorted({name for row in rows for name in row} - {"prompt", "prompts", "completion", "completions"})
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def as_rows(judged: Judged, shape: tuple[int, int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Return the weighted sums and each reward, float32 of a shape."""
+    each = {name: scores.reshape(shape).astype(np.float32) for name, scores in judged.scores.items()}
+    return judged.rewards.reshape(shape).astype(np.float32), each

@@ -1,0 +1,133 @@
+"""What a config says of rollouts: how many, how they are sampled and scored, and what their advantages are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ftjax import data, online, peft, rollout
+from ftjax.cli import objective
+from ftjax.online.estimators import ESTIMATORS, Estimator
+from ftjax.tree import nearest
+from ftjax.types import Batch, Model, Params, Transform
+
+BY_ALGORITHM = {
+    "rloo": "leave_one_out",
+    "dr_grpo": "group_centred",
+    "reinforce": "leave_one_out",
+}
+"""The estimator that an algorithm is known with, where it is not `group_relative`."""
+
+
+def used(config) -> bool:
+    """Return whether the objective learns from rollouts."""
+    return objective.needs(config).data == data.ROLLOUTS
+
+
+def stride(config) -> int:
+    """Return the optimiser steps that are taken on one experience: 1 without rollouts."""
+    return config.rollout.epochs * config.rollout.minibatches if used(config) else 1
+
+
+def samples(config) -> int:
+    """Return the samples of an experience: so many rows have its minibatches."""
+    return config.data.batch_size * config.rollout.minibatches
+
+
+def prompts(config) -> int:
+    """Return the prompts of an experience."""
+    return samples(config) // config.rollout.samples_per_prompt
+
+
+def estimator(config) -> Estimator:
+    """Return the estimator of advantages."""
+    asked = config.rollout.advantages
+    name = BY_ALGORITHM.get(config.algorithm, "group_relative") if asked == "auto" else asked
+    if name not in ESTIMATORS:
+        raise ValueError(f"rollout.advantages: there is no {name!r}; nearest: {nearest(name, ['auto', *ESTIMATORS])}.")
+    return ESTIMATORS[name]
+
+
+def sampling(config) -> rollout.Sampling:
+    """Return the settings of `config.rollout`; greedy choices teach nothing of what else could have been written."""
+    names = ("temperature", "top_k", "top_p", "min_p")
+    if config.rollout.temperature <= 0:
+        raise ValueError(f"rollout.temperature: above 0, not {config.rollout.temperature}: all samples of a prompt would be the same.")
+    return rollout.settings(**{name: config.rollout[name] for name in names})
+
+
+def filtered(config) -> bool:
+    """Return whether the sampler draws from a part of the distribution, so that it cannot say what the trainer says."""
+    asked = sampling(config)
+    return not (asked.top_k is None and asked.top_p is None and asked.min_p is None)
+
+
+def check(config) -> None:
+    """Refuse sizes that do not fit together; asked before anything is loaded."""
+    if not used(config):
+        return
+    if "rollout" not in config:
+        raise ValueError(f"rollout: {config.algorithm!r} needs a block config.rollout; begin the config with base.online().")
+    asked, steps, chosen = config.rollout, stride(config), estimator(config)
+    sampling(config)
+    for name in ("epochs", "minibatches", "samples_per_prompt", "max_tokens"):
+        if asked[name] < 1:
+            raise ValueError(f"rollout.{name}: at least 1, not {asked[name]}.")
+    if asked.samples_per_prompt < chosen.least:
+        raise ValueError(
+            f"rollout.samples_per_prompt: {config.algorithm!r} compares at least {chosen.least} samples of a prompt, "
+            f"not {asked.samples_per_prompt}."
+        )
+    if samples(config) % asked.samples_per_prompt:
+        raise ValueError(
+            f"data.batch_size: {config.data.batch_size} rows × {asked.minibatches} minibatches are no whole number of prompts with "
+            f"{asked.samples_per_prompt} samples each; choose a multiple."
+        )
+    if asked.max_tokens >= config.data.max_tokens:
+        raise ValueError(f"rollout.max_tokens: {asked.max_tokens} leaves no prompt in rows of data.max_tokens={config.data.max_tokens}.")
+    durations = {
+        "steps": config.steps,
+        "eval.every_steps": config.eval.every_steps,
+        "checkpoint.every_steps": config.checkpoint.every_steps,
+    }
+    for name, value in durations.items():
+        if value > 0 and value % steps:
+            raise ValueError(
+                f"{name}: {value} is no multiple of the {steps} steps that an experience gives (rollout.epochs={asked.epochs} × "
+                f"rollout.minibatches={asked.minibatches}); nearest: {max(steps, round(value / steps) * steps)}."
+            )
+    if config.data.packing != "none":
+        raise ValueError(f"data.packing: rollouts have a row each: say 'none', not {config.data.packing!r}.")
+
+
+def referred(config) -> bool:
+    """Return whether the run compares the policy with where it began."""
+    return used(config) and bool(config.loss.get("kl_coef", 0.0) or config.rollout.kl_penalty or objective.needs(config).reference)
+
+
+def sampler(config, model: Model, eos_ids: tuple[int, ...], whole: Callable[[jax.Array], Any]) -> online.Sampler:
+    """Return how prompts are answered."""
+    options = {"max_tokens": config.rollout.max_tokens, "slots": config.rollout.slots or samples(config)}
+    return online.static_sampler(model, eos_ids=eos_ids, sampling=sampling(config), whole=whole, **options)
+
+
+def scorer(config, model: Model, method: Transform, mesh: Mesh, *, temperature: float) -> Callable[[Params, Params, Batch], jax.Array]:
+    """Return the jitted `(trainable, frozen, batch) -> logps` of the policy as a training step would say them, dropout off."""
+    look = partial(objective.score(config, model, mesh, ("logps",)), temperature=temperature)
+    return jax.jit(lambda trainable, frozen, batch: look(method.attach(frozen, trainable), batch).logps)
+
+
+def reference_scorer(config, model: Model, mesh: Mesh) -> Callable[[Params, Batch], jax.Array]:
+    """Return the jitted `(frozen, batch) -> logps` of the reference."""
+    look = objective.score(config, model, mesh, ("logps",))
+    return jax.jit(lambda frozen, batch: look(peft.reference(frozen), batch).logps)
+
+
+def advantages(config) -> Callable[[online.Evidence], jax.Array]:
+    """Return the jitted estimator, its advantages float32 `[p, g]` or `[p, g, t]`."""
+    return jax.jit(lambda evidence: estimator(config).estimate(evidence).astype(jnp.float32))

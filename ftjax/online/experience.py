@@ -1,0 +1,67 @@
+"""An experience: prompts, the samples that the policy wrote to each, what they are worth, and the minibatches that are learnt from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ftjax.data import Prompt
+from ftjax.online.samples import Sample
+from ftjax.types import Batch
+
+
+class Experience(NamedTuple):
+    """p prompts with g samples each; sample `j` of prompt `i` is row `i · g + j`."""
+
+    prompts: Sequence[Prompt]
+    samples: Sequence[Sample]
+    """p · g of them."""
+    texts: Sequence[str]
+    """The samples in words."""
+    rewards: np.ndarray
+    """float32 `[p, g]`: what each is worth in all; NaN where no reward applies."""
+    each: Mapping[str, np.ndarray]
+    """`{name: float32 [p, g]}`: by each reward, unweighted."""
+    advantages: np.ndarray
+    """float32 `[p, g]`, or `[p, g, t]` where tokens have their own."""
+    seconds: float
+    """That sampling took."""
+
+
+def minibatch(batch: Batch, *, seed: int, index: int, step: int, count: int) -> Batch:
+    """Return the rows that step `step` of an experience learns from: every row comes once in `count` steps, in another order each time.
+
+    Args:
+      batch: of the whole experience, `[n, …]`.
+      seed: of the order.
+      index: of the experience.
+      step: within it, from 0.
+      count: minibatches of an epoch; must divide n.
+    """
+    if count == 1:
+        return batch
+    epoch, part = divmod(step, count)
+    n = batch.tokens.shape[0]
+    order = np.random.default_rng([seed % 2**63, index, epoch]).permutation(n)
+    chosen = order[part * (n // count) : (part + 1) * (n // count)]
+    return jax.tree.map(lambda x: x[chosen], batch)
+
+
+def table(experience: Experience) -> list[dict[str, Any]]:
+    """Return a row of plain data for each sample: prompt, completion, each reward, their sum and the (mean) advantage."""
+    g, found = experience.rewards.shape[1], []
+    advantages = experience.advantages.reshape(*experience.rewards.shape, -1).mean(axis=2)
+    for row, (sample, text) in enumerate(zip(experience.samples, experience.texts, strict=True)):
+        i, j = divmod(row, g)
+        each = {name: _number(values[i, j]) for name, values in experience.each.items()}
+        worth = {"reward": _number(experience.rewards[i, j]), "advantage": _number(advantages[i, j])}
+        size = {"length": len(sample.tokens), "finished": sample.finished}
+        found.append({"prompt": experience.prompts[i].text, "completion": text, "rewards": each, **worth, **size})
+    return found
+
+
+def _number(value: np.floating) -> float | None:
+    return round(float(value), 6) if np.isfinite(value) else None
