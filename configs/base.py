@@ -65,6 +65,7 @@ def sft() -> ConfigDict:
     config.int8 = quantizer()
 
     config.loss = ConfigDict({"label_smoothing": 0.0})
+    config.reference = reference()
     config.data = data()
     config.optimizer = optimizer()
 
@@ -182,6 +183,14 @@ def budget() -> dict:
     """When AdaLoRA prunes: see `ftjax.peft.adalora`."""
     steps = {"warmup_steps": 0, "final_steps": 0, "every_steps": 1, "beta1": 0.85, "beta2": 0.85}
     return {"steps": config_dict.placeholder(int), **steps}  # the first empty: the steps of the run
+
+
+def reference() -> ConfigDict:
+    """The model that an objective compares the policy with, where it has one: the base, as the run begins with it."""
+    config = ConfigDict()
+    config.logps = "live"  # in every step; "cached": of all responses once before the training, so that full tuning needs no copy
+    config.folder = ""  # of what is cached; empty: reference/ in the workdir; runs that name one folder share it
+    return config
 
 
 def data() -> ConfigDict:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from etils import epath
 
 MANIFEST = "manifest.json"
+PART = ".part"
+"""Ends the name of a file that is being written; a killed process may leave one."""
 _BLOCK_BYTES = 1 << 20
 
 
@@ -20,7 +22,7 @@ class Damaged(ValueError):
 def write(folder: epath.Path) -> None:
     """Vouch for the files that a folder now has."""
     files = {str(file.relative_to(folder)): _sha256(file) for file in sorted(_files(folder))}
-    _write_whole(folder / MANIFEST, json.dumps({"files": files}, indent=1))
+    write_whole(folder / MANIFEST, json.dumps({"files": files}, indent=1).encode())
 
 
 def verify(folder: epath.Path, *, only: str | None = None) -> None:
@@ -45,7 +47,7 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
     for path in folder.iterdir():
         if path.is_dir():
             yield from _files(path)
-        elif path.name != MANIFEST:
+        elif path.name != MANIFEST and not path.name.endswith(PART):
             yield path
 
 
@@ -57,14 +59,14 @@ def _sha256(path: epath.Path) -> str:
     return digest.hexdigest()
 
 
-def _write_whole(path: epath.Path, text: str) -> None:
+def write_whole(path: epath.Path, content: bytes) -> None:
     """Write a file that is there either whole or not at all."""
     if "://" in str(path):
-        path.write_text(text)  # an object store shows an object once it is complete
+        path.write_bytes(content)  # an object store shows an object once it is complete
         return
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "w") as file:
-        file.write(text)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{PART}")
+    with open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -210,7 +210,7 @@ def test_a_failed_save_is_raised_in_the_main_thread(tmp_path, key, monkeypatch):
     def full(path, text):
         raise OSError("disk full")
 
-    monkeypatch.setattr(manifest, "_write_whole", full)
+    monkeypatch.setattr(manifest, "write_whole", full)
     checkpoints.save(make_state(key), record(1))
     with pytest.raises(OSError, match="disk full"):
         checkpoints.wait()

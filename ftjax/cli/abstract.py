@@ -64,7 +64,7 @@ def batch(mesh: Mesh, config, *, rows: int | None = None) -> Batch:
 
     shape = (rows, responses * tokens) if packed else (rows, 2, tokens) if responses == 2 else (rows, tokens)
     ids, mask = of(jnp.int32, *shape), of(jnp.float32, *shape)
-    found = Batch(ids, mask, ids, ids)
+    found = Batch(ids, mask, ids, ids, reference_logps=mask if objective.asks_once(config) else None)
     if packed:
         found = dataclasses.replace(found, places=of(jnp.int32, rows, 1, responses, tokens, time=False))
     if needs.data == data.LABELLED:

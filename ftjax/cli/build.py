@@ -129,7 +129,9 @@ def method(config, statistics: Mapping[str, Mapping[str, Any]] = {}) -> Transfor
     starts = {name: inits.CALIBRATED[config[name].init](found) for name, found in statistics.items()}
     options = ((name, block | {"init": starts[name]} if name in starts else block) for name, block in methods(config))
     chosen = peft.chain(*(METHODS[name](**block) for name, block in options))
-    return peft.anchored(chosen) if objective.needs(config).reference else chosen
+    wanted = objective.needs(config)
+    live = wanted.reference and (wanted.baseline or not objective.asks_once(config))  # of mismatched rows nothing is known before
+    return peft.anchored(chosen) if live else chosen
 
 
 def quantizer(config) -> Transform | None:

@@ -43,6 +43,29 @@ def loss_of_batch(config) -> LossFn:
     return losses.unpacked(loss(config)) if packed else loss(config)
 
 
+REFERENCES = ("live", "cached")
+"""When the reference is asked: in every step, or once before the training."""
+
+
+def asks_once(config) -> bool:
+    """Return whether batches bring along what the reference says, which `ftjax.cli.reference` asked it before the training."""
+    return needs(config).reference and config.get("reference", {}).get("logps") == "cached"
+
+
+def check_reference(config) -> None:
+    """Refuse a `config.reference` that cannot be had; asked before anything is loaded."""
+    chosen = config.reference.logps
+    if chosen not in REFERENCES:
+        raise ValueError(f"reference.logps: there is no {chosen!r}; nearest: {nearest(chosen, REFERENCES)}.")
+    if chosen == "live":
+        return
+    if not needs(config).reference:
+        raise ValueError(f"reference.logps: {config.algorithm!r} has no reference that could be 'cached'; leave it at 'live'.")
+    if jax.process_count() > 1 or config.sweep:
+        what = "a sweep" if config.sweep else f"a run of {jax.process_count()} processes"
+        raise ValueError(f"reference.logps: 'cached' is not for {what}; set it to 'live'.")
+
+
 def check_best_metric(config) -> None:
     """Refuse a `checkpoint.best_metric` that no evaluation will have; asked before anything is loaded."""
     shape = (1, 2, 2) if needs(config).data == data.PAIRS else (1, 2)
@@ -78,6 +101,8 @@ def comparison(config, model: Model, mesh: Mesh) -> dict[str, Any]:
     look = score(config, model, mesh, ("logps",))
 
     def complete(frozen: Params, batch: Batch) -> Batch:
+        if batch.reference_logps is not None:
+            return batch
         return losses.with_reference(batch, look(peft.reference(frozen), batch))
 
     def measure(params: Params, frozen: Params, batch: Batch) -> Mean:

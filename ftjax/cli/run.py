@@ -44,6 +44,7 @@ def begin(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_c
     """Return the run, once its config is one that the workdir may go on with: asked before anything is loaded."""
     config = build.resolved(config)
     config_json = configs.as_json(config)
+    objective.check_reference(config)
     objective.check_best_metric(config)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
     runtime.agree("workdir: the last checkpoint", (checkpoints.steps() or [0])[-1])

@@ -24,8 +24,8 @@ from absl import flags as absl_flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from ftjax import checkpoint, logs, sharding
-from ftjax.cli import adapter, beginning, build, measure, objective, runtime, show, sweep
+from ftjax import checkpoint, logs, peft, sharding
+from ftjax.cli import adapter, beginning, build, measure, objective, reference, runtime, show, sweep
 from ftjax.cli import config as configs
 from ftjax.cli.loop import EARLY, FINISHED, Evaluate, Loop, Memory, Stream, take_steps
 from ftjax.cli.run import Lessons, Run, ask, begin, open_writers, read
@@ -75,8 +75,11 @@ def train(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_c
     """Run a config in a workdir, from its last checkpoint if there is one."""
     began = time.monotonic()
     run = begin(config, workdir, stop, allow_config_change=allow_config_change)
-    policy, trainable = _load(run)
+    policy, trainable, anchor = _load(run)
     lessons = read(run, policy.loaded.tokenizer)
+    if anchor is not None and (lessons := reference.told(run, policy.loaded.model, anchor, lessons)) is None:
+        return
+    del anchor
     state = _state(run, policy, trainable)
     del trainable  # the state's, and donated with it
     with contextlib.closing(run.checkpoints):
@@ -120,13 +123,14 @@ def train(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_c
         show.ending(run.terminal, run.workdir, run.config, memory.before, after, reason=reason, exported=exported, seconds=seconds)
 
 
-def _load(run: Run) -> tuple[Policy, Params]:
-    """Return the model with its method, and what is trainable before the first step."""
+def _load(run: Run) -> tuple[Policy, Params, Params | None]:
+    """Return the model with its method, what is trainable before the first step, and the reference if it is asked before that too."""
     config, mesh, terminal = run.config, run.mesh, run.terminal
     loaded = build.model(config, mesh)
     terminal.say(show.model(loaded, group_tokens=config.model.group_tokens))
     method, frozen, trainable = beginning.method(config, loaded, mesh)
     plans = method.plan(loaded.params)
+    anchor = peft.reference(frozen, loaded.params) if objective.asks_once(config) else None
     terminal.heading("What is trained")
     terminal.say(logs.plan_table(plans, loaded.params, trainable))
     rows = config.data.batch_size * config.data.max_tokens // config.data.accumulation // sharding.batch_share(mesh)[1]
@@ -135,7 +139,7 @@ def _load(run: Run) -> tuple[Policy, Params]:
     if mesh.size > 1:
         terminal.heading("Where it lies")
         terminal.say(show.layout({"frozen": frozen, "trained": trainable}, mesh))
-    return Policy(loaded._replace(params=None), method, frozen, plans, build.optimizer(config)), trainable
+    return Policy(loaded._replace(params=None), method, frozen, plans, build.optimizer(config)), trainable, anchor
 
 
 def _state(run: Run, policy: Policy, trainable: Params) -> TrainState:

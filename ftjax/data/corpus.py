@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +31,8 @@ class Sequences(NamedTuple):
     """uint8 `[all tokens]`."""
     starts: np.ndarray
     """int64 `[sequences + 1]`."""
+    known: Mapping[str, np.ndarray] = MappingProxyType({})
+    """`{field of Batch: float32 [all tokens]}`: what else is known of each token."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -153,11 +156,12 @@ def encode(
 
 
 def concatenate(parts: Iterable[Sequences]) -> Sequences:
-    """Return the sequences of all parts, one part after the other."""
+    """Return the sequences of all parts, one part after the other; of each the same has to be known."""
     parts = list(parts)
     lengths = np.concatenate([part.lengths for part in parts])
-    tokens = np.concatenate([part.tokens for part in parts])
-    return Sequences(tokens, np.concatenate([part.loss_mask for part in parts]), np.concatenate([[0], np.cumsum(lengths)]))
+    tokens, mask = (np.concatenate([getattr(part, name) for part in parts]) for name in ("tokens", "loss_mask"))
+    known = {name: np.concatenate([part.known[name] for part in parts]) for name in parts[0].known}
+    return Sequences(tokens, mask, np.concatenate([[0], np.cumsum(lengths)]), known)
 
 
 def bad(error: RowError, policy: str, report: Report) -> None:

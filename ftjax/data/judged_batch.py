@@ -15,6 +15,8 @@ from ftjax.types import Batch
 class _Row(NamedTuple):
     tokens: np.ndarray
     loss_mask: np.ndarray
+    known: Mapping[str, np.ndarray]
+    """What else is known of each token."""
 
 
 def judged_batch(
@@ -40,7 +42,7 @@ def judged_batch(
     """
     local = items[mine]
     rows = [sequences_row(sequences, item * responses + at) if item >= 0 else None for item in local for at in range(responses)]
-    batch = padded(rows, width, (len(local), responses) if responses > 1 else (len(local),))
+    batch = padded(rows, width, (len(local), responses) if responses > 1 else (len(local),), names=sequences.known)
     known = {name: np.where(local < 0, 0, values[local]).astype(np.float32) for name, values in numbers.items()}
     batch = dataclasses.replace(batch, **known)
     if not mismatched:
@@ -81,6 +83,7 @@ def packed_batch(
     loss_mask = np.zeros((len(rows), width), np.float32)
     places = np.full((len(rows), room.items, responses, room.tokens), -1, np.int32)
     known = {name: np.zeros((len(rows), room.items), np.float32) for name in numbers}
+    of_tokens = {name: np.zeros((len(rows), width), np.float32) for name in sequences.known}
     for at, items in enumerate(rows):
         column = 0
         for n, item in enumerate(items):
@@ -88,34 +91,40 @@ def packed_batch(
                 row = sequences_row(sequences, item * responses + response)
                 size, first = len(row.tokens), int(np.argmax(row.loss_mask))
                 where = slice(column, column + size)
-                tokens[at, where], loss_mask[at, where] = row
+                tokens[at, where], loss_mask[at, where] = row.tokens, row.loss_mask
+                for name, values in row.known.items():
+                    of_tokens[name][at, where] = values
                 loss_mask[at, column] = 0
                 positions[at, where], segment_ids[at, where] = np.arange(size), n * responses + response + 1
                 places[at, n, response, : size - first] = np.arange(column + first, column + size)
                 column += size
             for name, values in numbers.items():
                 known[name][at, n] = values[item]
-    return Batch(tokens, loss_mask, positions, segment_ids, places=places, **known)
+    return Batch(tokens, loss_mask, positions, segment_ids, places=places, **known, **of_tokens)
 
 
 def sequences_row(sequences: Sequences, index: int) -> _Row:
     """Return one sequence."""
     where = slice(int(sequences.starts[index]), int(sequences.starts[index + 1]))
-    return _Row(sequences.tokens[where], sequences.loss_mask[where])
+    known = {name: values[where] for name, values in sequences.known.items()}
+    return _Row(sequences.tokens[where], sequences.loss_mask[where], known)
 
 
-def padded(rows: Iterable[_Row | None], width: int, shape: tuple[int, ...]) -> Batch:
-    """Return rows `[*shape, width]`, each one document from the left."""
+def padded(rows: Iterable[_Row | None], width: int, shape: tuple[int, ...], *, names: Iterable[str] = ()) -> Batch:
+    """Return rows `[*shape, width]`, each one document from the left; None is an empty one, and `names` is what is known of tokens."""
     rows = list(rows)
     tokens, positions, segment_ids = (np.zeros((len(rows), width), np.int32) for _ in range(3))
     loss_mask = np.zeros((len(rows), width), np.float32)
+    known = {name: np.zeros((len(rows), width), np.float32) for name in names}
     for at, row in enumerate(rows):
         if row is not None:
             size = len(row.tokens)
-            tokens[at, :size], loss_mask[at, :size] = row
+            tokens[at, :size], loss_mask[at, :size] = row.tokens, row.loss_mask
+            for name, values in row.known.items():
+                known[name][at, :size] = values
             positions[at, :size], segment_ids[at, :size] = np.arange(size), 1
     loss_mask[:, :1] = 0  # the first token has nothing before it
-    fields = {"tokens": tokens, "loss_mask": loss_mask, "positions": positions, "segment_ids": segment_ids}
+    fields = {"tokens": tokens, "loss_mask": loss_mask, "positions": positions, "segment_ids": segment_ids, **known}
     return Batch(**{name: value.reshape(*shape, width) for name, value in fields.items()})
 
 
@@ -134,4 +143,4 @@ def _crossed(sequences: Sequences, item: int, other: int, width: int) -> _Row:
     begin = int(np.argmax(answered.loss_mask))
     response, mask = answered.tokens[begin:][: width - 1], answered.loss_mask[begin:][: width - 1]
     prompt = prompt[max(0, len(prompt) + len(response) - width) :]
-    return _Row(np.concatenate([prompt, response]), np.concatenate([np.zeros(len(prompt), mask.dtype), mask]))
+    return _Row(np.concatenate([prompt, response]), np.concatenate([np.zeros(len(prompt), mask.dtype), mask]), {})

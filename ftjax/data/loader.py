@@ -120,6 +120,10 @@ class Loader:
         share = (last - first) // process_count
         return dataclasses.replace(self, rows=(first + share * process_index, first + share * (process_index + 1)))
 
+    def knowing(self, **values: np.ndarray) -> Loader:
+        """Return the loader whose batches have these fields too: of each token of all sequences, float32 `[all tokens]`."""
+        return dataclasses.replace(self, sequences=self.sequences._replace(known={**self.sequences.known, **values}))
+
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch: how to go through evaluation data once."""
         first = self._end(epoch - 1) if epoch else 0
@@ -242,6 +246,7 @@ def assemble(sequences: Sequences, plan: Plan, rows: np.ndarray, order: np.ndarr
     shape = (len(rows), width)
     tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
     loss_mask = np.zeros(shape, np.float32)
+    known = {name: np.zeros(shape, np.float32) for name in sequences.known}
     for at, row in enumerate(rows.tolist()):
         if row < 0:
             continue
@@ -254,5 +259,7 @@ def assemble(sequences: Sequences, plan: Plan, rows: np.ndarray, order: np.ndarr
             loss_mask[at, column] = 0  # the first token of a segment has nothing before it
             positions[at, target] = np.arange(end - begin)
             segment_ids[at, target] = segment
+            for name, values in sequences.known.items():
+                known[name][at, target] = values[source]
             column = target.stop
-    return Batch(tokens=tokens, loss_mask=loss_mask, positions=positions, segment_ids=segment_ids)
+    return Batch(tokens=tokens, loss_mask=loss_mask, positions=positions, segment_ids=segment_ids, **known)

@@ -33,18 +33,21 @@ def anchored(method: Transform) -> Transform:
     return method._replace(init=init, attach=attach)
 
 
-def reference(frozen: Params) -> Params:
+def reference(frozen: Params, params: Params | None = None) -> Params:
     """Return the parameters of the reference: the frozen tree, with its copies in the holes of what is trained.
 
+    Args:
+      frozen: of an `anchored` method, or of any if `params` are given.
+      params: the model that the method began with, which fill the holes of a frozen tree without copies.
+
     Raises:
-      ValueError: there is a hole and no copy: the method was not `anchored`.
+      ValueError: there is a hole and nothing to fill it with: the method was not `anchored`.
     """
-    copies = tree.flatten(frozen[REFERENCE]) if REFERENCE in frozen else {}
-    model = _without(frozen)
-    holes = [path for path, leaf in tree.flatten(model).items() if isinstance(leaf, Moved) and path not in copies]
-    if holes:
-        raise ValueError(f"reference: {holes[0]!r} is trained and there is no copy of it: wrap the method in peft.anchored(…).")
-    return tree.replace(model, copies)
+    copies, model = tree.flatten(frozen.get(REFERENCE, {}) if params is None else params), _without(frozen)
+    holes = [path for path, leaf in tree.flatten(model).items() if isinstance(leaf, Moved)]
+    if missing := [path for path in holes if path not in copies]:
+        raise ValueError(f"reference: {missing[0]!r} is trained and there is no copy of it: wrap the method in peft.anchored(…).")
+    return tree.replace(model, {path: copies[path] for path in holes})
 
 
 def _without(frozen: Params) -> Params:
