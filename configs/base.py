@@ -21,6 +21,7 @@ def sft() -> ConfigDict:
     config.model.remat = "elementwise"  # what the backward pass computes again to save memory: none, elementwise, full
     config.model.preset = "smollm2-135m"  # its architecture in ftjax.models.PRESETS, for building without a download
     config.model.random = False  # random weights in that architecture
+    config.model.layers = config_dict.placeholder(object)  # indices of the layers that are kept, in this order; empty: all
     config.model.rope = rope()
     config.model.group_tokens = 0  # of S², LongLoRA: training, and it alone, attends within shifted groups of so many tokens; 0: to all
     config.tokenizer = ""  # empty: the model's; "bytes": one token a byte
@@ -103,6 +104,30 @@ def judged(algorithm: str = "dpo", **loss) -> ConfigDict:
     config.loss = ConfigDict(loss)
     config.data.packing = "none" if algorithm == "kto" else "best_fit"  # rows of twice max_tokens, with as many pairs as fit
     config.optimizer.learning_rate = 5e-5
+    config.lock()
+    for sources in (config.data.sources, config.data.eval_sources):
+        sources.unlock()
+    return config
+
+
+def distilled(divergence: str = "jsd") -> ConfigDict:
+    """Learning from a teacher's distributions, every weight: the student is `config.model`, perhaps with some of the teacher's layers."""
+    config = sft().unlock()
+    config.algorithm = "distill"
+    config.methods = ("full",)
+    config.loss = ConfigDict({"divergence_coef": 1.0, "nll_coef": 0.0})  # of the teacher's distributions, of the text itself
+    config.teacher = ConfigDict()
+    config.teacher.name = "smollm2-135m-instruct"  # as model.name; it has the student's tokens
+    config.teacher.dtype = "auto"
+    config.teacher.quantize = ""  # "int8", "nf4" and so on: store it in fewer bits
+    config.teacher.preset = "smollm2-135m"
+    config.teacher.random = False
+    config.teacher.tokenizer = ""  # empty: its own
+    config.teacher.divergence = divergence  # forward_kl, reverse_kl, jsd, uld: see ftjax.losses.distillation
+    config.teacher.beta = 0.5  # of jsd
+    config.teacher.temperature = 1.0  # of both
+    config.teacher.file = ""  # what `ftjax teach` wrote: then no teacher is loaded, and divergence is "forward_kl"
+    config.checkpoint.best_metric = "divergence"
     config.lock()
     for sources in (config.data.sources, config.data.eval_sources):
         sources.unlock()
@@ -262,6 +287,9 @@ def finish(config: ConfigDict, arg: str, *, tiny: str) -> ConfigDict:
 def _shrink(config: ConfigDict, tiny: str) -> None:
     config.steps = 4
     config.model.update({"preset": tiny, "random": True, "dtype": "float32", "group_tokens": 32 if config.model.group_tokens else 0})
+    config.model.layers = None if config.model.layers is None else (0,)
+    if "teacher" in config:
+        config.teacher.update({"preset": tiny, "random": True, "dtype": "float32"})
     config.tokenizer = "bytes"
     config.data.update({"max_tokens": 128, "batch_size": 4, "accumulation": min(2, config.data.accumulation)})
     for sources, split in ((config.data.sources, "train[:64]"), (config.data.eval_sources, "test[:8]")):

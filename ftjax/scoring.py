@@ -73,7 +73,7 @@ def score_against(
         `(student logits, ids, logps)`, e.g. `losses.distillation.stored_kl`.
       chunk_tokens: tokens of each row whose logits exist at a time, as in `score`.
       batch_shards: as in `score`.
-      outputs: as in `score`.
+      outputs: as in `score`, and `agreement`, whether both find the same token most likely, which asks for one vocabulary.
 
     Raises:
       ValueError: there is neither a teacher nor what one said.
@@ -86,14 +86,48 @@ def score_against(
         raise ValueError(f"score_against: it needs a teacher and params[{TEACHER!r}], or neither and batch.teacher_ids and teacher_logps.")
     read = _read(model, params, batch, chunk_tokens, batch_shards)
     if teacher is None:
-        extras, function, partners = [_ahead(rows(x)) for x in (batch.teacher_ids, batch.teacher_logps)], divergence, None
+        extras, partners = [_ahead(rows(x)) for x in (batch.teacher_ids, batch.teacher_logps)], None
+        tell = lambda ids, logps: (ids, logps)  # noqa: E731
     else:
-        told = batch if batch.teacher is None else batch.teacher
-        said = _read(teacher, jax.lax.stop_gradient(teacher_params), told, chunk_tokens, batch_shards)
+        heard = batch if batch.teacher is None else batch.teacher
+        said = _read(teacher, jax.lax.stop_gradient(teacher_params), heard, chunk_tokens, batch_shards)
         extras, partners = [said.hidden], said.counted
-        function = lambda logits, hidden: divergence(logits, teacher.unembed(said.head, hidden))  # noqa: E731
-    found = per_token(function, model.unembed, read.head, read.hidden, read.counted, *extras, chunk=read.chunk, extra_mask=partners)
-    return dataclasses.replace(_scores(model, params, batch, read, outputs), divergence=_back(found).reshape(shape))
+        tell = lambda hidden: (teacher.unembed(said.head, hidden),)  # noqa: E731
+
+    def compare(logits: jax.Array, *extras: jax.Array) -> dict[str, jax.Array]:
+        told = tell(*extras)
+        found = {"divergence": divergence(logits, *told)}
+        if "agreement" in outputs:
+            theirs = told[0][..., 0] if teacher is None else jnp.argmax(told[0], axis=-1)
+            found["agreement"] = (jnp.argmax(logits, axis=-1) == theirs.astype(jnp.int32)).astype(jnp.float32)
+        return found
+
+    found = per_token(compare, model.unembed, read.head, read.hidden, read.counted, *extras, chunk=read.chunk, extra_mask=partners)
+    scores = _scores(model, params, batch, read, tuple(name for name in outputs if name != "agreement"))
+    return dataclasses.replace(scores, **{name: _back(value).reshape(shape) for name, value in found.items()})
+
+
+def likeliest(
+    model: Model, params: Params, batch: Batch, *, count: int, chunk_tokens: int | None = None, batch_shards: int = 1
+) -> tuple[jax.Array, jax.Array]:
+    """Return what a model finds most likely in the place of every counted token: `Batch.teacher_ids` and `teacher_logps` `[*b, t, k]`.
+
+    Args:
+      model: the architecture.
+      params: its parameters.
+      batch: tokens `[*b, t]` and masks.
+      count: k.
+      chunk_tokens: as in `score`.
+      batch_shards: as in `score`.
+    """
+    read = _read(model, params, batch, chunk_tokens, batch_shards)
+
+    def look(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logps, ids = jax.lax.top_k(jax.nn.log_softmax(logits, axis=-1), count)
+        return ids, logps
+
+    found = per_token(look, model.unembed, read.head, read.hidden, read.counted, chunk=read.chunk)
+    return tuple(_back(x).reshape(*batch.tokens.shape, count) for x in found)
 
 
 class _Read(NamedTuple):
@@ -146,4 +180,4 @@ def _ahead(x: jax.Array) -> jax.Array:
 
 
 def _back(x: jax.Array) -> jax.Array:
-    return jnp.pad(x[:, :-1], ((0, 0), (1, 0)))
+    return jnp.pad(x[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (x.ndim - 2))

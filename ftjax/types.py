@@ -142,6 +142,8 @@ class Scores:
     """`[*b, t]`: log Σ_v π(v)², what the policy gives a token of its own on average; carries no gradient."""
     divergence: jax.Array | None = None
     """`[*b, t]`: how far the distribution that `tokens[t]` was drawn from is from a teacher's."""
+    agreement: jax.Array | None = None
+    """`[*b, t]`: 1 where the most likely token is the teacher's too."""
     values: jax.Array | None = None
     """`[*b, t]`: a value head's prediction when `tokens[..t]` are read, at every token that is not padding, whatever `loss_mask` says. The
     baseline of `logps[t]`, the value of the state that `tokens[t]` was drawn in, is therefore `values[t-1]`; the reward of a text is

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ftjax import data, peft, sharding, tree
-from ftjax.cli import build, objective
+from ftjax.cli import build, objective, teaching
 from ftjax.peft import inits
 from ftjax.train import Step, init_state
 from ftjax.types import Batch, Model, Params, TrainState, Transform
@@ -30,6 +30,7 @@ class Built(NamedTuple):
     method: Transform
     params: Params
     """Of the model alone, before any method."""
+    teacher: Model | None
 
 
 def built(config, mesh: Mesh) -> Built:
@@ -41,15 +42,17 @@ def built(config, mesh: Mesh) -> Built:
     method, optimizer = build.method(config, found), build.optimizer(config)
     frozen, trainable = jax.eval_shape(lambda key, params, found: build.method(config, found).init(key, params), key, params, found)
     state = jax.eval_shape(partial(init_state, method=method, optimizer=optimizer), key, trainable)
+    teacher = teaching.architecture(config)
     return Built(
-        objective.train_step(config, model, method, optimizer, mesh, state),
-        objective.eval_step(config, model, method, mesh),
+        objective.train_step(config, model, method, optimizer, mesh, state, teacher=teacher),
+        objective.eval_step(config, model, method, mesh, teacher=teacher),
         sharding.abstract(state, sharding.state_shardings(state, mesh)),
-        sharding.abstract(frozen, sharding.shardings(frozen, mesh)),
+        sharding.abstract(frozen, sharding.shardings(frozen, mesh)) | teaching.abstract(config, teacher, mesh),
         batch(mesh, config),
         model,
         method,
         params,
+        teacher,
     )
 
 

@@ -65,7 +65,8 @@ def dtype(name: str) -> str:
 def resolved(config) -> ConfigDict:
     """Return a copy to be stored: "auto" has become a dtype, since another JAX may choose another, and a prompt's text its ids."""
     config = config.copy_and_resolve_references()
-    config.model.dtype = dtype(config.model.dtype)
+    for block in (config.model, *([config.teacher] if "teacher" in config else [])):
+        block.dtype = dtype(block.dtype)
     start = config.prompt_tuning.init
     if "prompt_tuning" in config.methods and isinstance(start, str) and start.startswith(TEXT):
         with config.ignore_type():
@@ -76,6 +77,10 @@ def resolved(config) -> ConfigDict:
 def architecture(config) -> tuple[Model, models.Config]:
     """Return the model of `config.model.preset`, without weights."""
     shape = named("model.preset", models.preset, config.model.preset)
+    if layers := _layers(config):
+        if not set(layers) <= set(range(shape.num_hidden_layers)):
+            raise ValueError(f"model.layers: indices from 0 to {shape.num_hidden_layers - 1} are expected, not {list(layers)}.")
+        shape = dataclasses.replace(shape, num_hidden_layers=len(layers), layer_types=tuple(shape.layer_types[at] for at in layers))
     shape = stretch(config, dataclasses.replace(shape, dtype=dtype(config.model.dtype)))
     return models.build(shape, remat=config.model.remat), shape
 
@@ -100,9 +105,17 @@ def model(config, mesh: Mesh, *, packed: bool = True) -> Loaded:
         params = sharding.init_on_mesh(init, jax.random.key(config.seed), mesh=mesh)
         return Loaded(built, params, tokenizer(config), f"{config.model.preset} (random)", stretched)
     options = {"dtype": dtype(config.model.dtype), "remat": config.model.remat, "place": sharding.placement(mesh), "quantizer": packer}
-    found = hf_load.load(config.model.name, **options, change=partial(stretch, config))
+    layers = _layers(config)
+    found = hf_load.load(config.model.name, **options, change=partial(stretch, config), layers=layers)
     chosen = tokenizer(config) if config.tokenizer else _with_template(config, found.tokenizer)
-    return Loaded(found.model, found.params, chosen, config.model.name, stretched)
+    name = config.model.name if layers is None else f"{config.model.name} (layers {', '.join(map(str, layers))})"
+    return Loaded(found.model, found.params, chosen, name, stretched)
+
+
+def _layers(config) -> tuple[int, ...] | None:
+    """Return the layers of the model that are kept, or None for all; configs of older runs have no such field."""
+    layers = config.model.get("layers")
+    return None if layers is None else tuple(layers)
 
 
 def tokenizer(config) -> Any:

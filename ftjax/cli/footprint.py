@@ -141,7 +141,7 @@ def _kept(config, mesh: Mesh, built: abstract.Built, rows: int) -> tuple[int, in
 def residuals(config, built: abstract.Built, rows: int) -> list[Any]:
     """Return shape and dtype of every array that the forward pass of `rows` rows leaves to the backward pass, arguments excepted."""
     alone = sharding.make_mesh(data=1, devices=[jax.devices()[0]])  # the rows of one device
-    read = objective.reading(config, objective.in_training(config, built.model), alone)
+    read = objective.reading(config, objective.in_training(config, built.model), alone, teacher=built.teacher)
 
     def forward(trainable, frozen, batch, key):
         def loss(trainable):

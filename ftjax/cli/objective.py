@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from ftjax import data, losses, models, peft, scoring, sharding
 from ftjax.cli.config import named, plain
+from ftjax.losses import distillation
 from ftjax.train import Baseline, Score, Step, make_eval_step, make_reading, make_train_step
 from ftjax.tree import nearest
 from ftjax.types import Batch, LossFn, Mean, Metrics, Model, Params, Scores, TrainState, Transform
@@ -68,6 +69,8 @@ def check_reference(config) -> None:
 
 def check_best_metric(config) -> None:
     """Refuse a `checkpoint.best_metric` that no evaluation will have; asked before anything is loaded."""
+    if "divergence" in needs(config).outputs:
+        divergence(config)
     shape = (1, 2, 2) if needs(config).data == data.PAIRS else (1, 2)
     row, number = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
     of_items = ("desirable", "baseline", "margins")
@@ -80,17 +83,51 @@ def check_best_metric(config) -> None:
 
 
 def _outputs(config) -> tuple[str, ...]:
-    """Return what is scored: what the objective needs, and of conversations the accuracy."""
+    """Return what is scored: what the objective needs, and of conversations the accuracy, with a teacher how often both agree."""
     wanted = needs(config)
     more = ("greedy",) if wanted.data == "messages" else ()
-    smooth = ("mean_logps",) if wanted.data == "messages" and config.loss.label_smoothing else ()
-    return (*wanted.outputs, *more, *smooth)
+    smooth = ("mean_logps",) if wanted.data == "messages" and config.loss.get("label_smoothing") else ()
+    agree = ("agreement",) if "divergence" in wanted.outputs and teacher_block(config).divergence != "uld" else ()
+    return (*wanted.outputs, *more, *smooth, *agree)
 
 
-def score(config, model: Model, mesh: Mesh, outputs: tuple[str, ...] | None = None) -> Score:
+def score(config, model: Model, mesh: Mesh, outputs: tuple[str, ...] | None = None, *, teacher: Model | None = None) -> Score:
     """Return how tokens are scored: with what the objective and its metrics need, and no more."""
-    shards = math.prod(mesh.shape[name] for name in sharding.ROWS)
-    return partial(scoring.score, sharding.on_mesh(model, mesh), batch_shards=shards, outputs=outputs or _outputs(config))
+    outputs = outputs or _outputs(config)
+    options = {"batch_shards": math.prod(mesh.shape[name] for name in sharding.ROWS)}
+    model = sharding.on_mesh(model, mesh)
+    if "divergence" not in outputs:
+        return partial(scoring.score, model, **options, outputs=outputs)
+    options["outputs"] = tuple(name for name in outputs if name != "divergence")
+    other = None if teacher is None else sharding.on_mesh(teacher, mesh)
+    return partial(scoring.score_against, model, other, **options, divergence=divergence(config))
+
+
+def teacher_block(config) -> Any:
+    """Return `config.teacher`.
+
+    Raises:
+      ValueError: there is none, and the objective needs it.
+    """
+    if "teacher" not in config:
+        raise ValueError(f"teacher: {config.algorithm!r} needs a block config.teacher; begin the config with base.distilled().")
+    return config.teacher
+
+
+def divergence(config) -> Callable[..., jax.Array]:
+    """Return what `config.teacher` compares a token's two distributions by."""
+    chosen = teacher_block(config)
+    if chosen.file:
+        if chosen.divergence != "forward_kl" or chosen.temperature != 1:
+            raise ValueError("teacher.file: of stored tokens the forward KL is known; set teacher.divergence='forward_kl', temperature 1.")
+        return distillation.stored_kl
+    known = distillation.DIVERGENCES
+    if chosen.divergence not in known:
+        raise ValueError(f"teacher.divergence: there is no {chosen.divergence!r}; nearest: {nearest(chosen.divergence, known)}.")
+    if chosen.temperature <= 0:
+        raise ValueError(f"teacher.temperature: above 0, not {chosen.temperature}.")
+    beta = {"beta": chosen.beta} if chosen.divergence == "jsd" else {}
+    return partial(known[chosen.divergence], temperature=chosen.temperature, **beta)
 
 
 def comparison(config, model: Model, mesh: Mesh) -> dict[str, Any]:
@@ -112,9 +149,9 @@ def comparison(config, model: Model, mesh: Mesh) -> dict[str, Any]:
     return {"complete": complete, "baseline": Baseline(measure, losses.with_baseline) if wanted.baseline else None}
 
 
-def reading(config, model: Model, mesh: Mesh) -> Callable[[Params, Params, Batch], tuple[Mean, Metrics]]:
+def reading(config, model: Model, mesh: Mesh, *, teacher: Model | None = None) -> Callable[[Params, Params, Batch], tuple[Mean, Metrics]]:
     """Return `(params, frozen, batch) -> (loss, metrics)`: the objective of a batch by itself, its reference and baseline included."""
-    return make_reading(score(config, model, mesh), loss_of_batch(config), **comparison(config, model, mesh))
+    return make_reading(score(config, model, mesh, teacher=teacher), loss_of_batch(config), **comparison(config, model, mesh))
 
 
 def in_training(config, model: Model) -> Model:
@@ -125,10 +162,19 @@ def in_training(config, model: Model) -> Model:
     return named("model.group_tokens", lambda size: models.build(model.config, remat=config.model.remat, group_tokens=size), size)
 
 
-def train_step(config, model: Model, method: Transform, rule: optax.GradientTransformation, mesh: Mesh, state: TrainState) -> Step:
+def train_step(
+    config,
+    model: Model,
+    method: Transform,
+    rule: optax.GradientTransformation,
+    mesh: Mesh,
+    state: TrainState,
+    *,
+    teacher: Model | None = None,
+) -> Step:
     """Return the training step of the config on a mesh, for states of the shapes of `state`."""
     return make_train_step(
-        score(config, in_training(config, model), mesh),
+        score(config, in_training(config, model), mesh, teacher=teacher),
         method,
         loss_of_batch(config),
         rule,
@@ -138,6 +184,9 @@ def train_step(config, model: Model, method: Transform, rule: optax.GradientTran
     )
 
 
-def eval_step(config, model: Model, method: Transform, mesh: Mesh) -> Callable[[Params, Params, Batch], Metrics]:
+def eval_step(
+    config, model: Model, method: Transform, mesh: Mesh, *, teacher: Model | None = None
+) -> Callable[[Params, Params, Batch], Metrics]:
     """Return `evaluate(trainable, frozen, batch) -> metrics` of the config on a mesh."""
-    return make_eval_step(score(config, model, mesh), method, loss_of_batch(config), **comparison(config, model, mesh))
+    read = score(config, model, mesh, teacher=teacher)
+    return make_eval_step(read, method, loss_of_batch(config), **comparison(config, model, mesh))

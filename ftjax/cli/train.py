@@ -25,7 +25,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ftjax import checkpoint, logs, peft, sharding
-from ftjax.cli import adapter, beginning, build, measure, objective, reference, runtime, show, sweep
+from ftjax.cli import adapter, beginning, build, measure, objective, reference, runtime, show, sweep, teaching
 from ftjax.cli import config as configs
 from ftjax.cli.loop import EARLY, FINISHED, Evaluate, Loop, Memory, Stream, take_steps
 from ftjax.cli.run import Lessons, Run, ask, begin, open_writers, read
@@ -69,6 +69,7 @@ class Policy(NamedTuple):
     frozen: Params
     plans: tuple[Plan, ...]
     optimizer: optax.GradientTransformation
+    teacher: build.Loaded | None
 
 
 def train(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_change: bool = False) -> None:
@@ -139,7 +140,9 @@ def _load(run: Run) -> tuple[Policy, Params, Params | None]:
     if mesh.size > 1:
         terminal.heading("Where it lies")
         terminal.say(show.layout({"frozen": frozen, "trained": trainable}, mesh))
-    return Policy(loaded._replace(params=None), method, frozen, plans, build.optimizer(config)), trainable, anchor
+    if teacher := teaching.load(config, mesh, loaded):
+        terminal.say(f"taught by {show.model(teacher)}")
+    return Policy(loaded._replace(params=None), method, frozen, plans, build.optimizer(config), teacher), trainable, anchor
 
 
 def _state(run: Run, policy: Policy, trainable: Params) -> TrainState:
@@ -173,8 +176,10 @@ def _loop(
     return Loop(
         config=config,
         config_json=run.config_json,
-        step=objective.train_step(config, loaded.model, policy.method, policy.optimizer, mesh, state),
-        frozen=policy.frozen,
+        step=objective.train_step(
+            config, loaded.model, policy.method, policy.optimizer, mesh, state, teacher=policy.teacher and policy.teacher.model
+        ),
+        frozen=teaching.beside(policy.frozen, policy.teacher),
         batch=batch,
         stride=1,
         put=partial(build.on_mesh, mesh=mesh),
@@ -197,12 +202,13 @@ def _examination(run: Run, policy: Policy, lessons: Lessons, quiz: measure.Quiz,
     config, held_out = run.config, lessons.held_out
     if held_out is None or not config.eval.every_steps:
         return None
-    step = objective.eval_step(config, policy.loaded.model, policy.method, run.mesh)
+    teacher, frozen = policy.teacher and policy.teacher.model, teaching.beside(policy.frozen, policy.teacher)
+    step = objective.eval_step(config, policy.loaded.model, policy.method, run.mesh, teacher=teacher)
 
     def evaluate(state: TrainState, done: int) -> dict[str, float]:
         batches = itertools.islice(held_out.epoch(), config.eval.batches or None)
         put = (build.on_mesh(batch, run.mesh) for batch in batches)
-        values = measure.evaluate(partial(step, state.trainable, policy.frozen), put)
+        values = measure.evaluate(partial(step, state.trainable, frozen), put)
         _log_samples(writers, quiz, state, done, config.eval.samples)
         return values
 

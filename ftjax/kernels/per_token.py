@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 
 def per_token(
-    function: Callable[..., jax.Array],
+    function: Callable[..., Any],
     unembed: Callable[[Any, jax.Array], jax.Array],
     head: Any,
     hidden: Float[Array, "b t d"],
@@ -27,11 +27,11 @@ def per_token(
     *extras: jax.Array,
     chunk: int,
     extra_mask: Float[Array, "b s"] | None = None,
-) -> Float[Array, "b t"]:
-    """Return `function(logits [b, chunk, v], *extras at the same tokens) -> [b, chunk]` for every token of the mask, 0 elsewhere.
+) -> Any:
+    """Return `function(logits [b, chunk, v], *extras at the same tokens)` for every token of the mask, 0 elsewhere: `[b, t, ...]`.
 
     Args:
-      function: of each token by itself; differentiable in the logits.
+      function: of each token by itself, to `[b, chunk, ...]` or a tree of such; differentiable in the logits.
       unembed: `(head, hidden [..., d]) -> logits [..., v]`, float32.
       head: its parameters; gradients flow into them.
       hidden: `[b, t, d]`.
@@ -54,12 +54,14 @@ def per_token(
         h, m, p, *e = items
         both = (m > 0) & (p > 0)
         h = jnp.where((m > 0)[..., None], h, jnp.zeros((), h.dtype))
-        compute = lambda: jnp.where(both, function(unembed(head, h), *e), 0.0)  # noqa: E731
-        return None, jax.lax.cond(jnp.any(both), compute, lambda: jnp.zeros(m.shape, jnp.float32))
+        only = lambda x: jnp.where(both.reshape(*both.shape, *(1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))  # noqa: E731
+        compute = lambda: jax.tree.map(only, function(unembed(head, h), *e))  # noqa: E731
+        return None, jax.lax.cond(jnp.any(both), compute, lambda: jax.tree.map(jnp.zeros_like, jax.eval_shape(compute)))
 
     chunks = [jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0) for x in (*rows, *others)]
     found = jax.lax.scan(jax.checkpoint(body), None, tuple(chunks))[1]
-    return jnp.take_along_axis(jnp.moveaxis(found, 0, 1).reshape(hidden.shape[0], -1), rank, axis=1)
+    found = jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(hidden.shape[0], length, *x.shape[3:]), found)
+    return jax.tree.map(lambda x: _take(x, rank, time), found)
 
 
 def _sorted(mask: jax.Array) -> tuple[jax.Array, jax.Array]:

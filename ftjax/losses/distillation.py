@@ -28,7 +28,7 @@ def distill(scores: Scores, batch: Batch, *, divergence_coef: float = 1.0, nll_c
       nll_coef: c_n, of the negative log-likelihood of the text itself.
 
     Returns:
-      The loss, and the metrics `divergence`, `nll`, and `accuracy` and `entropy` where scored.
+      The loss, and the metrics `divergence`, `nll`, and `agreement`, `accuracy` and `entropy` where scored.
 
     Raises:
       ValueError: the divergence was not scored.
@@ -44,6 +44,8 @@ def distill(scores: Scores, batch: Batch, *, divergence_coef: float = 1.0, nll_c
         raise ValueError("distill: scores.divergence is missing: score with scoring.score_against(model, teacher, …).")
     mask = batch.loss_mask
     metrics = {"divergence": masked_mean(scores.divergence, mask), "nll": masked_mean(-scores.logps, mask)}
+    if scores.agreement is not None:
+        metrics["agreement"] = masked_mean(scores.agreement, mask)
     if scores.greedy is not None:
         metrics["accuracy"] = masked_mean(scores.greedy, mask)
     if scores.entropy is not None:

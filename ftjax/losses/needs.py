@@ -15,7 +15,7 @@ class Needs(NamedTuple):
     """"messages": conversations, `[b, t]`; "pairs": a chosen and a rejected response, `[b, 2, t]`; "labelled": single responses with
     `desirable`, `[b, t]`; or another word for what `ftjax train` cannot read yet."""
     outputs: tuple[str, ...] = ("logps",)
-    """Of `scoring.score`, without which the objective cannot be computed."""
+    """Of `scoring.score`, without which the objective cannot be computed; with "divergence" of `scoring.score_against`."""
     reference: bool = False
     """Whether it reads `reference_logps`."""
     baseline: bool = False
@@ -34,7 +34,7 @@ NEEDS: Mapping[str, Needs] = {
     "bco": Needs("labelled responses and a mean over the steps before", reference=True),
     "reward": Needs(outputs=("logps", "values")),
     "process_reward": Needs("labelled steps", outputs=("logps", "values")),
-    "distill": Needs("messages and a teacher"),
+    "distill": Needs("messages", outputs=("logps", "divergence")),
     "npo": Needs("labelled", reference=True),
     "gradient_difference": Needs("labelled"),
 }

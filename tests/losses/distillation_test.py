@@ -89,7 +89,7 @@ def models():
 
 
 def test_chunks_say_what_the_whole_logits_say(models):
-    """The divergence and its gradient in every parameter: of a teacher in the same program, with its own tokens, and of a stored one."""
+    """Divergence, its gradient in every parameter, agreement: of a teacher in the same program, with its own tokens, and of a stored one."""
     student, teacher, batches = models
 
     @jax.jit
@@ -98,8 +98,9 @@ def test_chunks_say_what_the_whole_logits_say(models):
             given = {"divergence": distillation.stored_kl} if name == "stored" else {"divergence": distillation.jsd}
             other, branch = (None, {}) if name == "stored" else (toy.MODEL, {TEACHER: teacher})
             batch = batches[name]
+            given["outputs"] = ("logps", "agreement")
             scores = scoring.score_against(toy.MODEL, other, {**params, **branch}, batch, chunk_tokens=4, **given)
-            return losses.distill(scores, batch)[0].total, scores.divergence
+            return losses.distill(scores, batch)[0].total, (scores.divergence, scores.agreement)
 
         return {name: jax.value_and_grad(total, has_aux=True)(student, name) for name in batches}
 
@@ -113,13 +114,23 @@ def test_chunks_say_what_the_whole_logits_say(models):
                 values = distillation.stored_kl(logits, batches["stored"].teacher_ids[:, 1:], batches["stored"].teacher_logps[:, 1:])
             else:
                 values = distillation.jsd(logits, whole_logits(teacher, batches["teacher"]))
-            return jnp.sum(values * mask), jnp.pad(values * mask, ((0, 0), (1, 0)))
+            agree = (jnp.argmax(logits, -1) == jnp.argmax(whole_logits(teacher, batches["teacher"]), -1)).astype(jnp.float32)
+            return jnp.sum(values * mask), tuple(jnp.pad(x * mask, ((0, 0), (1, 0))) for x in (values, agree))
 
         return {stored: jax.value_and_grad(total, has_aux=True)(student, stored) for stored in (False, True)}
 
     got, expected = jax.device_get((chunked(student, teacher, batches), whole(student, teacher, batches)))
     for name in batches:
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got[name], expected[name == "stored"])
+
+
+def test_the_likeliest_tokens_of_a_teacher_are_found_in_chunks(models):
+    _, teacher, batches = models
+    batch, stored = batches["teacher"], batches["stored"]
+    ids, logps = jax.jit(lambda params: scoring.likeliest(toy.MODEL, params, batch, count=3, chunk_tokens=4))(teacher)
+    counted = np.asarray(batch.loss_mask) > 0
+    assert np.array_equal(np.asarray(ids)[counted], np.asarray(stored.teacher_ids)[counted]) and not np.any(np.asarray(ids)[~counted])
+    np.testing.assert_allclose(np.asarray(logps)[counted], np.asarray(stored.teacher_logps)[counted], rtol=1e-5, atol=1e-6)
 
 
 def test_a_method_leaves_the_teacher_alone(models):

@@ -1,0 +1,74 @@
+"""The teacher of a distillation: a model beside the student's, frozen, as `config.teacher` says; none where what it said is in a file."""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ftjax import quant, sharding
+from ftjax.cli import build, objective
+from ftjax.cli.build import Loaded
+from ftjax.tree import nearest
+from ftjax.types import TEACHER, Model, Params
+
+
+def load(config, mesh: Mesh, student: Loaded) -> Loaded | None:
+    """Return the teacher on the mesh, in its own dtype; None where the objective wants none or `config.teacher.file` speaks for it.
+
+    Raises:
+      ValueError: there is no block `teacher`; or teacher and student have different tokens.
+    """
+    if not _wanted(config):
+        return None
+    teacher = build.model(alone(config), mesh)
+    _check_tokens(config, student, teacher)
+    return teacher
+
+
+def architecture(config) -> Model | None:
+    """Return the teacher of `config.teacher.preset`, without weights; None where `load` returns None."""
+    return build.architecture(alone(config))[0] if _wanted(config) else None
+
+
+def abstract(config, teacher: Model | None, mesh: Mesh) -> Params:
+    """Return the shapes of the branch that `beside` adds, or nothing."""
+    if teacher is None:
+        return {}
+    packer, key = build.quantizer(alone(config)), jax.random.key(0)
+    params = jax.eval_shape(lambda key: packer.init(key, teacher.init(key))[0] if packer else teacher.init(key), key)
+    return {TEACHER: sharding.abstract(params, sharding.shardings(params, mesh))}
+
+
+def beside(frozen: Params, teacher: Loaded | None) -> Params:
+    """Return the frozen tree with the teacher in it, as `scoring.score_against` reads it."""
+    return frozen if teacher is None else {**frozen, TEACHER: teacher.params}
+
+
+def alone(config) -> ConfigDict:
+    """Return the config of the teacher by itself, as `build.model` reads it."""
+    chosen, found = config.teacher, config.copy_and_resolve_references().unlock()
+    if chosen.quantize and chosen.quantize not in quant.METHODS:
+        raise ValueError(f"teacher.quantize: there is no format {chosen.quantize!r}; nearest: {nearest(chosen.quantize, quant.METHODS)}.")
+    fields = ("name", "dtype", "preset", "random")
+    found.model.update({**{name: chosen[name] for name in fields}, "remat": "none", "layers": None})
+    found.model.rope.rope_type = ""
+    found.methods = (chosen.quantize,) if chosen.quantize else ("full",)  # whatever stores nothing in fewer bits
+    found.tokenizer = chosen.tokenizer or (config.tokenizer if chosen.random else "")
+    found.seed = config.seed + 1  # a random teacher is not its random student
+    return found
+
+
+def _wanted(config) -> bool:
+    if "divergence" not in objective.needs(config).outputs:
+        return False
+    return not objective.teacher_block(config).file
+
+
+def _check_tokens(config, student: Loaded, teacher: Loaded) -> None:
+    sizes = [loaded.model.config.vocab_size for loaded in (teacher, student)]
+    if sizes[0] != sizes[1] or teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
+        raise ValueError(
+            f"teacher: {config.teacher.name!r} has other tokens than the student (logits of {sizes[0]:,} and {sizes[1]:,}), and both are "
+            "compared token by token: take a teacher of the same family."
+        )
