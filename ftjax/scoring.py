@@ -25,11 +25,12 @@ def score(
     *,
     chunk_tokens: int | None = None,
     batch_shards: int = 1,
+    temperature: float = 1.0,
     outputs: tuple[str, ...] = ("logps", "entropy", "greedy"),
 ) -> Scores:
     """Return the log-probability of every token of `batch` that its loss mask counts.
 
-    logps[t] = log softmax(head(hidden[t-1]))[tokens[t]]        values[t] = hidden[t] · w + b
+    logps[t] = log softmax(head(hidden[t-1]) / T)[tokens[t]]        values[t] = hidden[t] · w + b
 
     The logits are never held: see `ftjax.kernels.logps`. Leading axes of the batch (pairs, groups) are rows like any other.
 
@@ -39,11 +40,16 @@ def score(
       batch: tokens `[*b, t]` and masks.
       chunk_tokens: tokens of each row whose logits exist at a time; from `CHUNK_LOGITS` and the vocabulary if None.
       batch_shards: over how many devices the rows are split, which makes the default chunk larger.
+      temperature: T > 0, of every distribution spoken of: what a sampler drew at T is to be scored at T.
       outputs: what to return beside `logps`: `mean_logps`, `entropy`, `greedy`, `log_collision`, and `values` where there is a value head.
 
     Raises:
-      ValueError: values are asked for and the parameters have no value head.
+      ValueError: values are asked for and the parameters have no value head, or no positive temperature.
     """
+    if temperature <= 0:
+        raise ValueError(f"scoring: temperature is above 0, not {temperature}: greedy tokens have no distribution.")
+    if temperature != 1:
+        model = model._replace(unembed=lambda head, hidden, unembed=model.unembed: unembed(head, hidden) / temperature)
     return _scores(model, params, batch, _read(model, params, batch, chunk_tokens, batch_shards), outputs)
 
 

@@ -102,8 +102,15 @@ class Batch:
     reference_logps: jax.Array | None = None
     """float `[*b, t]`: what the frozen anchor says of `tokens`, as `Scores.logps`; `losses.with_reference` writes it."""
     behavior_logps: jax.Array | None = None
+    """float `[*b, t]`: what the sampler says of the tokens it drew, under the distribution that it drew them from."""
+    old_logps: jax.Array | None = None
+    """float `[*b, t]`: what the policy said before its first step on these rollouts; None where it is the policy itself, at that step."""
     advantages: jax.Array | None = None
+    """float `[*b]`, one a response, or `[*b, t]`: how much better it was than expected; see `losses.advantages`."""
     returns: jax.Array | None = None
+    """float `[*b, t]`: what followed from `tokens[t]` on, the target of the value of the state that it was drawn in."""
+    old_values: jax.Array | None = None
+    """float `[*b, t]`: `Scores.values` of the policy before its first step on these rollouts."""
     desirable: jax.Array | None = None
     """float or bool `[b]`: 1 where an unpaired response is a good one."""
     places: jax.Array | None = None

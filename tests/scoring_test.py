@@ -60,3 +60,33 @@ def test_the_default_chunk_bounds_the_logits(key, params, monkeypatch):
     monkeypatch.setattr("ftjax.scoring.CHUNK_LOGITS", 4 * toy.VOCAB * 2)
     jax.eval_shape(partial(score, spy), params, toy.batch(key))
     assert (4, 2) in sizes and all(np.prod(shape) * toy.VOCAB <= 4 * toy.VOCAB * 2 for shape in sizes)
+
+
+def test_a_temperature_divides_the_logits_of_all_that_is_said(key, params):
+    """Logits, log-probabilities, entropies and the gradient of the embedding, which is the head as well, against the whole logits."""
+    batch = toy.batch(key)
+
+    def plain(params, temperature):
+        hidden, _ = toy.apply(params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids)
+        logps = jax.nn.log_softmax(toy.unembed(toy.head(params), hidden[:, :-1]) / temperature)
+        chosen = jnp.take_along_axis(logps, batch.tokens[:, 1:, None], axis=-1)[..., 0]
+        return chosen * batch.loss_mask[:, 1:], -jnp.sum(jnp.exp(logps) * logps, axis=-1) * batch.loss_mask[:, 1:]
+
+    def scored(params, temperature):
+        scores = score(toy.MODEL, params, batch, chunk_tokens=3, temperature=temperature)
+        return scores.logps[:, 1:], scores.entropy[:, 1:]
+
+    @partial(jax.jit, static_argnums=0)
+    def both(temperature):
+        weights = jnp.cos(jnp.arange(batch.tokens.shape[1] - 1))[None, :]
+        of = lambda f: (f(params, temperature), jax.grad(lambda p: jnp.sum(weights * f(p, temperature)[0]))(params))  # noqa: E731
+        return of(scored), of(plain)
+
+    got, expected = both(0.7)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, expected)
+    assert float(jnp.abs(got[0][0] - scored(params, 1.0)[0]).max()) > 0.1
+
+
+def test_no_temperature_is_an_error(key, params):
+    with pytest.raises(ValueError, match="above 0, not 0"):
+        score(toy.MODEL, params, toy.batch(key), temperature=0)

@@ -5,6 +5,7 @@
 
 from functools import partial
 
+from ftjax.losses import advantages
 from ftjax.losses.bco import bco
 from ftjax.losses.cpo import cpo, simpo
 from ftjax.losses.distillation import distill
@@ -13,6 +14,7 @@ from ftjax.losses.needs import NEEDS, Needs
 from ftjax.losses.orpo import orpo
 from ftjax.losses.packing import unpacked
 from ftjax.losses.pairs import PAIR_LOSSES
+from ftjax.losses.policy_gradient import POLICY_LOSSES, policy_gradient
 from ftjax.losses.preference import dpo, mpo, preference, rpo, wpo
 from ftjax.losses.reference import with_reference
 from ftjax.losses.reward import bradley_terry, response_rewards, stepwise
@@ -44,6 +46,8 @@ LOSSES = {
     "process_reward": stepwise,
     # distillation
     "distill": distill,
+    # rollouts
+    **POLICY_LOSSES,
     # unlearning
     "npo": npo,
     "gradient_difference": gradient_difference,
@@ -53,7 +57,9 @@ __all__ = [
     "LOSSES",
     "NEEDS",
     "PAIR_LOSSES",
+    "POLICY_LOSSES",
     "Needs",
+    "advantages",
     "apo_zero_unpaired",
     "balance",
     "bco",
@@ -67,6 +73,7 @@ __all__ = [
     "mpo",
     "npo",
     "orpo",
+    "policy_gradient",
     "preference",
     "response_rewards",
     "rpo",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ftjax.losses.pairs import PAIR_LOSSES
+from ftjax.losses.policy_gradient import POLICY_LOSSES
 
 
 class Needs(NamedTuple):
@@ -13,13 +14,16 @@ class Needs(NamedTuple):
 
     data: str = "pairs"
     """"messages": conversations, `[b, t]`; "pairs": a chosen and a rejected response, `[b, 2, t]`; "labelled": single responses with
-    `desirable`, `[b, t]`; or another word for what `ftjax train` cannot read yet."""
+    `desirable`, `[b, t]`; "rollouts": the policy's own responses, `[b, t]`, with `fields`; or another word for what `ftjax train` cannot
+    read yet."""
     outputs: tuple[str, ...] = ("logps",)
     """Of `scoring.score`, without which the objective cannot be computed; with "divergence" of `scoring.score_against`."""
     reference: bool = False
     """Whether it reads `reference_logps`."""
     baseline: bool = False
     """Whether it reads `baseline`, a mean over the `mismatched` rows of the whole step."""
+    fields: tuple[str, ...] = ()
+    """Of `Batch`, which an estimator of `losses.advantages` writes: "advantages" alone may be `[b]`, all others are `[b, t]`."""
 
 
 _ANCHORED = Needs(reference=True)
@@ -35,6 +39,7 @@ NEEDS: Mapping[str, Needs] = {
     "reward": Needs(outputs=("logps", "values")),
     "process_reward": Needs("labelled steps", outputs=("logps", "values")),
     "distill": Needs("messages", outputs=("logps", "divergence")),
+    **dict.fromkeys(POLICY_LOSSES, Needs("rollouts", fields=("advantages",))),
     "npo": Needs("labelled", reference=True),
     "gradient_difference": Needs("labelled"),
 }

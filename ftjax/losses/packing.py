@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ftjax.types import Batch, LossFn, Mean, Metrics, Scores
 
-OF_TOKENS = ("tokens", "loss_mask", "positions", "reference_logps", "behavior_logps", "advantages", "returns", "labels")
+OF_TOKENS = ("tokens", "loss_mask", "positions", "reference_logps", "behavior_logps", "old_logps", "advantages", "returns", "labels")
 """Fields of `Batch` that speak of tokens; the others speak of items, `[b, k]`."""
 OF_ITEMS = ("desirable", "baseline", "density_ratios", "margins")
 

@@ -13,7 +13,7 @@ from ftjax.types import Batch, LossFn, Scores
 
 B, T = 8, 7
 HALF = B // 2
-SHAPES = {"rows": (), "pairs": (2,), "triples": (3,)}
+SHAPES = {"rows": (), "rollouts": (), "pairs": (2,), "triples": (3,)}
 
 
 class Example(NamedTuple):
@@ -35,6 +35,16 @@ def pair(name, trl="", **options):
 
 unpaired = partial(example, form="rows", beta=0.3)
 triple = partial(example, form="triples", beta=0.3, nll_coef=0.7)
+
+
+def rollout(name, trl="", *, without=(), **options):
+    """An objective of rollouts, of a batch without some fields: "old_logps", as at the first step on them."""
+    found = example(name, trl, form="rollouts", **options)
+    loss = lambda scores, batch: found.loss(scores, dataclasses.replace(batch, **dict.fromkeys(without)))  # noqa: E731
+    return found._replace(loss=loss) if without else found
+
+
+first_step = partial(rollout, without=("old_logps",), differentiable=False)
 
 EXAMPLES = {
     "sft": [example("sft", form="rows"), example("sft", form="rows", label_smoothing=0.1)],
@@ -79,6 +89,29 @@ EXAMPLES = {
     "reward": [example("reward", "reward", reads="values"), example("reward", "reward/margin", reads="values", centering_coef=0.01)],
     "process_reward": [example("process_reward", form="rows", reads="values")],
     "distill": [example("distill", form="rows", reads="divergence")],
+    "reinforce": [rollout("reinforce"), first_step("reinforce")],
+    "rloo": [rollout("rloo", "rloo")],
+    "grpo": [
+        rollout("grpo", "grpo/grpo"),
+        first_step("grpo", "grpo/first"),
+        rollout("grpo", "grpo/two_sided", ratio_cap=1.5),
+        rollout("grpo", "grpo/kl", kl_coef=0.3),
+        rollout("grpo", "grpo/kl_unweighted", kl_coef=0.3, kl_weighted=False),
+        *(rollout("grpo", kl_coef=0.3, kl=kl, differentiable="+" not in kl) for kl in ("k1", "k2", "k1+", "k3+")),
+        rollout("grpo", "grpo/entropy_bonus", entropy_coef=0.2),
+        rollout("grpo", "grpo/top_entropy", entropy_share=0.35),
+        *(rollout("grpo", f"grpo/{name}", correction=name) for name in ("token_truncate", "token_mask", "sequence_truncate")),
+        rollout("grpo", "grpo/sequence_mask", correction="sequence_mask", correction_cap=9.0),
+    ],
+    "bnpo": [rollout("bnpo", "grpo/bnpo")],
+    "dr_grpo": [rollout("dr_grpo", "grpo/dr_grpo", max_tokens=6)],
+    "dapo": [rollout("dapo", "grpo/dapo"), first_step("dapo", kl_coef=0.3)],
+    "cispo": [rollout("cispo", "grpo/cispo", clip_high=0.5, differentiable=False)],
+    "gspo": [rollout("gspo", "grpo/gspo", clip_low=0.2, clip_high=0.2), rollout("gspo", kl_coef=0.3)],
+    "gspo_token": [rollout("gspo_token", "gspo_token", clip_low=0.2, clip_high=0.2, differentiable=False)],
+    "luspo": [rollout("luspo", "grpo/luspo", clip_low=0.2, clip_high=0.2)],
+    "sapo": [rollout("sapo", "grpo/sapo")],
+    "gmpo": [rollout("gmpo", "gmpo")],
     "npo": [unpaired("npo")],
     "gradient_difference": [example("gradient_difference", form="rows")],
 }
@@ -109,6 +142,11 @@ def make_problem(form, dtype=np.float32):
         density_ratios=real(0.1, 2, B),
         margins=real(0, 1, B),
         labels=real(0, 1) > 0.5,
+        behavior_logps=real(-2, -0.1) * mask,
+        old_logps=real(-2, -0.1) * mask,
+        advantages=real(-1, 1, B),
+        returns=real(-1, 1),
+        old_values=real(-1, 1),
     )
     return jax.tree.map(lambda x: np.asarray(x, np.int32 if x.dtype == ints.dtype else dtype), (scores, batch))
 
@@ -152,13 +190,16 @@ def said(loss, scores, batch):
 
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
-GOLDEN = {**np.load(GOLDENS / "trl.npz"), **np.load(GOLDENS / "trl_removed.npz")}
+GOLDEN = {key: x for name in ("", "_removed", "_policy", "_policy_removed") for key, x in np.load(GOLDENS / f"trl{name}.npz").items()}
 
 
 def golden_problems(**fields):
     """Return what TRL was given as `make_problems` has it, with other fields of every batch as named."""
     made = {}
     for form, (scores, batch) in halves_of(make_problems(np.float64))[0].items():
+        if form == "rollouts":
+            made[form] = tuple(dataclasses.replace(x, **of_golden_rollouts(type(x))) for x in (scores, batch))
+            continue
         part = np.s_[:, : SHAPES[form][0]] if SHAPES[form] else np.s_[:, 0]
         mask = GOLDEN["loss_mask"][part]
         real = np.cumsum(mask[..., ::-1], -1)[..., ::-1] > 0  # up to the last token that counts
@@ -171,6 +212,12 @@ def golden_problems(**fields):
         given |= {"desirable": GOLDEN["desirable"], "density_ratios": np.ones(HALF), "margins": np.zeros(HALF)} | fields
         made[form] = dataclasses.replace(scores, **known), dataclasses.replace(batch, **given)
     return made
+
+
+def of_golden_rollouts(kind):
+    """Return the fields of scores or of a batch that `golden_policy.py` gave to TRL."""
+    given = {name.removeprefix("problem/"): x for name, x in GOLDEN.items() if name.startswith("problem/")}
+    return {field.name: given[field.name] for field in dataclasses.fields(kind) if field.name in given}
 
 
 def log_softmax(logits):

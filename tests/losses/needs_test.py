@@ -14,14 +14,18 @@ def test_every_objective_says_what_it_needs():
     assert losses.NEEDS.keys() == losses.LOSSES.keys()
 
 
-@pytest.mark.parametrize("name", [name for name, needs in losses.NEEDS.items() if needs.data in ("messages", "pairs", "labelled")])
+READ = ("messages", "pairs", "labelled", "rollouts")
+
+
+@pytest.mark.parametrize("name", [name for name, needs in losses.NEEDS.items() if needs.data in READ])
 def test_an_objective_runs_with_what_it_needs_and_not_without(name):
     needs = losses.NEEDS[name]
     row = jax.ShapeDtypeStruct((3, 2, 5) if needs.data == "pairs" else (3, 5), jnp.float32)
     each = jax.ShapeDtypeStruct((3,), jnp.float32)
     given = {field: row for field in ("tokens", "loss_mask", "positions", "segment_ids")}
     given |= {"desirable": each} if needs.data == "labelled" else {}
-    written = ({"reference_logps": row} if needs.reference else {}) | ({"baseline": each} if needs.baseline else {})
+    written = dict.fromkeys(needs.fields, row) | ({"reference_logps": row} if needs.reference else {})
+    written |= {"baseline": each} if needs.baseline else {}
     scores = Scores(**dict.fromkeys(needs.outputs, row), **({} if "logps" in needs.outputs else {"logps": row}))
     loss, _ = jax.eval_shape(losses.LOSSES[name], scores, Batch(**given, **written))
     assert loss.total.shape == ()

@@ -1,4 +1,4 @@
-"""Every objective that TRL has, by value and gradient: third_party/trl/golden.py says how the numbers were made."""
+"""Every objective that TRL has, by value and gradient: third_party/trl/golden*.py say how the numbers were made."""
 
 import dataclasses
 

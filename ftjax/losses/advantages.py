@@ -1,0 +1,170 @@
+"""How much better a response, or a token, was than expected: estimators of advantages from rewards, without a gradient.
+
+Rewards come as `[p, g]`, g responses to each of p prompts, or as `[b, t]`, one a token. A response without a reward (a reward function said
+None) is 0 in `counted`, may have any number in the rewards, counts in no mean, and has the advantage 0. All of a step's rewards are to be
+given at once: micro-batches come after.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def group_relative(
+    rewards: jax.Array, counted: jax.Array | None = None, *, scale: str = "group", epsilon: float = 1e-4, ddof: int = 1
+) -> jax.Array:
+    """Return (r - mean of its group) / (std + ε), `[p, g]`.
+
+    Shao et al., 2024, arXiv 2402.03300: GRPO; without a scale: Dr. GRPO, Liu et al., 2025, arXiv 2503.20783; with that of
+    the batch: Liu et al., 2025, arXiv 2508.08221.
+
+    Args:
+      rewards: `[p, g]`.
+      counted: `[p, g]`, 1 where there is a reward; all if None.
+      scale: "group": the standard deviation of each group; "batch": of all rewards; "none": 1, which is Dr. GRPO's.
+      epsilon: ≥ 0, added to the standard deviation: TRL's 1e-4, verl's 1e-6. A group of equal rewards has the advantage 0 at any.
+      ddof: 1 for the sample's standard deviation, n - 1, as TRL and verl have it; 0 for the population's.
+
+    Raises:
+      ValueError: an unknown scale.
+    """
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"group_relative: scale is 'group', 'batch' or 'none', not {scale!r}.")
+    counted = _counted(rewards, counted)
+    centred = counted * (_known(rewards, counted) - _mean(rewards, counted, axis=1))
+    if scale == "none":
+        return centred
+    deviation = _deviation(rewards, counted, axis=1 if scale == "group" else None, ddof=ddof)
+    return centred / jnp.where(centred == 0, 1, jnp.broadcast_to(deviation, centred.shape) + epsilon)
+
+
+def leave_one_out(rewards: jax.Array, counted: jax.Array | None = None) -> jax.Array:
+    """Return r - mean of the *other* rewards of its group, `[p, g]`: RLOO, Ahmadian et al., 2024, arXiv 2402.14740.
+
+    It is g / (g - 1) times r - mean of the group. A reward without others has the advantage 0.
+    """
+    counted = _counted(rewards, counted)
+    known, others = _known(rewards, counted), jnp.sum(counted, axis=1, keepdims=True) - counted
+    baseline = (jnp.sum(known, axis=1, keepdims=True) - known) / jnp.maximum(others, 1)
+    return jnp.where(others > 0, counted * (known - baseline), 0)
+
+
+def optimal_baseline(rewards: jax.Array, lengths: jax.Array, counted: jax.Array | None = None) -> jax.Array:
+    """Return r - Σ l r / Σ l over its group, `[p, g]`, l the responses' lengths in tokens: OPO, Hao et al., 2025, arXiv 2505.23585.
+
+    The baseline of the least variance, where the squared norm of a response's gradient grows with its length.
+    """
+    counted = _counted(rewards, counted)
+    weights = counted * lengths.astype(rewards.dtype)
+    return counted * (_known(rewards, counted) - _mean(rewards, weights, axis=1))
+
+
+def greedy_baseline(rewards: jax.Array, greedy: jax.Array, counted: jax.Array | None = None) -> jax.Array:
+    """Return r - the reward of the greedy response to the same prompt, `[p, g]`: ReMax, Li et al., 2023, arXiv 2310.10505.
+
+    Args:
+      rewards: `[p, g]`.
+      greedy: `[p]`.
+      counted: `[p, g]`, 1 where there is a reward, of both; all if None.
+    """
+    counted = _counted(rewards, counted)
+    return jnp.where(counted > 0, rewards - greedy[:, None], 0)
+
+
+def reinforce_plus_plus(rewards: jax.Array, mask: jax.Array, *, gamma: float = 1.0) -> jax.Array:
+    """Return the discounted sums of rewards to come, whitened over all tokens, `[*b, t]`: REINFORCE++, Hu et al., 2025, arXiv 2501.03262.
+
+    Args:
+      rewards: `[*b, t]`, of each token, a penalty for the KL divergence included: see `shaping.token_rewards`.
+      mask: `[*b, t]`: tokens that count.
+      gamma: in [0, 1], the discount.
+    """
+    returns, _ = gae(rewards, jnp.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
+    return whiten(returns, mask)
+
+
+def reinforce_plus_plus_baseline(rewards: jax.Array, mask: jax.Array, counted: jax.Array | None = None) -> jax.Array:
+    """Return r - mean of its group, whitened over all tokens of the batch, `[p, g, t]`: REINFORCE++ with a baseline, of the same paper.
+
+    Args:
+      rewards: `[p, g]`.
+      mask: `[p, g, t]`: tokens that count.
+      counted: `[p, g]`, 1 where there is a reward; all if None.
+    """
+    counted = _counted(rewards, counted)
+    mask = mask * counted[..., None]
+    return whiten(jnp.broadcast_to(group_relative(rewards, counted, scale="none")[..., None], mask.shape), mask)
+
+
+def gae(rewards: jax.Array, values: jax.Array, mask: jax.Array, *, gamma: float = 1.0, lam: float = 0.95) -> tuple[jax.Array, jax.Array]:
+    """Return advantages A and returns A + V, `[*b, t]`: generalised advantage estimation.
+
+    δ_t = r_t + γ V_t' - V_t        A_t = δ_t + γλ A_t'        t' the next token that counts; nothing comes after the last
+
+    Schulman et al., 2015, arXiv 1506.02438, equation 16. Tokens that do not count, such as a tool's, are stepped over as if they were not
+    there, and have 0.
+
+    Args:
+      rewards: `[*b, t]`, of each token.
+      values: `[*b, t]`: of the state that the token was drawn in, `shaping.state_values(scores.values)`.
+      mask: `[*b, t]`: tokens that count.
+      gamma: γ in [0, 1], the discount; 1 is usual, as a response has few tokens.
+      lam: λ in [0, 1]: 1 is the return minus the value, 0 trusts the values.
+    """
+    real = mask > 0
+    rewards, values = (jnp.where(real, x, 0) for x in (rewards, values))
+
+    def back(after: tuple[jax.Array, jax.Array], here: tuple[jax.Array, ...]):
+        (next_value, next_advantage), (reward, value, counts) = after, here
+        advantage = reward + gamma * next_value - value + gamma * lam * next_advantage
+        carry = jnp.where(counts, value, next_value), jnp.where(counts, advantage, next_advantage)
+        return carry, jnp.where(counts, advantage, 0)
+
+    nothing = jnp.zeros(rewards.shape[:-1], rewards.dtype)
+    by_time = tuple(jnp.moveaxis(x, -1, 0) for x in (rewards, values, real))
+    advantages = jnp.moveaxis(jax.lax.scan(back, (nothing, nothing), by_time, reverse=True)[1], 0, -1)
+    return advantages, advantages + values
+
+
+def whiten(values: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsilon: float = 1e-8) -> jax.Array:
+    """Return (x - mean) / sqrt(var + ε) where the mask is 1 and 0 elsewhere; the variance is the sample's, n - 1.
+
+    Args:
+      values: of any shape; all of a step at once.
+      mask: of the same shape.
+      shift_mean: whether the mean is taken away; otherwise only the scale changes, as for rewards.
+      epsilon: against a division by 0 where all values are equal.
+    """
+    mean = _mean(values, mask, axis=None)
+    scaled = (_known(values, mask) - mean) / jnp.sqrt(jnp.square(_deviation(values, mask, axis=None, ddof=1)) + epsilon)
+    return mask * (scaled if shift_mean else scaled + mean)
+
+
+def zero_variance_share(rewards: jax.Array, counted: jax.Array | None = None) -> jax.Array:
+    """Return the share of groups whose rewards are all equal, which teach nothing; of groups with two rewards or more."""
+    counted = _counted(rewards, counted)
+    spread = [jnp.max(jnp.where(counted > 0, sign * rewards, -jnp.inf), axis=1) for sign in (1, -1)]
+    groups = jnp.sum(counted, axis=1) > 1
+    equal = groups & (spread[0] + spread[1] == 0)
+    return jnp.sum(equal).astype(rewards.dtype) / jnp.maximum(jnp.sum(groups), 1).astype(rewards.dtype)
+
+
+def _known(values: jax.Array, counted: jax.Array) -> jax.Array:
+    """Return what counts, and 0 for the rest, whatever it is."""
+    return jnp.where(counted > 0, values, 0)
+
+
+def _counted(rewards: jax.Array, counted: jax.Array | None) -> jax.Array:
+    return jnp.ones_like(rewards) if counted is None else counted.astype(rewards.dtype)
+
+
+def _mean(values: jax.Array, weights: jax.Array, *, axis: int | None) -> jax.Array:
+    total = jnp.sum(_known(values, weights) * weights, axis=axis, keepdims=True)
+    return total / jnp.maximum(jnp.sum(weights, axis=axis, keepdims=True), 1)
+
+
+def _deviation(values: jax.Array, mask: jax.Array, *, axis: int | None, ddof: int) -> jax.Array:
+    squares = mask * jnp.square(_known(values, mask) - _mean(values, mask, axis=axis))
+    count = jnp.sum(mask, axis=axis, keepdims=True)
+    return jnp.sqrt(jnp.sum(squares, axis=axis, keepdims=True) / jnp.maximum(count - ddof, 1))

@@ -1,0 +1,46 @@
+"""From one loss a token to one a step: which tokens and responses weigh how much.
+
+Each returns a `Mean`, so normalisers are those of the whole step, whatever micro-batch, row or device a token is on. A response without a
+token that counts (a row that fills the batch, an over-long response that was masked) counts in no denominator.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from ftjax.losses.responses import token_average, token_sum
+from ftjax.types import Mean, masked_mean
+
+
+def token_mean(losses: jax.Array, mask: jax.Array) -> Mean:
+    """Return the mean over all tokens: a long response weighs more. BNPO, DAPO (Yu et al., 2025, arXiv 2503.14476), CISPO."""
+    return masked_mean(losses, mask)
+
+
+def sequence_mean(losses: jax.Array, mask: jax.Array) -> Mean:
+    """Return the mean over responses of their means over tokens: a token of a long response weighs less. GRPO."""
+    return masked_mean(token_average(losses, mask), _counted(mask))
+
+
+def sequence_sum(losses: jax.Array, mask: jax.Array) -> Mean:
+    """Return the mean over responses of their sums over tokens: the policy gradient as it is derived. REINFORCE, LUSPO."""
+    return masked_mean(token_sum(losses, mask), _counted(mask))
+
+
+def constant_length(losses: jax.Array, mask: jax.Array, *, max_tokens: float = 512.0) -> Mean:
+    """Return `sequence_sum` divided by a constant: Dr. GRPO, Liu et al., 2025, arXiv 2503.20783.
+
+    Args:
+      losses: `[*b, t]`.
+      mask: `[*b, t]`.
+      max_tokens: the constant, which only scales the loss; the most tokens that a response may have, by custom.
+    """
+    return masked_mean(token_sum(losses, mask) / max_tokens, _counted(mask))
+
+
+def _counted(mask: jax.Array) -> jax.Array:
+    return (jnp.sum(mask, axis=-1) > 0).astype(mask.dtype)
+
+
+REDUCTIONS = {"token_mean": token_mean, "sequence_mean": sequence_mean, "sequence_sum": sequence_sum, "constant_length": constant_length}

@@ -1,0 +1,201 @@
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ftjax import losses
+from ftjax.losses.correction import CORRECTIONS, off_policy_mask
+from ftjax.losses.entropy import top_entropy
+from ftjax.losses.kl import KL_ESTIMATORS
+from ftjax.losses.surrogates import SURROGATES, Actions
+from ftjax.types import Batch, Scores
+from tests.losses.examples import said
+
+
+def batch_of(logps, mask=None, **fields):
+    ints = jnp.zeros(logps.shape, jnp.int32)
+    return Batch(ints, jnp.ones(logps.shape) if mask is None else jnp.asarray(mask, jnp.float32), ints, ints + 1, **fields)
+
+
+def test_grpo_by_hand():
+    """Ratios 2 and 1 of a good response: min(2, 1.2) = 1.2 and 1, mean 1.1, times A = 2; ratio 2 of a bad one, A = -1: 2. (2 - 2.2) / 2."""
+    old = jnp.full((2, 2), -3.0)
+    logps = old + jnp.log(jnp.array([[2.0, 1.0], [2.0, 9.0]]))
+    batch = batch_of(logps, [[1, 1], [1, 0]], old_logps=old, advantages=jnp.array([2.0, -1.0]))
+    loss, metrics = said(losses.LOSSES["grpo"], Scores(logps), batch)
+    assert loss.value() == pytest.approx(-0.1) and loss.weight == 2
+    said_of = {name: metrics[name].value() for name in ("ratio", "ratio/min", "ratio/max", "clip/low", "clip/high")}
+    assert said_of == pytest.approx({"ratio": 5 / 3, "ratio/min": 1.5, "ratio/max": 2.0, "clip/low": 0.0, "clip/high": 1 / 3})
+    assert metrics["kl/old"].value() == pytest.approx((2 * (1 - math.log(2))) / 3)
+
+
+SIDES = {"low": 0.5, "within": 1.1, "high": 1.9}
+# d loss / d log ρ over -ρ A, for A = 1 and A = -1
+SLOPES = {
+    "unclipped": {"low": (1, 1), "within": (1, 1), "high": (1, 1)},
+    "clipped": {"low": (1, 0), "within": (1, 1), "high": (0, 1)},
+    "gmpo": {"low": (1, 0), "within": (1, 1), "high": (0, 1)},
+}
+
+
+@pytest.fixture(scope="module")
+def slopes():
+    """Gradients of each surrogate in the log-probability, for each side of the clip and each sign of the advantage, over -A."""
+    ratios, signs = np.meshgrid(list(SIDES.values()), [1.0, -1.0], indexing="ij")
+    options = {"clipped": {"ratio_cap": 1.5}, "cispo": {"clip_low": 0.2, "clip_high": 0.2}}
+
+    def total(x, name, **options):
+        rows = x.reshape(-1, 1)
+        actions = Actions(rows, rows, signs.reshape(-1, 1).astype("f"), jnp.ones_like(rows))
+        return jnp.sum(SURROGATES[name](actions, **options)[0])
+
+    of = lambda x, name, **options: jax.grad(total)(x, name, **options) / -signs.astype("f")  # noqa: E731
+    every = lambda x: {name: of(x, name) for name in SURROGATES} | {f"{name}+": of(x, name, **more) for name, more in options.items()}  # noqa: E731
+    return jax.device_get(jax.jit(every)(jnp.log(ratios).astype(jnp.float32)))
+
+
+@pytest.mark.parametrize("name", SLOPES)
+def test_a_clip_stops_the_gradient_on_its_own_side_for_each_sign_of_the_advantage(name, slopes):
+    expected = [[ratio * slope for slope in SLOPES[name][side]] for side, ratio in SIDES.items()]
+    np.testing.assert_allclose(slopes[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_clip_bounds_the_loss_of_a_bad_response(slopes):
+    np.testing.assert_allclose(slopes["clipped+"], [[0.5, 0], [1.1, 1.1], [0, 0]], rtol=1e-5, atol=1e-6)
+
+
+def test_cispo_clips_the_weight_and_keeps_every_gradient(slopes):
+    """The weight has no gradient of its own: the slope is the clipped ratio, not that times 1 + log π."""
+    np.testing.assert_allclose(slopes["cispo+"], [[0.8, 0.8], [1.1, 1.1], [1.2, 1.2]], rtol=1e-5)
+
+
+def test_sapo_closes_softly_and_sooner_on_bad_responses(slopes):
+    def slope(ratio, tau):
+        gate = 1 / (1 + math.exp(-tau * (ratio - 1)))
+        return 4 * gate * (1 - gate) * ratio
+
+    np.testing.assert_allclose(slopes["sapo"], [[slope(ratio, tau) for tau in (1.0, 1.05)] for ratio in SIDES.values()], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", losses.POLICY_LOSSES)
+def test_at_the_first_step_the_ratio_is_1_and_the_gradient_that_of_reinforce(name):
+    logps = jnp.array([[-0.3, -2.0, -1e4], [-0.1, -5.0, 0.0]])
+    batch = batch_of(logps, advantages=jnp.array([2.0, -0.5]))
+
+    def total(x):
+        loss, metrics = losses.LOSSES[name](Scores(x), batch)
+        return loss.total / loss.weight, metrics
+
+    gradient, metrics = jax.jit(jax.grad(total, has_aux=True))(logps)
+    share = {"reinforce": 1, "rloo": 1, "luspo": 1, "dr_grpo": 1 / 512}.get(name, 1 / 3)  # of a token in the loss of its response
+    np.testing.assert_allclose(gradient, np.repeat([[-2.0], [0.5]], 3, 1) * share / 2, rtol=1e-5)
+    assert [metrics[f"ratio{end}"].value() for end in ("", "/min", "/max")] == [1.0, 1.0, 1.0]
+
+
+def test_advantages_of_tokens_are_used_as_they_are():
+    logps = jnp.full((2, 3), -1.0)
+    each = jnp.array([[0.0, 1.0, 2.0], [3.0, 0.0, -1.0]])
+    loss, _ = said(losses.LOSSES["bnpo"], Scores(logps), batch_of(logps, advantages=each))
+    assert loss.value() == pytest.approx(-5 / 6)
+
+
+def test_estimates_of_the_divergence_agree_in_the_mean_and_the_ratio_makes_their_gradients_right():
+    """Over all tokens of a small vocabulary, weighted by their probability: the expectation without sampling."""
+    policy, anchor = jax.random.normal(jax.random.key(0), (2, 6))
+    anchor = jax.nn.log_softmax(anchor)
+
+    def expected(logits, frozen, name, weighted):
+        """Tokens are drawn from the policy of `frozen`, in which there is no gradient."""
+        drawn, logps = jax.nn.log_softmax(frozen), jax.nn.log_softmax(logits)
+        ratio = jnp.exp(logps - drawn) if weighted else 1.0
+        return jnp.sum(jnp.exp(drawn) * ratio * KL_ESTIMATORS[name](logps - anchor))
+
+    def exact(logits, forward=False):
+        logps = jax.nn.log_softmax(logits)
+        return jnp.sum(jnp.exp(anchor) * (anchor - logps)) if forward else jnp.sum(jnp.exp(logps) * (logps - anchor))
+
+    @jax.jit
+    def everything(policy):
+        of = lambda weighted: {n: jax.value_and_grad(expected)(policy, policy, n, weighted) for n in KL_ESTIMATORS}  # noqa: E731
+        return of(False), of(True), jax.value_and_grad(exact)(policy), jax.grad(exact)(policy, True)
+
+    plain, weighted, (value, gradient), other = everything(policy)
+    for name in ("k1", "k3", "k1+", "k3+"):
+        np.testing.assert_allclose(plain[name][0], value, rtol=1e-5)
+    for name in ("k1", "k3"):
+        np.testing.assert_allclose(weighted[name][1], gradient, atol=1e-5)
+    for name in ("k2", "k1+", "k3+"):
+        np.testing.assert_allclose(plain[name][1], gradient, atol=1e-5)
+    np.testing.assert_allclose(plain["k1"][1], 0, atol=1e-6)
+    np.testing.assert_allclose(plain["k3"][1], other, atol=1e-5)
+    assert np.abs(gradient).max() > 0.1
+
+
+def test_the_entropy_has_its_own_gradient():
+    logps = jnp.full((2, 2), -1.0)
+    batch = batch_of(logps, [[1, 1], [1, 0]], advantages=jnp.ones(2))
+    loss = partial(losses.LOSSES["bnpo"], entropy_coef=0.3)
+    gradient = jax.jit(jax.grad(lambda entropy: loss(Scores(logps, entropy), batch)[0].total))(logps)
+    np.testing.assert_allclose(gradient, -0.3 * batch.loss_mask, rtol=1e-6)
+
+
+def test_the_tokens_of_the_highest_entropy():
+    """Five tokens, a share of 0.4: the quantile 0.6 lies at 2.4 of 0 … 4, between the third and the fourth."""
+    entropy = jnp.array([[0.5, 9.0, 0.1, 0.4, 0.9, 0.2], [1.0, 1.0, 0.0, 0.0, 0.0, 0.0], [5.0, 5.0, 5.0, 5.0, 5.0, 5.0]])
+    mask = jnp.array([[1, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]], jnp.float32)
+    expected = [[1, 0, 0, 0, 1, 0], [1, 1, 0, 0, 0, 0], [0] * 6]
+    np.testing.assert_array_equal(jax.jit(partial(top_entropy, share=0.4))(entropy, mask), expected)
+    np.testing.assert_array_equal(jax.jit(partial(top_entropy, share=1.0))(entropy, mask), mask)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("token_truncate", [[0.5, 3.0, 1.0], [2.0, 2.0, 1.0]]),
+        ("token_mask", [[0.5, 0.0, 1.0], [2.0, 2.0, 1.0]]),
+        ("sequence_truncate", [[2.0] * 3, [3.0] * 3]),
+        ("sequence_mask", [[2.0] * 3, [0.0] * 3]),
+    ],
+)
+def test_weights_that_are_too_large_are_truncated_or_leave_out(name, expected):
+    logratio = jnp.log(jnp.array([[0.5, 4.0, 1.0], [2.0, 2.0, 1.0]]))
+    np.testing.assert_allclose(CORRECTIONS[name](logratio, cap=3.0), expected, rtol=1e-5)
+    np.testing.assert_allclose(CORRECTIONS[name](jnp.full((1, 3), 1e4), cap=3.0), [[3.0 if "truncate" in name else 0.0] * 3])
+
+
+def test_a_bad_response_that_the_policy_has_left_is_left_out():
+    logps, behavior = jnp.full((4, 2), -3.0), jnp.array([[-1.0], [-2.9], [-1.0], [-1.0]]) * jnp.ones((4, 2))
+    advantages = jnp.array([[-1.0], [-1.0], [1.0], [0.0]]) * jnp.ones((4, 2))
+    kept = off_policy_mask(logps, behavior, advantages, jnp.ones((4, 2)), threshold=0.5)
+    np.testing.assert_array_equal(kept[:, 0], [0, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"surrogate": "cliped"}, "nearest: 'clipped'"),
+        ({"level": "tokens"}, "nearest: 'token'"),
+        ({"reduction": "token-mean"}, "nearest: 'token_mean'"),
+        ({"kl": "k4", "kl_coef": 0.1}, "no kl 'k4'"),
+        ({"kl_coef": 0.1}, "with_reference"),
+        ({"entropy_coef": 0.1}, "entropy was not scored"),
+        ({"entropy_share": 0.2}, "entropy was not scored"),
+        ({"correction": "token_mask"}, "behavior_logps"),
+        ({"tau_positive": 1.0}, "neither the surrogate 'clipped' nor the reduction 'sequence_mean' takes tau_positive"),
+        ({"ratio_cap": 1.1}, "above 1 \\+ clip_high"),
+    ],
+)
+def test_what_cannot_be_is_an_error(options, message):
+    logps = jnp.zeros((1, 2))
+    with pytest.raises(ValueError, match=message):
+        losses.policy_gradient(Scores(logps), batch_of(logps, advantages=jnp.ones(1)), **options)
+
+
+@pytest.mark.parametrize("advantages", [None, jnp.ones(3)])
+def test_advantages_that_are_missing_or_of_other_rows_are_an_error(advantages):
+    logps = jnp.zeros((1, 2))
+    with pytest.raises(ValueError, match="advantages of the shape"):
+        losses.policy_gradient(Scores(logps), batch_of(logps, advantages=advantages))
