@@ -1,0 +1,65 @@
+"""Each estimator by its law, on one experience."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ftjax.online import ESTIMATORS, Evidence
+
+REWARDS = np.array([[1.0, 0.0, 0.5, 0.0], [2.0, 2.0, 2.0, 2.0]], np.float32)
+MASK = np.ones((2, 4, 3), np.float32)
+MASK[0, 0, 2] = MASK[1, 1, :2] = 0
+EVIDENCE = Evidence(*map(jnp.asarray, (REWARDS, np.ones((2, 4), np.float32), MASK, 0 * MASK)), greedy=jnp.array([0.25, 1.0]))
+
+
+def estimate(name: str, evidence: Evidence = EVIDENCE) -> np.ndarray:
+    return np.asarray(ESTIMATORS[name].estimate(evidence))
+
+
+@pytest.mark.parametrize("name", ["group_relative", "group_centred", "batch_scaled", "leave_one_out"])
+def test_the_advantages_of_a_group_sum_to_zero(name):
+    found = estimate(name)
+    np.testing.assert_allclose(found.sum(axis=1), 0, atol=1e-6)
+    assert found[0, 0] > found[0, 2] > found[0, 1] == found[0, 3] and not found[1].any()
+
+
+def test_group_relative_is_unbiased_standardisation():
+    centred = REWARDS[0] - REWARDS[0].mean()
+    np.testing.assert_allclose(estimate("group_relative")[0], centred / (REWARDS[0].std(ddof=1) + 1e-4), rtol=1e-6)
+
+
+def test_baselines_that_are_no_mean_of_the_group():
+    np.testing.assert_allclose(estimate("greedy_baseline"), REWARDS - np.array([[0.25], [1.0]]))
+    np.testing.assert_allclose(estimate("rewards"), REWARDS)
+    lengths = MASK.sum(axis=-1)
+    np.testing.assert_allclose(estimate("optimal_baseline"), REWARDS - ((lengths * REWARDS).sum(1) / lengths.sum(1))[:, None], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["reinforce_plus_plus", "reinforce_plus_plus_baseline"])
+def test_tokens_are_whitened_over_all_of_them(name):
+    found = estimate(name)
+    assert found.shape == MASK.shape and not found[MASK == 0].any()
+    assert found[MASK > 0].mean() == pytest.approx(0, abs=1e-6) and found[MASK > 0].std(ddof=1) == pytest.approx(1, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_sample_without_a_reward_teaches_nothing(name):
+    counted = np.ones((2, 4), np.float32)
+    counted[0, 1] = 0
+    found = [
+        estimate(name, dataclasses.replace(EVIDENCE, counted=jnp.asarray(counted), rewards=EVIDENCE.rewards.at[0, 1].set(value)))
+        for value in (0.0, 1e4)
+    ]
+    np.testing.assert_array_equal(*found)
+    assert not found[0][0, 1].any() and np.isfinite(found[0]).all()
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_penalty_is_taken_from_the_reward_of_its_own_sample(name):
+    """Five a token in one sample alone makes it worse than its siblings, and the padding of another has no say."""
+    penalties = jnp.asarray(0 * MASK).at[0, 0].set(5.0).at[1, 1, 0].set(1e4)
+    before, after = estimate(name), estimate(name, dataclasses.replace(EVIDENCE, penalties=penalties))
+    means = [np.sum(x.reshape(2, 4, -1)[0, 0]) for x in (before, after)]
+    assert means[1] < means[0] and np.abs(after).max() < 20

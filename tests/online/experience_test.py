@@ -1,0 +1,42 @@
+"""Every sample is learnt from once an epoch, and told in a row that can be read."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ftjax import data, online
+from ftjax.types import Batch
+
+ROWS = Batch(np.arange(24).reshape(12, 2), *[np.zeros((12, 2))] * 3, advantages=np.arange(12.0))
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_each_epoch_learns_from_each_row_once_in_an_order_of_its_own(count):
+    epochs = []
+    for epoch in range(2):
+        parts = [online.minibatch(ROWS, seed=1, index=3, step=epoch * count + at, count=count) for at in range(count)]
+        assert all(part.tokens.shape == (12 // count, 2) and (part.tokens[:, 0] == 2 * part.advantages).all() for part in parts)
+        epochs.append(np.concatenate([part.advantages for part in parts]))
+        np.testing.assert_array_equal(np.sort(epochs[-1]), np.arange(12.0))
+    assert count == 1 or (epochs[0] != epochs[1]).any()
+
+
+def test_the_table_is_plain_data_with_each_reward_beside_its_sample():
+    example = data.Example(({"role": "user", "content": "2 + 3 ="},))
+    samples = [online.Sample(np.arange(n), np.zeros(n), np.zeros(n), n < 3) for n in (2, 3)]
+    rewards, none = np.array([[1.0, np.nan]]), np.array([[0.5, np.nan]])
+    found = online.Experience(
+        [data.Prompt(np.arange(4), example)], samples, ["5", "6"], rewards, {"right": none}, np.array([[0.7, 0.0]]), 1.0
+    )
+    first, second = json.loads(json.dumps(online.table(found)))
+    assert first == {
+        "prompt": "2 + 3 =",
+        "completion": "5",
+        "rewards": {"right": 0.5},
+        "reward": 1.0,
+        "advantage": 0.7,
+        "length": 2,
+        "finished": True,
+    }
+    assert second["reward"] is None and second["rewards"] == {"right": None} and not second["finished"]

@@ -1,0 +1,61 @@
+"""Samples are functions of prompt and key alone, and lie in rows as a trainer reads them."""
+
+import jax
+import numpy as np
+import pytest
+
+from ftjax import online, rollout
+from tests import tiny
+
+PROMPTS = [np.arange(1, 4), np.arange(2, 8), np.array([5]), np.arange(3, 7), np.array([9, 9])]
+
+
+def sampler(slots: int, **settings) -> online.Sampler:
+    sampling = rollout.settings(temperature=1.0, **settings)
+    return online.static_sampler(tiny.MODEL, eos_ids=(3,), max_tokens=5, sampling=sampling, slots=slots)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny.init(jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def keys():
+    return jax.vmap(lambda at: jax.random.fold_in(jax.random.key(2), at))(np.arange(len(PROMPTS)))
+
+
+@pytest.fixture(scope="module")
+def samples(params, keys):
+    return sampler(5)(params, PROMPTS, keys)
+
+
+def test_neither_neighbours_nor_slots_change_a_sample(params, keys, samples):
+    few = sampler(2)(params, PROMPTS, keys)
+    for one, other in zip(samples, few, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_allclose(one.behavior_logps, other.behavior_logps, atol=1e-5)
+    for one in samples:
+        ended = one.tokens.tolist().index(3) + 1 if 3 in one.tokens else 5
+        assert len(one.tokens) == len(one.logps) == ended and one.finished == (3 in one.tokens)
+    assert {one.finished for one in samples} == {True, False}
+
+
+def test_rows_hold_prompt_and_completion_and_count_what_was_written(samples):
+    batch = online.rows(PROMPTS, samples, max_tokens=64)
+    assert batch.tokens.shape == (5, 16)
+    for row, (prompt, sample) in enumerate(zip(PROMPTS, samples, strict=True)):
+        whole = np.concatenate([prompt, sample.tokens])
+        np.testing.assert_array_equal(batch.tokens[row], np.pad(whole, (0, 16 - len(whole))))
+        written = np.arange(16) >= len(prompt)
+        real = np.arange(16) < len(whole)
+        np.testing.assert_array_equal(batch.segment_ids[row], real)
+        np.testing.assert_array_equal(batch.loss_mask[row], real & written)
+        np.testing.assert_array_equal(batch.positions[row], np.where(real, np.arange(16), 0))
+        np.testing.assert_array_equal(batch.behavior_logps[row][batch.loss_mask[row] > 0], sample.behavior_logps)
+
+
+def test_rows_are_no_wider_than_asked_and_leave_out_what_was_cut(samples):
+    batch = online.rows(PROMPTS, samples, max_tokens=12, mask_truncated=True)
+    assert batch.tokens.shape == (5, 12)
+    assert [bool(row.any()) for row in batch.loss_mask] == [sample.finished for sample in samples]
