@@ -1,20 +1,23 @@
 """From logits to a token: warp the distribution, then draw from it, each row with a key of its own.
 
 Settings are numbers that a jitted function traces, so changing one compiles nothing; a setting that is None is off and costs nothing.
-Every setting may also be an array `[b]`: one value for each row.
+Every setting may also be an array `[b]`: one value for each row, some of which may change nothing (see `stack`).
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+import numpy as np
+from jaxtyping import Array, Bool, Float, Key
 
 from ftjax.types import pytree
 
-Setting = jax.Array | float | int | None
+Setting = jax.Array | np.ndarray | float | int | None
 
 
 @pytree
@@ -25,6 +28,32 @@ class Sampling:
     top_k: Setting = None
     top_p: Setting = None
     min_p: Setting = None
+    repetition_penalty: Setting = None
+    frequency_penalty: Setting = None
+    presence_penalty: Setting = None
+
+
+NEUTRAL = Sampling(
+    temperature=0.0,  # greedy
+    top_k=np.inf,
+    top_p=2.0,  # a mass that rounding cannot reach, so that nothing is ever left out
+    min_p=0.0,
+    repetition_penalty=1.0,
+    frequency_penalty=0.0,
+    presence_penalty=0.0,
+)
+"""The values that change nothing, bit for bit, for rows without a setting that others have."""
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+
+
+@pytree
+class Seen:
+    """The tokens that came before, which penalties look at."""
+
+    prompted: jax.Array
+    """bool `[b, v]`: in the prompt."""
+    written: jax.Array
+    """int32 `[b, v]`: how often in the completion so far."""
 
 
 class Draw(NamedTuple):
@@ -38,7 +67,16 @@ class Draw(NamedTuple):
     """float32 `[b]`: under the distribution that was drawn from, renormalised; 0 where the choice was greedy."""
 
 
-def settings(*, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Sampling:
+def settings(
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+) -> Sampling:
     """Return the checked settings of the usual names, those that change nothing switched off.
 
     Args:
@@ -46,6 +84,9 @@ def settings(*, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, mi
       top_k: how many tokens to choose among; 0 for all.
       top_p: the probability mass to choose among, in (0, 1].
       min_p: the least probability, relative to the most likely token's, in [0, 1).
+      repetition_penalty: above 0, 1 for none: see `penalize` for this and the next two, which greedy choice heeds too.
+      frequency_penalty: 0 for none.
+      presence_penalty: 0 for none.
 
     Raises:
       ValueError: a setting is out of its range.
@@ -55,29 +96,94 @@ def settings(*, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, mi
         ("top_k is a whole number, 0 or more", top_k, top_k >= 0 and top_k == int(top_k)),
         ("top_p is in (0, 1]", top_p, 0 < top_p <= 1),
         ("min_p is in [0, 1)", min_p, 0 <= min_p < 1),
+        ("repetition_penalty is above 0", repetition_penalty, 0 < repetition_penalty < float("inf")),
+        ("frequency_penalty is finite", frequency_penalty, np.isfinite(frequency_penalty)),
+        ("presence_penalty is finite", presence_penalty, np.isfinite(presence_penalty)),
     )
     for rule, value, kept in rules:
         if not kept:
             raise ValueError(f"sampling: {rule}, not {value}.")
+    penalties = {
+        "repetition_penalty": float(repetition_penalty) if repetition_penalty != 1 else None,
+        "frequency_penalty": float(frequency_penalty) or None,
+        "presence_penalty": float(presence_penalty) or None,
+    }
     if temperature == 0:
-        return Sampling()
-    return Sampling(float(temperature), int(top_k) or None, float(top_p) if top_p < 1 else None, float(min_p) or None)
+        return Sampling(**penalties)
+    return Sampling(float(temperature), int(top_k) or None, float(top_p) if top_p < 1 else None, float(min_p) or None, **penalties)
 
 
-def sample(logits: Float[Array, "b v"], keys: Key[Array, " b"], sampling: Sampling) -> Draw:
+def stack(rows: Sequence[Sampling], *, like: Sampling | None = None) -> Sampling:
+    """Return settings with a value `[b]` for each row; a setting that no row has stays off.
+
+    Args:
+      rows: settings of one row each.
+      like: settings of which those that are not None shall be arrays; those of the rows if None.
+
+    Example:
+      >>> stack([settings(), settings(temperature=0.5, top_k=3)]).top_k.tolist()
+      [inf, 3.0]
+    """
+    stacked = {}
+    for field in (field.name for field in dataclasses.fields(Sampling)):
+        values = [getattr(row, field) for row in rows]
+        wanted = any(value is not None for value in values) if like is None else getattr(like, field) is not None
+        neutral = getattr(NEUTRAL, field)
+        stacked[field] = np.asarray([neutral if value is None else value for value in values], np.float32) if wanted else None
+    return Sampling(**stacked)
+
+
+def penalized(sampling: Sampling) -> bool:
+    """Return whether a setting looks at the tokens before."""
+    return any(getattr(sampling, name) is not None for name in PENALTIES)
+
+
+def sample(
+    logits: Float[Array, "b v"],
+    keys: Key[Array, " b"],
+    sampling: Sampling,
+    *,
+    seen: Seen | None = None,
+    allowed: Bool[Array, "b v"] | None = None,
+) -> Draw:
     """Choose one token a row.
 
     Args:
       logits: float32 `[b, v]`, of the model.
       keys: `[b]`, one a row, so that what a row draws does not depend on its neighbours. Greedy choice ignores them.
       sampling: the settings.
+      seen: what penalties look at; without it there are none.
+      allowed: the tokens to choose among; all if None. At least one a row.
     """
+    given = logits if seen is None else penalize(logits, seen, sampling)
+    given = given if allowed is None else _only(given, allowed)
     if sampling.temperature is None:
-        tokens = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        tokens = jnp.argmax(given, axis=-1).astype(jnp.int32)
         return Draw(tokens, _logps(logits, tokens), jnp.zeros(tokens.shape, jnp.float32))
-    warped = warp(logits, sampling)
-    tokens = jax.vmap(jax.random.categorical)(keys, warped).astype(jnp.int32)
-    return Draw(tokens, _logps(logits, tokens), _logps(warped, tokens))
+    greedy = _column(sampling.temperature) == 0
+    warped = warp(given, dataclasses.replace(sampling, temperature=jnp.where(greedy, 1.0, _column(sampling.temperature))))
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
+    tokens = jnp.argmax(jnp.where(greedy, given, warped + noise), axis=-1).astype(jnp.int32)
+    behavior = jnp.where(greedy[:, 0], 0.0, _logps(warped, tokens))
+    return Draw(tokens, _logps(logits, tokens), behavior)
+
+
+def penalize(logits: Float[Array, "b v"], seen: Seen, sampling: Sampling) -> Float[Array, "b v"]:
+    """Return the logits `[b, v]` of tokens that came before made smaller.
+
+    A token of prompt or completion: logit / repetition_penalty where positive, logit · repetition_penalty where negative (Keskar et al.,
+    2019, arXiv 1909.05858, in the form of Hugging Face). A token that stands n > 0 times in the completion: logit - n · frequency_penalty -
+    presence_penalty (OpenAI's definition).
+    """
+    written = seen.written.astype(jnp.float32)
+    if sampling.repetition_penalty is not None:
+        factor = _column(sampling.repetition_penalty)
+        logits = jnp.where(seen.prompted | (seen.written > 0), jnp.where(logits > 0, logits / factor, logits * factor), logits)
+    if sampling.frequency_penalty is not None:
+        logits = logits - written * _column(sampling.frequency_penalty)
+    if sampling.presence_penalty is not None:
+        logits = logits - jnp.minimum(written, 1.0) * _column(sampling.presence_penalty)
+    return logits
 
 
 def warp(logits: Float[Array, "b v"], sampling: Sampling) -> Float[Array, "b v"]:

@@ -1,0 +1,224 @@
+"""The engine: many requests through few slots, each slot taking the next one as soon as it is free.
+
+The device has three programs over arrays of fixed shape (see `ftjax.rollout.slots`); here the host decides what goes where. It reads
+waiting prompts packed into rows, lays them into free slots, has all slots continued for a block of tokens, and looks at what has ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from ftjax import weights
+from ftjax.peft.mixed import NONE, RowWise
+from ftjax.rollout import packing
+from ftjax.rollout import slots as programs
+from ftjax.rollout.prompts import bucket
+from ftjax.rollout.requests import Request, Sample, check, form_of
+from ftjax.rollout.slots import NOTHING, Joining, Read, Written
+from ftjax.sharding import ROWS
+from ftjax.types import Model, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """Continues prompts by continuous batching (Yu et al., 2022, Orca, OSDI).
+
+    What a request gets depends on its prompt, settings and key alone, not on slots, neighbours or order, up to the rounding of differently
+    shaped matrix products. Calls compile nothing that an earlier call with the same features, slots and `slot_tokens` has compiled; the
+    parameters may be others each time.
+
+    Example:
+      >>> from ftjax import models, rollout
+      >>> model = models.build(models.preset("tiny-llama"))
+      >>> params = model.init(jax.random.key(0))
+      >>> requests = [rollout.Request(np.array([5, 6, 7]), max_tokens=4), rollout.Request(np.array([8]), max_tokens=2, num_samples=3)]
+      >>> [len(sample.tokens) for sample in rollout.Engine(model, slots=2).generate(params, requests)]
+      [4, 2, 2, 2]
+    """
+
+    model: Model
+    """On a mesh the one from `sharding.on_mesh`."""
+    eos_ids: Sequence[int] = ()
+    """The tokens that end a completion of any request; see `Encoder.eos_ids`."""
+    _: dataclasses.KW_ONLY
+    tokenizer: Any = None
+    """Needed for stop texts alone."""
+    slots: int = 32
+    """Sequences continued at a time. On a mesh a multiple of the devices that rows are split over."""
+    slot_tokens: int | None = None
+    """The longest prompt and completion together; from the requests of each call if None."""
+    read_tokens: int = 512
+    """Columns of a row of packed prompts; a longer prompt has longer rows."""
+    block: int = 16
+    """The most tokens written to each slot before the host looks at them."""
+    patience: int = 0
+    """How many slots may end in a block before it is left early for waiting requests."""
+
+    def generate(self, params: Params, requests: Sequence[Request]) -> list[Sample]:
+        """Return the samples of all requests, in order; those of one request follow each other.
+
+        Args:
+          params: the model's parameters, attached without a key: an adapter stays unmerged, dropout and noise are off.
+          requests: what to continue.
+
+        Raises:
+          ValueError: a request cannot be answered (see `requests.check`), or the parameters hold a key.
+        """
+        samples = dict(self.stream(params, requests))
+        return [samples[place] for place in sorted(samples)]
+
+    def stream(self, params: Params, requests: Sequence[Request]) -> Iterator[tuple[int, Sample]]:
+        """Yield `(place, sample)` as samples end, `place` being that in the list which `generate` returns."""
+        if any(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(params)):
+            raise ValueError("engine: the parameters hold a key, so dropout or noise would act: attach(frozen, trainable) without a key.")
+        longest = max((len(request.tokens) + request.max_tokens for request in requests), default=1)
+        slot_tokens = self.slot_tokens or bucket(longest)
+        leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, weights.Weight))
+        mixed = any(isinstance(leaf, RowWise) for leaf in leaves)
+        check(requests, slot_tokens=slot_tokens, mixed=mixed, decodes=self.tokenizer is not None)
+        if requests:
+            yield from _Run(self, params, list(requests), slot_tokens)
+
+
+class _Wanted(NamedTuple):
+    """A sample on its way into a slot."""
+
+    place: int
+    request: Request
+    number: int
+    read: Read
+    row: int
+    start: int
+
+
+class _Begun(NamedTuple):
+    """A sample in a slot: what was written so far, in the blocks that it came in."""
+
+    place: int
+    request: Request
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+class _Run:
+    """One call: what waits, what has been read, and what stands in which slot."""
+
+    def __init__(self, engine: Engine, params: Params, requests: Sequence[Request], slot_tokens: int):
+        self.engine, self.params, self.requests = engine, params, requests
+        self.mesh = _mesh(params)
+        self.first = np.cumsum([0, *(request.num_samples for request in requests)])
+        # The longest first, so that none is left alone at the end; likewise long prompts, so that short ones fill the rows.
+        self.waiting = sorted(range(len(requests)), key=lambda at: (-requests[at].max_tokens, -len(requests[at].tokens)))
+        self.ready: deque[_Wanted] = deque()
+        self.begun: dict[int, _Begun] = {}
+        self.free = list(range(engine.slots))[::-1]
+        self.form = form_of(requests, engine.eos_ids)
+        settings = self.form.settings([], engine.slots)
+        self.slots = programs.empty(engine.model, params, settings, num_columns=slot_tokens, mesh=self.mesh)
+
+    def __iter__(self) -> Iterator[tuple[int, Sample]]:
+        engine = self.engine
+        while self.waiting or self.ready or self.begun:
+            while self.free and (self.waiting or self.ready):
+                if not self.ready:
+                    self._read()
+                self._join()
+            patience = engine.patience if self.waiting or self.ready else engine.slots
+            self.slots, written = programs.write(
+                engine.model, self.params, self.slots, patience, impl=self.form.impl, num_tokens=engine.block, mesh=self.mesh
+            )
+            yield from self._ended(Written(*map(np.asarray, written)))
+
+    def _read(self) -> None:
+        """Read some of the prompts that wait."""
+        prompts = [self.requests[at].tokens for at in self.waiting]
+        adapters = [self.requests[at].adapter for at in self.waiting]
+        lengths, rows = list(map(len, prompts)), 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in ROWS)
+        columns = packing.width(lengths, rows=rows, limit=self.engine.read_tokens)
+        places = packing.place(lengths, adapters, rows=rows, columns=columns)
+        owners = {place.row: adapters[place.prompt] for place in places}
+        read = programs.read(
+            self.engine.model,
+            self.params,
+            *packing.packed(prompts, places, rows=rows, columns=columns),
+            np.asarray([owners.get(row, NONE) for row in range(rows)], np.int32),
+        )
+        for prompt, row, start in places:
+            at = self.waiting[prompt]
+            for number in range(self.requests[at].num_samples):
+                self.ready.append(_Wanted(int(self.first[at]) + number, self.requests[at], number, read, row, start))
+        taken = {place.prompt for place in places}
+        self.waiting = [at for n, at in enumerate(self.waiting) if n not in taken]
+
+    def _join(self) -> None:
+        """Put samples that have been read together into free slots."""
+        size, wanted, slots = self.engine.slots, [], []
+        while self.free and self.ready and (not wanted or self.ready[0].read is wanted[0].read):
+            wanted.append(self.ready.popleft())
+            slots.append(self.free.pop())
+        for slot, one in zip(slots, wanted, strict=True):
+            self.begun[slot] = _Begun(one.place, one.request, [])
+        numbers = [one.number if np.ndim(one.request.key) == 0 else NOTHING for one in wanted]
+        joining = Joining(
+            np.int32(len(wanted)),
+            _filled(slots, size, NOTHING),
+            *(_filled(values, size, 0) for values in ([one.row for one in wanted], [one.start for one in wanted])),
+            _filled([len(one.request.tokens) for one in wanted], size, 1),
+            _filled(numbers, size, NOTHING),
+            self.form.settings([(one.request, one.number) for one in wanted], size),
+        )
+        self.slots = programs.join(self.slots, wanted[0].read, joining, impl=self.form.impl, mesh=self.mesh)
+
+    def _ended(self, written: Written) -> list[tuple[int, Sample]]:
+        """Take in a block, and return what has ended with it."""
+        found, cut = [], np.zeros((self.engine.slots,), bool)
+        for slot, begun in list(self.begun.items()):
+            fresh = int(np.sum(written.tokens[:, slot] != NOTHING))
+            begun.parts.append(tuple(x[:fresh, slot] for x in written))
+            sample = self._sample(begun, fresh)
+            if sample is not None:
+                found.append((begun.place, sample))
+                del self.begun[slot]
+                self.free.append(slot)
+                cut[slot] = bool(begun.request.stop)
+        if cut.any():
+            self.slots = programs.leave(self.slots, cut)
+        return found
+
+    def _sample(self, begun: _Begun, fresh: int) -> Sample | None:
+        """Return the sample if it has ended; `fresh` of its tokens are new."""
+        request, eos_ids = begun.request, self.engine.eos_ids
+        tokens, logps, behavior_logps = (np.concatenate(x) for x in zip(*begun.parts, strict=True))
+        if request.stop and (end := self._stop(request, tokens, len(tokens) - fresh)):
+            return Sample(tokens[:end], logps[:end], behavior_logps[:end], "stop")
+        last = int(tokens[-1])
+        if last in eos_ids or last in request.stop_ids:
+            return Sample(tokens, logps, behavior_logps, "eos" if last in eos_ids else "stop")
+        return Sample(tokens, logps, behavior_logps, "length") if len(tokens) == request.max_tokens else None
+
+    def _stop(self, request: Request, tokens: np.ndarray, before: int) -> int:
+        """Return how many tokens it takes to complete a stop text, 0 if none is there; the first `before` do not."""
+
+        def holds(count: int) -> bool:
+            text = self.engine.tokenizer.decode(tokens[:count].tolist(), skip_special_tokens=True)
+            return any(one in text for one in request.stop)
+
+        first = max(before + 1, request.min_tokens)
+        return next(filter(holds, range(first, len(tokens) + 1)), 0) if holds(len(tokens)) else 0
+
+
+def _mesh(params: Params) -> Mesh | None:
+    """Return the mesh that the parameters lie on, if it has more than one device."""
+    places = (leaf.sharding for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))
+    return next((place.mesh for place in places if isinstance(place, NamedSharding) and place.mesh.size > 1), None)
+
+
+def _filled(values: Sequence[int], size: int, rest: int) -> np.ndarray:
+    return np.asarray([*values, *[rest] * (size - len(values))], np.int32)

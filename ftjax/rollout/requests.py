@@ -1,0 +1,142 @@
+"""Requests and samples: what the engine is asked for, and what it answers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ftjax.peft.mixed import NONE
+from ftjax.rollout.sampling import Sampling, stack
+from ftjax.rollout.slots import NOTHING, Settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt, and how it is to be continued."""
+
+    tokens: np.ndarray
+    """int `[t]`, at least one."""
+    max_tokens: int
+    """The most tokens of a completion, at least 1."""
+    _: dataclasses.KW_ONLY
+    min_tokens: int = 0
+    """Until a completion has so many, no token that would end it is chosen."""
+    sampling: Sampling = Sampling()
+    """From `sampling.settings`."""
+    key: jax.Array | None = None
+    """One key, of which sample `i` uses `fold_in(key, i)`, or a key for each sample `[n]`. Needed where the temperature is not 0."""
+    num_samples: int = 1
+    """Completions of this prompt, which is read once."""
+    stop: Sequence[str] = ()
+    """Texts that end a completion; its last tokens are the first that complete one of them."""
+    stop_ids: Sequence[int] = ()
+    """Tokens that end a completion, beside the engine's `eos_ids`."""
+    adapter: int = NONE
+    """The place of an adapter, -1 for none, where the parameters are those of `peft.stack_adapters`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What was written after a prompt."""
+
+    tokens: np.ndarray
+    """int32 `[n]`, the one that ended it included."""
+    logps: np.ndarray
+    """float32 `[n]`: under the model at temperature 1, what `scoring.score` says of the same tokens."""
+    behavior_logps: np.ndarray
+    """float32 `[n]`: under the distribution that was drawn from; 0 for greedy choices."""
+    reason: str
+    """Why it ended: `"eos"`, `"stop"` (one of the request's texts or tokens) or `"length"`."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it ended by itself, and was not cut at `max_tokens`."""
+        return self.reason != "length"
+
+
+def check(requests: Sequence[Request], *, slot_tokens: int, mixed: bool, decodes: bool) -> None:
+    """Refuse what cannot be answered.
+
+    Args:
+      requests: all of a call.
+      slot_tokens: the longest text that a slot holds.
+      mixed: the parameters hold adapters to choose from.
+      decodes: the engine can turn tokens into text.
+
+    Raises:
+      ValueError: names the request and what is wrong with it.
+    """
+    for at, request in enumerate(requests, 1):
+        length, most, shape = len(request.tokens), request.max_tokens, None if request.key is None else request.key.shape
+        drawn = bool(request.sampling.temperature)
+        rules = (
+            ("the prompt is empty", length > 0),
+            (f"max_tokens is at least 1, not {most}", most >= 1),
+            (f"min_tokens is from 0 to max_tokens {most}, not {request.min_tokens}", 0 <= request.min_tokens <= most),
+            (f"num_samples is at least 1, not {request.num_samples}", request.num_samples >= 1),
+            ("a temperature other than 0 needs a key; pass key=jax.random.key(seed)", shape is not None or not drawn),
+            (f"the key is one, or {request.num_samples} of them, not {shape}", shape in (None, (), (request.num_samples,))),
+            (f"{length:,} tokens and max_tokens {most:,} exceed the {slot_tokens:,} of a slot", length + most <= slot_tokens),
+            ("stop texts need an engine with a tokenizer", decodes or not request.stop),
+            ("an adapter is asked for, and the parameters are not those of peft.stack_adapters", mixed or request.adapter == NONE),
+        )
+        for rule, kept in rules:
+            if not kept:
+                raise ValueError(f"request {at} of {len(requests)}: {rule}.")
+
+
+class Form(NamedTuple):
+    """What the settings of a call have in common: the structure of `Settings`, which programs are compiled for."""
+
+    eos_ids: tuple[int, ...]
+    num_stop_ids: int
+    min_tokens: bool
+    """Whether a request has any."""
+    like: Sampling
+    """None where no request has a setting."""
+    impl: str
+    """Of the keys."""
+
+    def settings(self, samples: Sequence[tuple[Request, int]], size: int) -> Settings:
+        """Return the settings of samples, each of a request and with a number in it, in the first of `size` entries."""
+        requests = [request for request, _ in samples]
+
+        def entries(values: Sequence, rest) -> np.ndarray:
+            return np.asarray([*values, *[rest] * (size - len(values))])
+
+        stops = [_filled((*self.eos_ids, *request.stop_ids), self.num_stop_ids) for request in requests]
+        nothing = jax.random.key_data(jax.random.key(0, impl=self.impl))
+        data = [nothing if request.key is None else jax.random.key_data(_key(request, number)) for request, number in samples]
+        return Settings(
+            entries([request.max_tokens for request in requests], 0).astype(np.int32),
+            entries([request.min_tokens for request in requests], 0).astype(np.int32) if self.min_tokens else None,
+            entries(stops, _filled((), self.num_stop_ids)).astype(np.int32),
+            entries(list(map(np.asarray, data)), np.zeros_like(nothing)),
+            stack([*(request.sampling for request in requests), *[Sampling()] * (size - len(requests))], like=self.like),
+            entries([request.adapter for request in requests], NONE).astype(np.int32),
+        )
+
+
+def form_of(requests: Sequence[Request], eos_ids: Sequence[int]) -> Form:
+    """Return what requests have in common."""
+    longest = len(eos_ids) + max(len(request.stop_ids) for request in requests)
+    keys = (request.key for request in requests if request.key is not None)
+    return Form(
+        tuple(eos_ids),
+        -(-longest // 4) * 4,  # so that a few more stop ids are no other program
+        any(request.min_tokens for request in requests),
+        stack([request.sampling for request in requests]),
+        next((str(jax.random.key_impl(key)) for key in keys), "threefry2x32"),
+    )
+
+
+def _key(request: Request, number: int) -> jax.Array:
+    return request.key if request.key.ndim == 0 else request.key[number]
+
+
+def _filled(ids: Sequence[int], size: int) -> tuple[int, ...]:
+    return (*ids, *[NOTHING] * (size - len(ids)))

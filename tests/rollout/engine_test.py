@@ -1,0 +1,212 @@
+"""The engine: slots, neighbours, order and the size of the batch change nothing; what it writes is what a static batch writes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ftjax import peft, quant, rollout, sharding
+from ftjax.hf.tokenizer import byte_tokenizer
+from ftjax.rollout import Request, settings
+from ftjax.rollout import slots as programs
+from tests.rollout.generate_test import complete, prompts, tiny
+
+SIZE = {"slots": 3, "slot_tokens": 48, "read_tokens": 32, "block": 5}
+DRAWN = settings(temperature=1.0, top_p=0.9)
+
+
+def engine(family="llama", **options):
+    return rollout.Engine(tiny(family)[0], **{**SIZE, **options})
+
+
+def asked(key, count=7, **options):
+    """Requests of unequal prompts, lengths and keys."""
+    return [
+        Request(row, max_tokens=3 + 3 * (n % 4), sampling=DRAWN, key=jax.random.fold_in(key, n)[None], **options)
+        for n, row in enumerate(prompts(count, 3))
+    ]
+
+
+def tokens(samples):
+    return [sample.tokens.tolist() for sample in samples]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_what_is_written_is_what_a_static_batch_writes(family, key):
+    model, params = tiny(family)
+    requests = asked(key)
+    found = engine(family).generate(params, requests)
+    for request, sample in zip(requests, found, strict=True):
+        alone = complete(model, params, [request.tokens], key=request.key[np.zeros(3, int)], temperature=1.0, top_p=0.9)
+        count = request.max_tokens
+        assert sample.tokens.tolist() == alone.tokens[0, :count].tolist() and sample.reason == "length"
+        np.testing.assert_allclose(sample.logps, alone.logps[0, :count], atol=1e-5)
+        np.testing.assert_allclose(sample.behavior_logps, alone.behavior_logps[0, :count], atol=1e-5)
+    assert len({tuple(sample.tokens[:4]) for sample in found}) == len(found)
+
+
+def test_slots_order_and_neighbours_change_nothing(key):
+    params = tiny()[1]
+    requests = asked(key)
+    found = tokens(engine().generate(params, requests))
+    assert tokens(engine().generate(params, requests[::-1])) == found[::-1]
+    assert tokens(engine().generate(params, requests[2:5])) == found[2:5]
+    assert tokens(engine(slots=5, read_tokens=64, block=3, patience=2).generate(params, requests)) == found
+
+
+def test_samples_of_a_group_are_those_of_requests_alone(key):
+    params = tiny()[1]
+    first, second = prompts(2, 5)
+    group = Request(first, max_tokens=6, sampling=DRAWN, key=key, num_samples=4)
+    other = Request(second, max_tokens=4, sampling=DRAWN, key=key[None])
+    keys = [jax.random.fold_in(key, n) for n in range(4)]
+    alone = [Request(first, max_tokens=6, sampling=DRAWN, key=one[None]) for one in keys]
+    found = tokens(engine().generate(params, [group, other]))
+    assert found == tokens(engine().generate(params, [*alone, other]))
+    assert found[:4] == tokens(
+        engine().generate(params, [Request(first, max_tokens=6, sampling=DRAWN, key=jnp.stack(keys), num_samples=4)])
+    )
+    assert len(set(map(tuple, found))) == 5
+
+
+def test_prompts_of_a_group_are_read_once(key, monkeypatch):
+    read = []
+    monkeypatch.setattr(programs, "read", lambda *arguments, read_=programs.read: read.append(arguments[2]) or read_(*arguments))
+    group = Request(prompts(1, 7)[0], max_tokens=3, sampling=DRAWN, key=key, num_samples=5)
+    assert len(engine().generate(tiny()[1], [group])) == 5
+    assert [int(np.count_nonzero(row)) for row in read] == [7]
+
+
+def test_samples_are_yielded_as_they_end(key):
+    requests = asked(key)
+    places = [place for place, _ in engine().stream(tiny()[1], requests)]
+    assert sorted(places) == list(range(7)) and places != sorted(places)
+
+
+def test_hundreds_of_requests_of_other_lengths_and_settings_compile_nothing(key):
+    model, params = tiny()
+    everything = (programs.empty, programs.read, programs.join, programs.write)
+    random = np.random.default_rng(0)
+
+    def some(count):
+        for n in range(count):
+            most = int(random.integers(1, 9))
+            sampling = settings(temperature=float(random.random()) + 0.1, top_p=0.5 + 0.4 * float(random.random()))
+            yield Request(random.integers(0, 250, random.integers(1, 30)), most, sampling=sampling, key=key, num_samples=1 + n % 3)
+
+    engine(eos_ids=(7,)).generate(params, [*some(9), Request([3], 2, sampling=DRAWN, key=key)])
+    before = [program._cache_size() for program in everything]
+    found = engine(eos_ids=(7, 8)).generate(jax.tree.map(lambda x: x * 0.9, params), list(some(110)))
+    assert len(found) == 219 and {sample.reason for sample in found} == {"eos", "length"}
+    assert [program._cache_size() for program in everything] == before
+
+
+def test_a_row_ends_at_an_eos_a_stop_id_or_a_stop_text(key):
+    params, tokenizer = tiny()[1], byte_tokenizer()
+    (request,) = asked(key, 1)
+    request = dataclasses.replace(request, max_tokens=12)
+    (free,) = engine().generate(params, [request])
+    end = next(n for n, token in enumerate(free.tokens.tolist()) if 32 < token < 127)  # one of ASCII, whose text is its own
+    token, length = int(free.tokens[end]), end + 1
+    ways = {
+        "eos": (engine(eos_ids=(token,)), request),
+        "stop": (engine(), dataclasses.replace(request, stop_ids=(token,))),
+        "stop text": (engine(tokenizer=tokenizer), dataclasses.replace(request, stop=("no such text", chr(token)))),
+    }
+    for reason, (through, request) in ways.items():
+        (found,) = through.generate(params, [request])
+        assert found.tokens.tolist() == free.tokens[:length].tolist() and len(found.logps) == length < 12
+        assert found.reason == reason.split()[0] and found.finished
+
+
+def test_until_min_tokens_are_written_nothing_that_ends_a_row_is_chosen(key):
+    params = tiny()[1]
+    request = Request(prompts(1, 4)[0], 12, sampling=DRAWN, key=key)
+    (free,) = engine().generate(params, [request])
+    ends = free.tokens[:2].tolist()
+    found = engine(eos_ids=ends).generate(params, [dataclasses.replace(request, min_tokens=least) for least in (0, 5, 12)])
+    assert len(found[0].tokens) == 1
+    for least, sample in zip((5, 12), found[1:], strict=True):
+        assert len(sample.tokens) >= least and not set(ends) & set(sample.tokens[: least - 1].tolist())
+
+
+def test_a_greedy_row_beside_drawn_ones_is_greedy(key):
+    model, params = tiny()
+    rows = prompts(2, 5)
+    drawn = Request(rows[1], 9, sampling=DRAWN, key=key)
+    found = engine().generate(params, [Request(rows[0], 12), drawn])
+    assert found[0].tokens.tolist() == complete(model, params, rows).tokens[0].tolist()
+    assert not found[0].behavior_logps.any() and found[1].behavior_logps.all()
+
+
+def test_any_method_is_generated_with_unmerged(key):
+    model, params = tiny()
+    lora = peft.lora("all-linear", rank=4, alpha=64)
+    method = peft.chain(quant.int8("all-linear"), lora, peft.prefix_tuning(3), peft.prompt_tuning(4))
+    frozen, trainable = method.init(key, params)
+    attached = method.attach(frozen, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(key, x.shape), trainable))
+    rows = prompts(3, 6)
+    found = engine(slots=2).generate(attached, [Request(row, 12) for row in rows])
+    expected = complete(model, attached, rows)
+    assert tokens(found) == expected.tokens.tolist() != complete(model, params, rows).tokens.tolist()
+    np.testing.assert_allclose(np.stack([sample.logps for sample in found]), expected.logps, atol=1e-4)
+
+
+def test_each_request_has_its_adapter(key):
+    model, params = tiny()
+    method, adapters = peft.lora("all-linear", rank=4, alpha=64), {}
+    for n, name in enumerate("ab"):
+        frozen, start = method.init(jax.random.key(n), params)
+        adapters[name] = method.attach(frozen, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(7), x.shape), start))
+    rows, chosen = prompts(5, 4), [1, -1, 0, 0, 1]
+    stacked = peft.stack_adapters(params, adapters)
+    found = engine(slots=2).generate(stacked, [Request(row, 8, adapter=at) for row, at in zip(rows, chosen, strict=True)])
+    for row, at, sample in zip(rows, chosen, found, strict=True):
+        alone = complete(model, (*adapters.values(), params)[at], [row])
+        assert sample.tokens.tolist() == alone.tokens[0, :8].tolist()
+
+
+def test_eight_devices_write_what_one_writes(key):
+    model, params = tiny()
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    requests = asked(key, 6)
+    spread = rollout.Engine(sharding.on_mesh(model, mesh), **{**SIZE, "slots": 4})
+    placed = sharding.place(jax.tree.map(np.asarray, params), mesh)
+    found = spread.generate(placed, requests)
+    before = [program._cache_size() for program in (programs.join, programs.write)]
+    for one, other in zip(found, engine().generate(params, requests), strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        np.testing.assert_allclose(one.logps, other.logps, atol=1e-5)
+    assert tokens(spread.generate(placed, requests)) == tokens(found)
+    assert [program._cache_size() for program in (programs.join, programs.write)] == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": []}, "request 2 of 2: the prompt is empty"),
+        ({"max_tokens": 0}, "max_tokens is at least 1, not 0"),
+        ({"max_tokens": 47}, "2 tokens and max_tokens 47 exceed the 48 of a slot"),
+        ({"min_tokens": 4}, "min_tokens is from 0 to max_tokens 3, not 4"),
+        ({"num_samples": 0}, "num_samples is at least 1"),
+        ({"sampling": DRAWN}, "needs a key"),
+        ({"key": jax.random.split(jax.random.key(0), 3)}, r"the key is one, or 1 of them, not \(3,\)"),
+        ({"stop": ["x"]}, "need an engine with a tokenizer"),
+        ({"adapter": 0}, "the parameters are not those of peft.stack_adapters"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_a_request_that_cannot_be_answered_is_named(options, message):
+    wrong = Request(**{"tokens": [1, 2], "max_tokens": 3, **options})
+    with pytest.raises(ValueError, match=message):
+        engine().generate(tiny()[1], [Request([1], 1), wrong])
+
+
+def test_no_requests_give_no_samples_and_dropout_is_refused(key):
+    model, params = tiny()
+    assert engine().generate(params, []) == []
+    method = peft.lora("all-linear", rank=4, dropout=0.5)
+    with pytest.raises(ValueError, match="without a key"):
+        engine().generate(method.attach(*method.init(key, params), key=key), [Request([1], 1)])
