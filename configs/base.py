@@ -215,6 +215,8 @@ def reference() -> ConfigDict:
     config = ConfigDict()
     config.logps = "live"  # in every step; "cached": of all responses once before the training, so that full tuning needs no copy
     config.folder = ""  # of what is cached; empty: reference/ in the workdir; runs that name one folder share it
+    config.every_steps = 0  # TR-DPO: so often it becomes alpha × the policy + (1 - alpha) × itself; 0: it stays
+    config.alpha = 0.6  # 1: the policy itself
     return config
 
 

@@ -213,7 +213,7 @@ class Checkpoints:
             listing = "\n  ".join(unlike[:8] + ["…"] * (len(unlike) > 8))
             raise CheckpointError(f"checkpoint: {self._path(step)} holds another state than this run has:\n  {listing}")
         found = self._checkpointer.restore(self._path(step) / "state", _abstract(like))
-        return TrainState(found["step"], jax.random.wrap_key_data(found["key"]), found["trainable"], found["opt_state"])
+        return TrainState(**{**found, "key": jax.random.wrap_key_data(found["key"])})
 
     def _stored_record(self, step: int) -> dict[str, Any]:
         path = self._path(step) / RECORD
@@ -271,7 +271,8 @@ def lock(workdir: str | epath.Path) -> Iterator[None]:
 
 def _storable(state: TrainState) -> dict[str, Any]:
     """Return the state as a dict of plain arrays: of the key, its data."""
-    return {"step": state.step, "key": jax.random.key_data(state.key), "trainable": state.trainable, "opt_state": state.opt_state}
+    stored = {"step": state.step, "key": jax.random.key_data(state.key), "trainable": state.trainable, "opt_state": state.opt_state}
+    return stored | ({"carried": state.carried} if state.carried else {})
 
 
 def _leaves(state: TrainState) -> dict[str, str]:
@@ -292,7 +293,8 @@ def _storable_shardings(like: TrainState) -> dict[str, Any]:
     key = where.key
     if isinstance(key, jax.sharding.NamedSharding):
         key = jax.sharding.NamedSharding(key.mesh, jax.sharding.PartitionSpec())
-    return {"step": where.step, "key": key, "trainable": where.trainable, "opt_state": where.opt_state}
+    stored = {"step": where.step, "key": key, "trainable": where.trainable, "opt_state": where.opt_state}
+    return stored | ({"carried": where.carried} if where.carried else {})
 
 
 _copy = jax.jit(partial(jax.tree.map, jnp.copy))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,8 @@ from ftjax.types import Batch, LossFn, Mean, Metrics, Params, Scores, TrainState
 
 Score = Callable[[Params, Batch], Scores]
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]
+Remembered = Mapping[str, Any]
+_NOTHING: Remembered = {}
 Complete = Callable[[Params, Batch], Batch]
 """`(frozen, batch) -> batch`: what is known of a micro-batch before its gradient, such as the reference's log-probabilities."""
 
@@ -27,14 +29,33 @@ class Baseline(NamedTuple):
     """Put the quotient over the whole step into a batch."""
 
 
-def init_state(key: jax.Array, trainable: Params, method: Transform, optimizer: optax.GradientTransformation) -> TrainState:
-    """Return the state before the first step: of the same `method` and `optimizer` as the step's.
+class Carried(NamedTuple):
+    """Something that an objective remembers from one step to the next: a running mean (BCO), a reference that follows (TR-DPO)."""
+
+    init: Callable[[Params], Any]
+    """`init(trainable) -> carried`, arrays of its own, before the first step."""
+    write: Callable[[Any, Params, Batch], Batch]
+    """`write(carried, frozen, batch) -> batch`: into a micro-batch, before anything else is."""
+    update: Callable[[Any, jax.Array, Params, Metrics], Any]
+    """`update(carried, steps done, trainable, metrics) -> carried`, after a step; one that is not finite changes nothing here either."""
+
+
+def init_state(
+    key: jax.Array,
+    trainable: Params,
+    method: Transform,
+    optimizer: optax.GradientTransformation,
+    *,
+    carried: Mapping[str, Carried] = {},
+) -> TrainState:
+    """Return the state before the first step: of the same `method`, `optimizer` and `carried` as the step's.
 
     `key` seeds dropout and noise; it is copied, for a step donates the state.
     """
     if not tree.size(trainable):
         raise ValueError("init_state: nothing is trainable; choose a method that trains something, such as lora or full.")
-    return TrainState(jnp.zeros((), jnp.int32), jnp.copy(key), trainable, method.optimizer(optimizer).init(trainable))
+    remembered = {name: one.init(trainable) for name, one in carried.items()}
+    return TrainState(jnp.zeros((), jnp.int32), jnp.copy(key), trainable, method.optimizer(optimizer).init(trainable), remembered)
 
 
 def make_train_step(
@@ -47,6 +68,7 @@ def make_train_step(
     state_sharding: Any = None,
     complete: Complete | None = None,
     baseline: Baseline | None = None,
+    carried: Mapping[str, Carried] = {},
 ) -> Step:
     """Return the jitted `step(state, frozen, batch) -> (state, metrics)`.
 
@@ -63,6 +85,7 @@ def make_train_step(
       complete: what is written into each micro-batch first. For an objective with a reference, and a forward pass more:
         `lambda frozen, batch: losses.with_reference(batch, score(frozen, batch))`.
       baseline: see `Baseline`: a pass over the whole batch before the first gradient.
+      carried: see `Carried`, by names of their own.
 
     Returns:
       The step. It donates the state and keeps `frozen`. The metrics are `Mean`s: `loss`, the loss's own, the method's own,
@@ -70,30 +93,33 @@ def make_train_step(
     """
     rule = method.optimizer(optimizer)
 
-    def objective(trainable: Params, frozen: Params, batch: Batch, key: jax.Array):
+    def objective(trainable: Params, frozen: Params, batch: Batch, key: jax.Array, remembered: Remembered):
+        batch = _written(carried, remembered, frozen, batch)
         batch = complete(frozen, batch) if complete else batch
         mean, metrics = loss_fn(score(method.attach(frozen, trainable, key=key), batch), batch)
         return mean.total, {"loss": mean, **metrics}
 
-    def gradient(trainable: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[Params, Metrics]:
-        return jax.grad(objective, has_aux=True)(trainable, frozen, batch, key)
-
-    def accumulate(trainable: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[Params, Metrics]:
+    def accumulate(trainable: Params, frozen: Params, batch: Batch, key: jax.Array, remembered: Remembered) -> tuple[Params, Metrics]:
+        gradient = jax.grad(objective, has_aux=True)
         if accumulation == 1:
-            return gradient(trainable, frozen, batch, key)
+            return gradient(trainable, frozen, batch, key, remembered)
         return _sum_over(
-            lambda index, micro: gradient(trainable, frozen, micro, jax.random.fold_in(key, index)), _micro_batches(batch, accumulation)
+            lambda index, micro: gradient(trainable, frozen, micro, jax.random.fold_in(key, index), remembered),
+            _micro_batches(batch, accumulation),
         )
 
-    def with_baseline(trainable: Params, frozen: Params, batch: Batch) -> Batch:
+    def with_baseline(trainable: Params, frozen: Params, batch: Batch, remembered: Remembered) -> Batch:
         params = method.attach(frozen, jax.lax.stop_gradient(trainable))
-        mean = _sum_over(lambda index, micro: baseline.measure(params, frozen, micro), _micro_batches(batch, accumulation))
-        return baseline.write(batch, mean)
+
+        def measure(index: jax.Array, micro: Batch) -> Mean:
+            return baseline.measure(params, frozen, _written(carried, remembered, frozen, micro))
+
+        return baseline.write(batch, _sum_over(measure, _micro_batches(batch, accumulation)))
 
     def step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        batch = with_baseline(state.trainable, frozen, batch) if baseline else batch
-        grads, metrics = accumulate(state.trainable, frozen, batch, key)
+        batch = with_baseline(state.trainable, frozen, batch, state.carried) if baseline else batch
+        grads, metrics = accumulate(state.trainable, frozen, batch, key, state.carried)
         grads = jax.tree.map(lambda g: g / metrics["loss"].weight, grads)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes int32 step counts; ftjax itself runs under strict promotion in tests
             updates, opt_state = rule.update(grads, state.opt_state, state.trainable)
@@ -101,6 +127,9 @@ def make_train_step(
         finite = jnp.isfinite(grad_norm) & jnp.isfinite(update_norm) & jnp.isfinite(metrics["loss"].total)
         trainable = _select(finite, optax.apply_updates(state.trainable, updates), state.trainable)
         opt_state = _select(finite, opt_state, state.opt_state)
+        done = state.step + 1
+        remembered = {name: one.update(state.carried[name], done, trainable, metrics) for name, one in carried.items()}
+        remembered = _select(finite, remembered, dict(state.carried))
         one = jnp.ones((), jnp.float32)
         metrics |= {
             "grad_norm": Mean(grad_norm, one),
@@ -108,7 +137,7 @@ def make_train_step(
             "tokens": Mean(jnp.sum(batch.loss_mask), one),
             "skipped": Mean(1.0 - finite.astype(jnp.float32), one),
         } | {name: Mean(value, one) for name, value in method.metrics(trainable).items()}
-        return TrainState(state.step + 1, state.key, trainable, opt_state), metrics
+        return TrainState(done, state.key, trainable, opt_state, remembered), metrics
 
     if state_sharding is None:
         return jax.jit(step, donate_argnums=0)
@@ -116,12 +145,23 @@ def make_train_step(
 
 
 def make_eval_step(
-    score: Score, method: Transform, loss_fn: LossFn, *, complete: Complete | None = None, baseline: Baseline | None = None
-) -> Callable[[Params, Params, Batch], Metrics]:
-    """Return the jitted `evaluate(trainable, frozen, batch) -> metrics`, with dropout and noise off; `complete` and `baseline` as above."""
+    score: Score,
+    method: Transform,
+    loss_fn: LossFn,
+    *,
+    complete: Complete | None = None,
+    baseline: Baseline | None = None,
+    carried: Mapping[str, Carried] = {},
+) -> Callable[..., Metrics]:
+    """Return the jitted `evaluate(trainable, frozen, batch, remembered={}) -> metrics`, with dropout and noise off.
+
+    `complete`, `baseline` and `carried` are those of the step, and `remembered` is `TrainState.carried`; without it, what the objective
+    knows is what it knows before the first step.
+    """
     read = make_reading(score, loss_fn, complete=complete, baseline=baseline)
 
-    def evaluate(trainable: Params, frozen: Params, batch: Batch) -> Metrics:
+    def evaluate(trainable: Params, frozen: Params, batch: Batch, remembered: Remembered = _NOTHING) -> Metrics:
+        batch = _written(carried, remembered, frozen, batch) if remembered else batch
         mean, metrics = read(method.attach(frozen, trainable), frozen, batch)
         return {"loss": mean, **metrics}
 
@@ -139,6 +179,13 @@ def make_reading(
         return loss_fn(score(params, batch), batch)
 
     return read
+
+
+def _written(carried: Mapping[str, Carried], remembered: Remembered, frozen: Params, batch: Batch) -> Batch:
+    """Return the batch with what is carried."""
+    for name, one in carried.items():
+        batch = one.write(remembered[name], frozen, batch)
+    return batch
 
 
 def _select(condition: jax.Array, new: Any, old: Any) -> Any:

@@ -189,6 +189,8 @@ class TrainState:
     key: jax.Array
     trainable: Params
     opt_state: Any
+    carried: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What an objective remembers from one step to the next: see `train.Carried`."""
 
 
 LossFn = Callable[[Scores, Batch], tuple[Mean, Metrics]]

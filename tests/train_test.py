@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from ftjax import losses, optimizers, peft, scoring, train
-from ftjax.types import Batch
+from ftjax.types import Batch, Mean
 from tests import toy
 
 SCORE = partial(scoring.score, toy.MODEL, chunk_tokens=4)
@@ -207,3 +207,37 @@ def test_what_a_method_does_to_the_optimiser_is_done(key, wrap, share):
         before = jax.tree.map(np.array, state.trainable)
         moved.append(jax.tree.map(np.subtract, step(state, frozen, toy.batch(key))[0].trainable, before))
     chex.assert_trees_all_close(jax.tree.map(lambda x: share * x, moved[0]), moved[1], rtol=1e-4, atol=1e-7)
+
+
+def test_a_mean_of_the_steps_before_is_carried_however_a_step_is_split(key):
+    rows = dataclasses.replace(toy.batch(key, rows=8), desirable=jnp.arange(8.0) % 2)
+    seen = train.Carried(
+        lambda trainable: Mean(jnp.zeros(()), jnp.zeros(())),
+        lambda seen, frozen, batch: losses.with_baseline(batch, seen),
+        lambda seen, done, trainable, metrics: seen + metrics["rewards"],
+    )
+    method, deltas = peft.anchored(METHOD), []
+    frozen, trainable = method.init(key, toy.init(key))
+    trainable = jax.tree.map(lambda x: x + 0.1, trainable)
+    for parts in (1, 4):
+        options = {"complete": complete, "carried": {"rewards": seen}}
+        step = train.make_train_step(SCORE, method, losses.bco, optax.sgd(0.1), accumulation=parts, **options)
+        state = train.init_state(key, jax.tree.map(jnp.copy, trainable), method, optax.sgd(0.1), carried={"rewards": seen})
+        metrics = []
+        for _ in range(3):
+            state, said = step(state, frozen, rows)
+            metrics.append(values(said))
+        means = [one["rewards"] for one in metrics]
+        assert [one["delta"] for one in metrics] == pytest.approx([0, means[0], (means[0] + means[1]) / 2], rel=1e-5)
+        assert state.carried["rewards"].value() == pytest.approx(sum(means) / 3, rel=1e-5) and abs(means[0]) > 1e-3
+        deltas.append(metrics[2]["delta"])
+    assert deltas[0] == pytest.approx(deltas[1], rel=1e-5)
+
+
+def test_a_reference_follows_every_so_many_steps():
+    """By hand: (0.25 · 8 + 0.75 · 4) = 5 where it moves, 4 where it does not, and the policy itself, 8, where alpha is 1."""
+    reference, policy = {"a": jnp.array([4.0]), "n": jnp.array([1])}, {"a": jnp.array([8.0]), "n": jnp.array([2])}
+    follow = jax.jit(losses.followed, static_argnames=("every_steps", "alpha"))
+    for done, alpha, expected, count in ((3, 0.25, 5.0, 2), (4, 0.25, 4.0, 1), (6, 1.0, 8.0, 2)):
+        moved = follow(reference, policy, jnp.array(done), every_steps=3, alpha=alpha)
+        assert float(moved["a"][0]) == expected and int(moved["n"][0]) == count and moved["a"].dtype == jnp.float32

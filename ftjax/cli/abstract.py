@@ -41,7 +41,8 @@ def built(config, mesh: Mesh) -> Built:
     found = statistics(config, params)
     method, optimizer = build.method(config, found), build.optimizer(config)
     frozen, trainable = jax.eval_shape(lambda key, params, found: build.method(config, found).init(key, params), key, params, found)
-    state = jax.eval_shape(partial(init_state, method=method, optimizer=optimizer), key, trainable)
+    carried = objective.carried(config, model, mesh, method)
+    state = jax.eval_shape(partial(init_state, method=method, optimizer=optimizer, carried=carried), key, trainable)
     teacher = teaching.architecture(config)
     return Built(
         objective.train_step(config, model, method, optimizer, mesh, state, teacher=teacher),

@@ -144,6 +144,7 @@ def method(config, statistics: Mapping[str, Mapping[str, Any]] = {}) -> Transfor
     chosen = peft.chain(*(METHODS[name](**block) for name, block in options))
     wanted = objective.needs(config)
     live = wanted.reference and (wanted.baseline or not objective.asks_once(config))  # of mismatched rows nothing is known before
+    live = live and "reference" not in objective.remembers(config)
     return peft.anchored(chosen) if live else chosen
 
 

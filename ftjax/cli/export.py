@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from ftjax import quant, sharding, tree
 from ftjax.checkpoint import Checkpoints
-from ftjax.cli import beginning, build, pretrained, runtime, sweep
+from ftjax.cli import beginning, build, objective, pretrained, runtime, sweep
 from ftjax.hf import export as hf_export
 from ftjax.hf import load as hf_load
 from ftjax.hf import packed as hf_packed
@@ -110,7 +110,8 @@ def trained(workdir: epath.Path, step: str = "last") -> Found:
     loaded = build.model(config, mesh)
     method, frozen, trainable = beginning.method(config, loaded, mesh)
     optimizer = build.optimizer(config)
-    like = sharding.init_on_mesh(lambda key, tree: init_state(key, tree, method, optimizer), jax.random.key(0), trainable, mesh=mesh)
+    start = partial(init_state, method=method, optimizer=optimizer, carried=objective.carried(config, loaded.model, mesh, method))
+    like = sharding.init_on_mesh(start, jax.random.key(0), trainable, mesh=mesh)
     state, record = checkpoints.restore(like, step=chosen, fall_back=config.checkpoint.fall_back)
     checkpoints.close()
     print(f"step {record.step} of {workdir}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from ftjax import data, losses, models, peft, scoring, sharding
 from ftjax.cli.config import named, plain
 from ftjax.losses import distillation
-from ftjax.train import Baseline, Score, Step, make_eval_step, make_reading, make_train_step
+from ftjax.train import Baseline, Carried, Score, Step, make_eval_step, make_reading, make_train_step
 from ftjax.tree import nearest
 from ftjax.types import Batch, LossFn, Mean, Metrics, Model, Params, Scores, TrainState, Transform
 
@@ -53,14 +54,28 @@ def asks_once(config) -> bool:
     return needs(config).reference and config.get("reference", {}).get("logps") == "cached"
 
 
+def remembers(config) -> tuple[str, ...]:
+    """Return the names of what `carried` is made of."""
+    moves = ("reference",) if config.get("reference", {}).get("every_steps") else ()
+    return moves + ((needs(config).running,) if needs(config).running else ())
+
+
 def check_reference(config) -> None:
     """Refuse a `config.reference` that cannot be had; asked before anything is loaded."""
-    chosen = config.reference.logps
+    chosen, wanted = config.reference.logps, needs(config)
+    if config.reference.every_steps and (not wanted.reference or wanted.data == "rollouts"):
+        raise ValueError(f"reference.every_steps: {config.algorithm!r} has no reference that could follow the policy; set it to 0.")
+    if config.reference.every_steps and chosen != "live":
+        raise ValueError("reference.logps: a reference that follows the policy (every_steps) speaks anew in each step: set it to 'live'.")
+    if config.reference.every_steps and not 0 < config.reference.alpha <= 1:
+        raise ValueError(f"reference.alpha: the share of the policy is above 0 and at most 1, not {config.reference.alpha}.")
+    if config.sweep and remembers(config):
+        raise ValueError(f"sweep: members cannot remember {', '.join(remembers(config))} from step to step; run them one by one.")
     if chosen not in REFERENCES:
         raise ValueError(f"reference.logps: there is no {chosen!r}; nearest: {nearest(chosen, REFERENCES)}.")
     if chosen == "live":
         return
-    if not needs(config).reference:
+    if not wanted.reference:
         raise ValueError(f"reference.logps: {config.algorithm!r} has no reference that could be 'cached'; leave it at 'live'.")
     if jax.process_count() > 1 or config.sweep:
         what = "a sweep" if config.sweep else f"a run of {jax.process_count()} processes"
@@ -138,6 +153,8 @@ def comparison(config, model: Model, mesh: Mesh) -> dict[str, Any]:
     look = score(config, model, mesh, ("logps",))
 
     def complete(frozen: Params, batch: Batch) -> Batch:
+        if wanted.running and batch.baseline is None:
+            batch = losses.with_baseline(batch, Mean(jnp.zeros(()), jnp.zeros(())))
         if batch.reference_logps is not None:
             return batch
         return losses.with_reference(batch, look(peft.reference(frozen), batch))
@@ -152,6 +169,32 @@ def comparison(config, model: Model, mesh: Mesh) -> dict[str, Any]:
 def reading(config, model: Model, mesh: Mesh, *, teacher: Model | None = None) -> Callable[[Params, Params, Batch], tuple[Mean, Metrics]]:
     """Return `(params, frozen, batch) -> (loss, metrics)`: the objective of a batch by itself, its reference and baseline included."""
     return make_reading(score(config, model, mesh, teacher=teacher), loss_of_batch(config), **comparison(config, model, mesh))
+
+
+def carried(config, model: Model, mesh: Mesh, method: Transform) -> dict[str, Carried]:
+    """Return what the objective remembers from step to step: a reference that follows the policy, a mean of what it saw."""
+    look, wanted, moves = score(config, model, mesh, ("logps",)), needs(config), config.get("reference")
+
+    def write(trainable: Params, frozen: Params, batch: Batch) -> Batch:
+        params = method.attach(frozen, trainable)
+        found = losses.with_reference(batch, look(params, batch))
+        if batch.mismatched is None:
+            return found
+        return dataclasses.replace(found, mismatched=losses.with_reference(batch.mismatched, look(params, batch.mismatched)))
+
+    def follow(reference: Params, done: jax.Array, trainable: Params, metrics: Metrics) -> Params:
+        del metrics
+        return losses.followed(reference, trainable, done, every_steps=moves.every_steps, alpha=moves.alpha)
+
+    known = {
+        "reference": Carried(lambda trainable: jax.tree.map(jnp.copy, trainable), write, follow),
+        wanted.running: Carried(
+            lambda trainable: Mean(jnp.zeros(()), jnp.zeros(())),
+            lambda seen, frozen, batch: losses.with_baseline(batch, seen),
+            lambda seen, done, trainable, metrics: seen + metrics[wanted.running],
+        ),
+    }
+    return {name: known[name] for name in remembers(config)}
 
 
 def in_training(config, model: Model) -> Model:
@@ -180,6 +223,7 @@ def train_step(
         rule,
         accumulation=config.data.accumulation,
         state_sharding=sharding.state_shardings(state, mesh),
+        carried=carried(config, model, mesh, method),
         **comparison(config, model, mesh),
     )
 
@@ -187,6 +231,7 @@ def train_step(
 def eval_step(
     config, model: Model, method: Transform, mesh: Mesh, *, teacher: Model | None = None
 ) -> Callable[[Params, Params, Batch], Metrics]:
-    """Return `evaluate(trainable, frozen, batch) -> metrics` of the config on a mesh."""
+    """Return `evaluate(trainable, frozen, batch, remembered={}) -> metrics` of the config on a mesh."""
     read = score(config, model, mesh, teacher=teacher)
-    return make_eval_step(read, method, loss_of_batch(config), **comparison(config, model, mesh))
+    remembered = carried(config, model, mesh, method)
+    return make_eval_step(read, method, loss_of_batch(config), **comparison(config, model, mesh), carried=remembered)

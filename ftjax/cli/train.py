@@ -148,7 +148,9 @@ def _load(run: Run) -> tuple[Policy, Params, Params | None]:
 def _state(run: Run, policy: Policy, trainable: Params) -> TrainState:
     """Return the state before the first step."""
     key = jax.random.fold_in(jax.random.key(run.config.seed), 1)
-    return sharding.init_on_mesh(partial(init_state, method=policy.method, optimizer=policy.optimizer), key, trainable, mesh=run.mesh)
+    carried = objective.carried(run.config, policy.loaded.model, run.mesh, policy.method)
+    start = partial(init_state, method=policy.method, optimizer=policy.optimizer, carried=carried)
+    return sharding.init_on_mesh(start, key, trainable, mesh=run.mesh)
 
 
 def _resume(run: Run, state: TrainState) -> tuple[TrainState, Memory, int]:
@@ -208,7 +210,7 @@ def _examination(run: Run, policy: Policy, lessons: Lessons, quiz: measure.Quiz,
     def evaluate(state: TrainState, done: int) -> dict[str, float]:
         batches = itertools.islice(held_out.epoch(), config.eval.batches or None)
         put = (build.on_mesh(batch, run.mesh) for batch in batches)
-        values = measure.evaluate(partial(step, state.trainable, frozen), put)
+        values = measure.evaluate(partial(step, state.trainable, frozen, remembered=state.carried), put)
         _log_samples(writers, quiz, state, done, config.eval.samples)
         return values
 

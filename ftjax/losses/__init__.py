@@ -16,7 +16,7 @@ from ftjax.losses.packing import unpacked
 from ftjax.losses.pairs import PAIR_LOSSES
 from ftjax.losses.policy_gradient import POLICY_LOSSES, policy_gradient
 from ftjax.losses.preference import dpo, mpo, preference, rpo, wpo
-from ftjax.losses.reference import with_reference
+from ftjax.losses.reference import followed, with_reference
 from ftjax.losses.reward import bradley_terry, response_rewards, stepwise
 from ftjax.losses.sft import sft
 from ftjax.losses.tpo import tpo, tpo_l
@@ -67,6 +67,7 @@ __all__ = [
     "cpo",
     "distill",
     "dpo",
+    "followed",
     "gradient_difference",
     "kl_baseline",
     "kto",

@@ -88,9 +88,10 @@ def kl_baseline(scores: Scores, mismatched: Batch) -> Mean:
 
 
 def with_baseline(batch: Batch, mean: Mean) -> Batch:
-    """Return `batch` with the quotient of `mean` as the baseline of every row; 0 where nothing was counted."""
+    """Return `batch` with the quotient of `mean` as the baseline of every row, or packed item; 0 where nothing was counted."""
     value = mean.total / jnp.where(mean.weight > 0, mean.weight, 1)
-    return dataclasses.replace(batch, baseline=jnp.broadcast_to(value, batch.loss_mask.shape[:1]))
+    shape = batch.loss_mask.shape[:1] if batch.places is None else batch.places.shape[:2]
+    return dataclasses.replace(batch, baseline=jnp.broadcast_to(value, shape))
 
 
 def balance(num_desirable: int, num_undesirable: int, *, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> str | None:

@@ -22,6 +22,8 @@ class Needs(NamedTuple):
     """Whether it reads `reference_logps`."""
     baseline: bool = False
     """Whether it reads `baseline`, a mean over the `mismatched` rows of the whole step."""
+    running: str = ""
+    """The metric whose mean over all steps before it reads as `baseline`."""
     fields: tuple[str, ...] = ()
     """Of `Batch`, which an estimator of `losses.advantages` writes: "advantages" alone may be `[b]`, all others are `[b, t]`."""
 
@@ -35,7 +37,7 @@ NEEDS: Mapping[str, Needs] = {
     **dict.fromkeys(("tpo", "tpo_l"), Needs("triples")),
     "kto": Needs("labelled", reference=True, baseline=True),
     "apo_zero_unpaired": Needs("labelled", reference=True),
-    "bco": Needs("labelled responses and a mean over the steps before", reference=True),
+    "bco": Needs("labelled", reference=True, running="rewards"),
     "reward": Needs(outputs=("logps", "values")),
     "process_reward": Needs("labelled steps", outputs=("logps", "values")),
     "distill": Needs("messages", outputs=("logps", "divergence")),

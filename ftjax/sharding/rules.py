@@ -126,8 +126,8 @@ def shardings(shapes: Any, mesh: Mesh, rules: Rules = RULES, *, strict: bool = F
 def state_shardings(state: TrainState, mesh: Mesh, rules: Rules = RULES, *, strict: bool = False) -> TrainState:
     """Return the shardings of a training state (or its shapes), for `make_train_step` and for a restore on another mesh.
 
-    An array of the optimiser lies as the trained leaf whose path its own ends with, if both have one shape (moments do); whatever else
-    the optimiser keeps (counts, factored moments) is small and replicated.
+    An array of the optimiser, or that the objective carries, lies as the trained leaf whose path its own ends with, if both have one shape
+    (moments do); whatever else they keep (counts, factored moments) is small and replicated.
     """
     trainable = shardings(state.trainable, mesh, rules, strict=strict)
     everywhere = NamedSharding(mesh, P())
@@ -138,8 +138,8 @@ def state_shardings(state: TrainState, mesh: Mesh, rules: Rules = RULES, *, stri
         twin = next((known[end] for n in range(len(parts)) if (end := "/".join(parts[n:])) in known), None)
         return twin[1] if twin is not None and twin[0] == leaf.shape else everywhere
 
-    leaves = [mirror(path, leaf) for path, leaf in paths(state.opt_state)]
-    return TrainState(everywhere, everywhere, trainable, jax.tree.unflatten(jax.tree.structure(state.opt_state), leaves))
+    others = (jax.tree.unflatten(jax.tree.structure(x), [mirror(*one) for one in paths(x)]) for x in (state.opt_state, state.carried))
+    return TrainState(everywhere, everywhere, trainable, *others)
 
 
 class Row(NamedTuple):

@@ -25,7 +25,7 @@ def test_an_objective_runs_with_what_it_needs_and_not_without(name):
     given = {field: row for field in ("tokens", "loss_mask", "positions", "segment_ids")}
     given |= {"desirable": each} if needs.data == "labelled" else {}
     written = dict.fromkeys(needs.fields, row) | ({"reference_logps": row} if needs.reference else {})
-    written |= {"baseline": each} if needs.baseline else {}
+    written |= {"baseline": each} if needs.baseline or needs.running else {}
     scores = Scores(**dict.fromkeys(needs.outputs, row), **({} if "logps" in needs.outputs else {"logps": row}))
     loss, _ = jax.eval_shape(losses.LOSSES[name], scores, Batch(**given, **written))
     assert loss.total.shape == ()
