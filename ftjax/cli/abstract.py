@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ftjax import data, peft, sharding, tree
-from ftjax.cli import build, objective, teaching
+from ftjax.cli import build, objective, said, teaching
 from ftjax.peft import inits
 from ftjax.train import Step, init_state
 from ftjax.types import Batch, Model, Params, TrainState, Transform
@@ -69,6 +69,9 @@ def batch(mesh: Mesh, config, *, rows: int | None = None) -> Batch:
     shape = (rows, responses * tokens) if packed else (rows, 2, tokens) if responses == 2 else (rows, tokens)
     ids, mask = of(jnp.int32, *shape), of(jnp.float32, *shape)
     found = Batch(ids, mask, ids, ids, reference_logps=mask if objective.asks_once(config) else None)
+    if "divergence" in needs.outputs and config.teacher.file:
+        ids_of, logps_of = (of(dtype, *shape, said.count(config.teacher.file), time=False) for dtype in (jnp.int32, jnp.float32))
+        found = dataclasses.replace(found, teacher_ids=ids_of, teacher_logps=logps_of)
     if packed:
         found = dataclasses.replace(found, places=of(jnp.int32, rows, 1, responses, tokens, time=False))
     if needs.data == data.LABELLED:

@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": "say what a step takes of each device and whether it fits",
     "sensitivity": "say which matrices suffer most from 4 or 8 bits",
     "quantize": "store a model's matrices in 4 or 8 bits and write a Hugging Face folder",
+    "teach": "write down what a teacher says of a config's data, to distil from without it",
     "inspect": "look at the data: supervised tokens in colour, lengths, problems",
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -22,7 +24,10 @@ def load(config, mesh: Mesh, student: Loaded) -> Loaded | None:
     if not _wanted(config):
         return None
     teacher = build.model(alone(config), mesh)
-    _check_tokens(config, student, teacher)
+    check_tokens(config, student.tokenizer, teacher)
+    sizes = [loaded.model.config.vocab_size for loaded in (teacher, student)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"teacher: it has logits of {sizes[0]:,} tokens and the student of {sizes[1]:,}; they cannot be compared.")
     return teacher
 
 
@@ -65,10 +70,14 @@ def _wanted(config) -> bool:
     return not objective.teacher_block(config).file
 
 
-def _check_tokens(config, student: Loaded, teacher: Loaded) -> None:
-    sizes = [loaded.model.config.vocab_size for loaded in (teacher, student)]
-    if sizes[0] != sizes[1] or teacher.tokenizer.get_vocab() != student.tokenizer.get_vocab():
+def check_tokens(config, tokenizer: Any, teacher: Loaded) -> None:
+    """Refuse a teacher whose tokens are not those of the student's tokenizer.
+
+    Raises:
+      ValueError: they are others.
+    """
+    if teacher.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
-            f"teacher: {config.teacher.name!r} has other tokens than the student (logits of {sizes[0]:,} and {sizes[1]:,}), and both are "
-            "compared token by token: take a teacher of the same family."
+            f"teacher: {config.teacher.name!r} has other tokens than the student, and both are compared token by token: "
+            "take a teacher of the same family."
         )

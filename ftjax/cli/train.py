@@ -25,7 +25,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ftjax import checkpoint, logs, peft, sharding
-from ftjax.cli import adapter, beginning, build, measure, objective, reference, runtime, show, sweep, teaching
+from ftjax.cli import adapter, beginning, build, measure, objective, reference, runtime, said, show, sweep, teaching
 from ftjax.cli import config as configs
 from ftjax.cli.loop import EARLY, FINISHED, Evaluate, Loop, Memory, Stream, take_steps
 from ftjax.cli.run import Lessons, Run, ask, begin, open_writers, read
@@ -77,7 +77,7 @@ def train(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_c
     began = time.monotonic()
     run = begin(config, workdir, stop, allow_config_change=allow_config_change)
     policy, trainable, anchor = _load(run)
-    lessons = read(run, policy.loaded.tokenizer)
+    lessons = said.told(run.config, read(run, policy.loaded.tokenizer))
     if anchor is not None and (lessons := reference.told(run, policy.loaded.model, anchor, lessons)) is None:
         return
     del anchor

@@ -121,7 +121,7 @@ class Loader:
         return dataclasses.replace(self, rows=(first + share * process_index, first + share * (process_index + 1)))
 
     def knowing(self, **values: np.ndarray) -> Loader:
-        """Return the loader whose batches have these fields too: of each token of all sequences, float32 `[all tokens]`."""
+        """Return the loader whose batches have these fields too: of each token of all sequences, `[all tokens, ...]`."""
         return dataclasses.replace(self, sequences=self.sequences._replace(known={**self.sequences.known, **values}))
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
@@ -246,7 +246,7 @@ def assemble(sequences: Sequences, plan: Plan, rows: np.ndarray, order: np.ndarr
     shape = (len(rows), width)
     tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
     loss_mask = np.zeros(shape, np.float32)
-    known = {name: np.zeros(shape, np.float32) for name in sequences.known}
+    known = {name: np.zeros((*shape, *values.shape[1:]), values.dtype) for name, values in sequences.known.items()}
     for at, row in enumerate(rows.tolist()):
         if row < 0:
             continue
