@@ -11,6 +11,7 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["ftjax", "ftjax.*"]),
+    package_data={"ftjax.rewards": ["*.txt"]},
     entry_points={"console_scripts": ["ftjax = ftjax.cli.main:main"]},
     install_requires=[
         "absl-py>=2.1",
@@ -40,11 +41,16 @@ setuptools.setup(
             "beartype>=0.20",
             "chex>=0.1.90",
             "hypothesis>=6.120",
+            "jsonschema>=4.18",
             "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",  # compiles for a TPU without one
+            "math-verify>=0.8",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff==0.17.6",
         ],
+        "json": ["jsonschema>=4.18"],
+        "maths": ["math-verify>=0.8"],
+        "reasoning": ["reasoning-gym>=0.1.20"],  # one of its dependencies has no wheel: needs a C compiler
         "gcs": ["etils[epath-gcs]"],
         "wandb": ["wandb"],
     },

@@ -6,8 +6,12 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from ftjax.rewards.completion import Completion, text
 
-def exact_match(prompts: Sequence[Any], completions: Sequence[str], *, answer: Sequence[str | None], **columns: Any) -> list[float | None]:
+
+def exact_match(
+    prompts: Sequence[Any], completions: Sequence[Completion], *, answer: Sequence[str | None], **columns: Any
+) -> list[float | None]:
     """Return 1 for each completion that equals its answer after `normalize`, else 0.
 
     Args:
@@ -17,7 +21,7 @@ def exact_match(prompts: Sequence[Any], completions: Sequence[str], *, answer: S
       **columns: not looked at.
     """
     pairs = zip(completions, answer, strict=True)
-    return [None if right is None else float(normalize(completion) == normalize(right)) for completion, right in pairs]
+    return [None if right is None else float(normalize(text(completion)) == normalize(right)) for completion, right in pairs]
 
 
 def normalize(text: str) -> str:

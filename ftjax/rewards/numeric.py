@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
+from ftjax.rewards.completion import Completion, text
+
 # Digits with or without thousands separators and decimals. A minus is a sign unless it stands between two terms ("5-3").
 _NUMBER = re.compile(r"(?:(?<![\w)\]%])[-−](?=[$€£\d.]))?[$€£]?\s?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 _MARKS = (re.compile(r"####"), re.compile(r"(?i)\banswer\b"))
 
 
-def numeric_match(prompts: Sequence[Any], completions: Sequence[str], *, answer: Sequence[Any], **columns: Any) -> list[float | None]:
+def numeric_match(
+    prompts: Sequence[Any], completions: Sequence[Completion], *, answer: Sequence[Any], **columns: Any
+) -> list[float | None]:
     """Return 1 for each completion whose final number equals that of its answer, else 0; None where the answer has no number.
 
     Args:
@@ -24,7 +28,7 @@ def numeric_match(prompts: Sequence[Any], completions: Sequence[str], *, answer:
     scores: list[float | None] = []
     for completion, right in zip(completions, answer, strict=True):
         wanted = final_number(str(right))
-        scores.append(None if wanted is None else float(final_number(completion) == wanted))
+        scores.append(None if wanted is None else float(final_number(text(completion)) == wanted))
     return scores
 
 

@@ -1,0 +1,53 @@
+r"""Maths: whether the completion's formula equals the right one, by `math-verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ftjax.rewards.completion import Completion, text
+from ftjax.rewards.extras import check
+from ftjax.rewards.worker import NotStarted, Worker, WorkerError
+
+_VERIFIER = Worker("maths", "math_verify", isolated=False)
+
+
+def maths(
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    *,
+    answer: Sequence[Any],
+    plain: bool = False,
+    after: str = "",
+    seconds: float = 5.0,
+    **columns: Any,
+) -> list[float | None]:
+    r"""Return 1 for each completion whose LaTeX formula, a boxed one first, equals the answer, else 0; None where the answer is no formula.
+
+    TRL's `accuracy_reward`, whose column is `solution`; with `after="</think>"` its `reasoning_accuracy_reward`. A comparison that
+    takes too long counts as unequal. It runs in a process of its own, so threads may call this.
+
+    Args:
+      prompts: not looked at.
+      completions: what the model wrote.
+      answer: right answers: `\frac{1}{3}`, `$x^2$`, `72`.
+      plain: read numbers and formulas outside LaTeX too.
+      after: only what follows the last one of these counts; a completion without it scores 0.
+      seconds: of each comparison.
+      **columns: not looked at.
+    """
+    check("math_verify")
+    pairs = zip(completions, answer, strict=True)
+    return [None if right is None else _compare(text(completion), str(right), plain, after, seconds) for completion, right in pairs]
+
+
+def _compare(given: str, right: str, plain: bool, after: str, seconds: float) -> float | None:
+    _, found, given = given.rpartition(after) if after else ("", "all", given)
+    if not found:
+        return 0.0
+    try:
+        return _VERIFIER.ask({"text": given, "answer": right, "plain": plain}, seconds=seconds)
+    except NotStarted:
+        raise
+    except WorkerError:  # whatever the completion did to the verifier is no right answer
+        return 0.0

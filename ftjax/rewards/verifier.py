@@ -1,0 +1,90 @@
+"""The inside of `worker`: a script that loads a library once and answers each line in a fork of itself, which may hang or die.
+
+Run by path or from a jail as `python -I verifier.py NAME`. The first line says where libraries are, each further one is a request with
+`seconds`; an answer is `{"value": …}` or `{"error": …}`. What text from a model does to a fork is gone with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+MEMORY_BYTES = 2 << 30
+_MOST_BYTES = 1 << 16
+
+
+def maths() -> Callable[[dict[str, Any]], Any]:
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    # As TRL's accuracy_reward: boxed answers first, and no formula that no sign points to.
+    latex = LatexExtractionConfig(
+        normalization_config=NormalizationConfig(units=True), boxed_match_priority=0, try_extract_without_anchor=False
+    )
+
+    def answer(request: dict[str, Any]) -> float | None:
+        right = parse(request["answer"], parsing_timeout=None)
+        if not right:
+            return None
+        forms = [latex, ExprExtractionConfig()] if request["plain"] else [latex]
+        given = parse(request["text"], extraction_config=forms, extraction_mode="first_match", parsing_timeout=None)
+        return float(verify(right, given, timeout_seconds=None))
+
+    answer({"text": r"\boxed{(x+1)^2}", "answer": "$x^2+2x+1$", "plain": True})  # imports what each fork would
+    return answer
+
+
+def reasoning() -> Callable[[dict[str, Any]], Any]:
+    import reasoning_gym
+
+    def answer(request: dict[str, Any]) -> float | None:
+        if request["task"] not in reasoning_gym.factory.DATASETS:
+            return None
+        return float(reasoning_gym.get_score_answer_fn(request["task"])(request["text"], request["entry"]))
+
+    return answer
+
+
+def serve(name: str) -> None:
+    """Answer until the input ends."""
+    sys.path += json.loads(sys.stdin.readline())
+    answer = {"maths": maths, "reasoning": reasoning}[name]()
+    answers = os.fdopen(os.dup(1), "w")
+    null = os.open("/dev/null", os.O_WRONLY)
+    os.dup2(null, 1)  # libraries print
+    os.dup2(null, 2)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        print(json.dumps(_fork(answer, request)), file=answers, flush=True)
+
+
+def _fork(answer: Callable[[dict[str, Any]], Any], request: dict[str, Any]) -> dict[str, Any]:
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+        try:
+            reply = {"value": answer(request)}
+        except BaseException as error:
+            reply = {"error": f"{type(error).__name__}: {error}"[:500]}
+        os.write(send, json.dumps(reply).encode())
+        os._exit(0)
+    os.close(send)
+    data = b""
+    if select.select([receive], [], [], request["seconds"])[0]:
+        data = os.read(receive, _MOST_BYTES)
+    os.close(receive)
+    os.kill(child, signal.SIGKILL)  # it is done, late or dead
+    os.waitpid(child, 0)
+    return json.loads(data) if data else {"error": f"no answer within {request['seconds']:g} s, or it died"}
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

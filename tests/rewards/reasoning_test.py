@@ -1,0 +1,69 @@
+"""With a stand-in for reasoning-gym, which needs a C compiler: its interface, and a verifier that evaluates answers, as some do."""
+
+import json
+
+import pytest
+
+from ftjax.rewards import reasoning, sandbox
+from ftjax.rewards.reasoning import reasoning_gym
+from ftjax.rewards.worker import NotStarted, Worker
+
+STAND_IN = """
+import os, time, types
+factory = types.SimpleNamespace(DATASETS={"chain_sum": None, "evaluates": None})
+def get_score_answer_fn(name):
+    def score_answer(answer, entry):
+        if name == "evaluates":
+            return eval(answer, {"os": os, "time": time, "entry": entry})
+        return float(answer == entry["answer"]) or 0.01 * (entry["metadata"]["terms"] == 2)
+    return score_answer
+"""
+
+
+@pytest.fixture
+def stand_in(isolated, tmp_path, monkeypatch):
+    tmp_path.chmod(0o755)  # in the jail nobody reads it
+    (tmp_path / "reasoning_gym").mkdir()
+    (tmp_path / "reasoning_gym" / "__init__.py").write_text(STAND_IN)
+    monkeypatch.syspath_prepend(tmp_path)
+    worker = Worker("reasoning", "reasoning_gym", isolated=True)
+    monkeypatch.setattr(reasoning, "_VERIFIER", worker)
+    yield tmp_path
+    worker.close()
+
+
+def test_the_task_verifies_the_answer_block_or_all_the_text(stand_in):
+    row = {"source_dataset": "chain_sum", "terms": 2}
+    completions = ["<think>4</think> <answer> 5 </answer>", "5\n", "it is 5", "5"]
+    found = reasoning_gym(["Q"] * 4, completions, answer=["5"] * 4, metadata=[row, json.dumps(row), row, None])
+    assert found == [1.0, 1.0, 0.01, None]
+    with pytest.raises(ValueError, match="no task 'chain_sums'"):
+        reasoning_gym(["Q"], ["5"], answer=["5"], metadata=[{"source_dataset": "chain_sums"}])
+
+
+def test_an_answer_that_is_run_reaches_nothing_and_spoils_nothing(stand_in):
+    attacks = [
+        f"os.path.exists({str(__file__)!r})",
+        f"open({str(stand_in / 'left')!r}, 'w').write('x')",
+        "os.system('exit 0') or 1/0",
+        "time.sleep(100)",
+        "os.kill(os.getppid(), 9)",
+        "entry.clear() or 0.0",
+        "1.0 if entry['answer'] == '5' else 0.0",
+    ]
+    rows = [{"source_dataset": "evaluates"}] * len(attacks)
+    found = reasoning_gym([""] * len(attacks), attacks, answer=["5"] * len(attacks), metadata=rows, seconds=1.0)
+    assert found == [0.0] * 6 + [1.0]
+    assert [path.name for path in stand_in.iterdir()] == ["reasoning_gym"]
+
+
+def test_where_nothing_is_isolated_nothing_is_verified(stand_in, monkeypatch):
+    monkeypatch.setattr(sandbox, "isolation", lambda: "no namespaces")
+    with pytest.raises(sandbox.NoIsolation, match="no namespaces"):
+        reasoning_gym(["Q"], ["5"], answer=["5"], metadata=[{"source_dataset": "chain_sum", "terms": 2}])
+
+
+def test_a_library_that_does_not_load_is_an_error_and_no_score(stand_in):
+    (stand_in / "reasoning_gym" / "__init__.py").write_text("raise OSError('no compiler')")
+    with pytest.raises(NotStarted, match="no compiler"):
+        reasoning_gym(["Q"], ["5"], answer=["5"], metadata=[{"source_dataset": "chain_sum", "terms": 2}])

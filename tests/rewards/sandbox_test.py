@@ -1,0 +1,156 @@
+"""Hostile programs: none gets anything, and nothing of them stays."""
+
+import os
+import pathlib
+import platform
+import socket
+import subprocess
+import sys
+import threading
+import uuid
+
+import psutil
+import pytest
+
+from ftjax.rewards import code, launcher, sandbox
+
+TOKEN = uuid.uuid4().hex
+SECRET = "the expected answer " + TOKEN
+
+HOSTILE = {
+    "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "thread bomb": "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(100,)).start()",
+    "endless output": "while True: print('x' * 1000)",
+    "endless errors": "import sys\nwhile True: print('x' * 1000, file=sys.stderr)",
+    "endless loop": "while True: pass",
+    "endless sleep": "import time; time.sleep(1000)",
+    "deaf to signals": (
+        "import signal\nfor n in range(1, 64):\n    try: signal.signal(n, signal.SIG_IGN)\n    except OSError: pass\n"
+        "while True: pass"
+    ),
+    "memory bomb": "kept = []\nwhile True: kept.append(bytearray(1 << 20))",
+    "memory in files": "for n in range(1000): open(f'/tmp/{n}', 'wb').write(bytes(1 << 20))",
+    "many files": "for n in range(10**6): open(f'/tmp/{n}', 'w')",
+    "exit": "import sys; sys.exit(0)",
+    "exit at once": "import os; os._exit(0)",
+    "crash": "import ctypes; ctypes.string_at(0)",
+    "abort": "import os; os.abort()",
+    "no Python": "this is no program",
+    "a zero byte": "print(1)\0",
+    "nothing": "",
+    "network": "import socket\nsocket.create_connection(('127.0.0.1', PORT), 1).send(b'x')\nprint('SECRET')",
+    "other sockets": "import socket\nfor family in (1, 16, 38, 40): socket.socket(family, 1)\nprint('SECRET')",
+    "signals": "import os\nfor pid in (os.getppid(), PARENT, -1, 0):\n    try: os.kill(pid, 9)\n    except OSError: pass",
+    "new namespaces": "import ctypes\nif ctypes.CDLL(None).unshare(0x10000000) == 0: print('SECRET')",
+    "shared memory": "import ctypes\nif ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) >= 0: print('SECRET')",
+    "root again": "import os\ntry: os.setuid(0)\nexcept OSError: print('no')\nelse: print('SECRET')",
+    "writing outside": "open('/usr/TOKEN', 'w')\nprint('SECRET')",
+    "a file left": "open('/tmp/TOKEN', 'w').write('x')\nopen('/var/tmp/TOKEN', 'w').write('x')",
+    "links outside": "import os\nos.symlink('/etc/passwd', '/tmp/TOKEN')\nprint(open('/tmp/TOKEN').read())\nprint('SECRET')",
+    "links over the output": "import os\nos.symlink('/tmp/TOKEN', '/tmp/stdout')\nos.link('/program/main.py', '/tmp/main.py')",
+    "a daemon": (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+        "        os.execv('/bin/sleep', ['TOKEN', '1000'])\nprint('done')"
+    ),
+    "reading everything": (
+        "import gc, os, sys\nfound = [str(vars()), str(os.environ), str(sys.argv), str(gc.get_objects())]\n"
+        "for top in ('/program', '/tmp', '/dev/shm', '/proc', '/root', '/home', 'FOLDER'):\n"
+        "    for folder, _, files in os.walk(top):\n"
+        "        for name in files: found.append(open(os.path.join(folder, name), 'rb').read(10**6).decode('latin1'))\n"
+        "text = ''.join(found)\nat = text.find('the expected' + ' answer')\nprint(text[at:at + 52] if at >= 0 else 'nothing')"
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scores(isolated):
+    """Of each hostile program, all run side by side by the reward."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        words = {
+            "PORT": str(server.getsockname()[1]),
+            "PARENT": str(os.getpid()),
+            "TOKEN": TOKEN,
+            "FOLDER": str(pathlib.Path(__file__).parent),
+        }
+        programs = []
+        for text in HOSTILE.values():
+            for word, value in words.items():
+                text = text.replace(word, value)
+            programs.append(f"```python\n{text}\n```".replace("SECRET", SECRET))
+        tests = [[{"input": "", "output": SECRET}]] * len(programs)
+        found = code.code([""] * len(programs), programs, tests=tests, seconds=1.0, parallel=4)
+        server.settimeout(0.0)
+        with pytest.raises(BlockingIOError):  # nobody has called
+            server.accept()
+    return dict(zip(HOSTILE, found, strict=True))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_program_scores_nothing(scores, name):
+    assert scores[name] == 0.0
+
+
+def test_hostile_programs_leave_nothing_behind(scores):
+    assert not [process for process in psutil.process_iter(["cmdline"]) if TOKEN in str(process.info["cmdline"])]
+    assert not [child for child in psutil.Process().children(recursive=True) if "launcher.py" in str(child.cmdline())]
+    assert not [path for folder in ("/tmp", "/var/tmp", "/usr") for path in pathlib.Path(folder).glob(f"*{TOKEN}*")]
+    assert "/program" not in pathlib.Path("/proc/self/mountinfo").read_text()
+
+
+def test_the_same_program_would_score_if_it_knew(isolated):
+    assert code.code([""], [f"```python\nprint('{SECRET}')\n```"], tests=[[{"input": "", "output": SECRET}]]) == [1.0]
+
+
+def test_a_program_has_its_input_its_folder_and_children(isolated):
+    program = (
+        "import subprocess\nopen('/tmp/a', 'w').write(input())\n"
+        "print(subprocess.run(['cat', '/tmp/a'], capture_output=True, text=True).stdout)"
+    )
+    assert sandbox.run(program, stdin="é ∀\n").stdout == "é ∀\n"
+    assert sandbox.run("import sys; print(len(sys.stdin.buffer.read()))", stdin="\ud800").stdout == "3\n"
+
+
+def test_how_a_program_ended(isolated):
+    limits = sandbox.Limits(seconds=0.5, output_bytes=10)
+    assert sandbox.run("print(1); raise SystemExit(3)") == ("1\n", "", 3, "exit")
+    assert sandbox.run("import os; os.kill(os.getpid(), 9)").exit_code == -9
+    assert sandbox.run("while True: pass", limits=limits)[2:] == (None, "time")
+    assert sandbox.run("print('x' * 100)", limits=limits)[2:] == (None, "output")
+
+
+def test_threads_may_run_programs(isolated):
+    found = []
+    threads = [threading.Thread(target=lambda n=n: found.append(sandbox.run(f"print({n})").stdout)) for n in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert sorted(found) == ["0\n", "1\n", "2\n", "3\n"]
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or platform.machine() not in launcher.ARCHITECTURES, reason="refused before the kernel is asked"
+)
+def test_where_the_kernel_gives_no_namespace_nothing_is_run():
+    """A process that may not call `unshare` any more: the filter of the jail itself, put around the outside."""
+    program = """if True:
+        from ftjax.rewards import NoIsolation, code, launcher
+        import platform, sys
+        launcher.prctl(launcher.NO_NEW_PRIVS, 1)
+        launcher.filter_calls(launcher.ARCHITECTURES[platform.machine()])
+        print({"jsonschema", "math_verify", "reasoning_gym"} & set(sys.modules))  # loaded when they are called, and not before
+        try:
+            print(code.code([""], ["```\\nprint(5)\\n```"], tests=[[{"input": "", "output": "5"}]]))
+        except NoIsolation as error:
+            print(error)
+    """
+    root = pathlib.Path(__file__).parents[2]
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, timeout=60, check=True)
+    assert ran.stdout.startswith("set()\nsandbox: this machine does not isolate processes (unshare: Operation not permitted), so untrusted")
+
+
+@pytest.mark.parametrize(
+    "system, machine, why", [("darwin", "arm64", "darwin is not Linux"), ("linux", "riscv64", "no list of system calls for riscv64")]
+)
+def test_other_systems_are_refused(monkeypatch, system, machine, why):
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    assert why in sandbox.isolation.__wrapped__()
