@@ -10,7 +10,7 @@ from typing import Any
 from ftjax.rewards import sandbox
 from ftjax.rewards.choice import choice
 from ftjax.rewards.code import code
-from ftjax.rewards.completion import Reward
+from ftjax.rewards.completion import Completion, Reward
 from ftjax.rewards.exact import exact_match
 from ftjax.rewards.extras import check
 from ftjax.rewards.json_schema import json_schema
@@ -84,11 +84,22 @@ def build(names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None 
 
 
 def _bind(name: str, options: dict[str, Any]) -> Reward:
-    known = {p.name for p in inspect.signature(REWARDS[name]).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    """Return the reward with its options, which no column of the same name replaces: data sets do have a `model` or a `score`."""
+    reward, signature = REWARDS[name], inspect.signature(REWARDS[name])
+    known = {p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
     for option, value in options.items():
         if option not in known:
             raise ValueError(f"rewards: {name!r} has no option {option!r}; nearest: {nearest(option, known)}.")
         if option == "correct" and isinstance(value, str):
             options[option] = build([value])[value]
     CHECKS.get(name, lambda: None)()
-    return functools.partial(REWARDS[name], **options) if options else REWARDS[name]
+    asked = [p for p in signature.parameters.values() if p.default is p.empty and p.name not in options]
+    hidden = signature.parameters.keys() - {p.name for p in asked}
+
+    @functools.wraps(reward)
+    def bound(prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any) -> Any:
+        shown = {column: values for column, values in columns.items() if column not in hidden}
+        return reward(prompts, completions, **options, **shown)
+
+    bound.__signature__ = signature.replace(parameters=asked)  # what `judge` may ask of the rows
+    return bound

@@ -103,7 +103,7 @@ def isolation() -> str | None:
         probe = f"import os\nprint(os.getuid(), os.getpid(), os.path.exists({outside.name!r}), os.path.exists('/proc/self'))\n"
         try:
             ran = _run(probe, "", Limits(), ())
-        except NoIsolation as error:
+        except (NoIsolation, OSError) as error:
             return str(error)
     if ran.stdout.split() != [str(launcher.NOBODY), "2", "False", "False"]:
         return f"a program in the jail saw {ran.stdout!r} {ran.stderr[-300:]!r} and ended by {ran.ended}"

@@ -31,6 +31,15 @@ def test_a_config_becomes_rewards():
     assert judged.rewards.tolist() == pytest.approx([0.75 - 0.25, -0.5])
 
 
+def test_a_column_does_not_replace_an_option_of_its_name():
+    options = {"json_schema": {"schema": {"type": "array"}}, "choice": {"letters": "AB"}}
+    columns = {"schema": [{"type": "object"}], "letters": ["XY"], "partial": [0.5], "answer": ["B"]}
+    judged = judge(build(["json_schema", "choice"], options), (), ["p"], ["[]"], columns)
+    assert judged.scores["json_schema"] == [1.0] and judged.scores["choice"] == [0.0]
+    with pytest.raises(ValueError, match="'json_schema' needs 'schema'"):
+        judge(build(["json_schema"]), (), ["p"], ["[]"], {"partial": [0.5]})
+
+
 @pytest.mark.parametrize(
     "names, options, message",
     [

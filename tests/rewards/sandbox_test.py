@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import uuid
 
 import psutil
@@ -91,7 +92,7 @@ def test_a_hostile_program_scores_nothing(scores, name):
 
 
 def test_hostile_programs_leave_nothing_behind(scores):
-    assert not [process for process in psutil.process_iter(["cmdline"]) if TOKEN in str(process.info["cmdline"])]
+    assert not named("")
     assert not [child for child in psutil.Process().children(recursive=True) if "launcher.py" in str(child.cmdline())]
     assert not [path for folder in ("/tmp", "/var/tmp", "/usr") for path in pathlib.Path(folder).glob(f"*{TOKEN}*")]
     assert "/program" not in pathlib.Path("/proc/self/mountinfo").read_text()
@@ -118,6 +119,30 @@ def test_how_a_program_ended(isolated):
     assert sandbox.run("print('x' * 100)", limits=limits)[2:] == (None, "output")
 
 
+def test_a_launcher_that_is_killed_takes_all_with_it(isolated):
+    program = f"import os\nos.fork()\nos.execv('/bin/sleep', ['killed-{TOKEN}', '1000'])"
+    argv = [sandbox.PYTHON, "-I", "/program/main.py"]
+    jail = sandbox.start(argv, files={"main.py": program}, stdin="", limits=sandbox.Limits(seconds=60.0), readable=())
+    try:
+        wait_until(lambda: len(named("killed-")) == 2)
+        jail.process.kill()
+        wait_until(lambda: not named("killed-"))
+    finally:
+        jail.close()
+
+
+def named(start):
+    """Return the processes whose name is a start and the token."""
+    return [process for process in psutil.process_iter(["cmdline"]) if start + TOKEN in (process.info["cmdline"] or [])]
+
+
+def wait_until(true, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_threads_may_run_programs(isolated):
     found = []
     threads = [threading.Thread(target=lambda n=n: found.append(sandbox.run(f"print({n})").stdout)) for n in range(4)]
@@ -132,19 +157,21 @@ def test_threads_may_run_programs(isolated):
 def test_where_the_kernel_gives_no_namespace_nothing_is_run():
     """A process that may not call `unshare` any more: the filter of the jail itself, put around the outside."""
     program = """if True:
-        from ftjax.rewards import NoIsolation, code, launcher
-        import platform, sys
+        import platform, sys, types
+        package = types.ModuleType("ftjax.rewards")  # without its __init__, which would take a second to import JAX
+        package.__path__ = ["ftjax/rewards"]
+        sys.modules["ftjax.rewards"] = package
+        from ftjax.rewards import code, launcher, sandbox
         launcher.prctl(launcher.NO_NEW_PRIVS, 1)
         launcher.filter_calls(launcher.ARCHITECTURES[platform.machine()])
-        print({"jsonschema", "math_verify", "reasoning_gym"} & set(sys.modules))  # loaded when they are called, and not before
         try:
             print(code.code([""], ["```\\nprint(5)\\n```"], tests=[[{"input": "", "output": "5"}]]))
-        except NoIsolation as error:
+        except sandbox.NoIsolation as error:
             print(error)
     """
     root = pathlib.Path(__file__).parents[2]
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, timeout=60, check=True)
-    assert ran.stdout.startswith("set()\nsandbox: this machine does not isolate processes (unshare: Operation not permitted), so untrusted")
+    assert ran.stdout.startswith("sandbox: this machine does not isolate processes (unshare: Operation not permitted), so untrusted")
 
 
 @pytest.mark.parametrize(
