@@ -134,6 +134,46 @@ def distilled(divergence: str = "jsd") -> ConfigDict:
     return config
 
 
+def online(algorithm: str = "grpo", **loss) -> ConfigDict:
+    """Learning with LoRA from what the policy writes itself: `algorithm` is a name of `ftjax.losses.LOSSES`, `loss` its options.
+
+    `rewards` is `{name of ftjax.rewards.REWARDS: weight}`, or a block of its options with a `weight`. Rows of a step: `data.batch_size`.
+    """
+    config = sft().unlock()
+    config.algorithm = algorithm
+    config.loss = ConfigDict({"kl_coef": 0.0, **loss})  # of the divergence from the base
+    config.rollout = rollout()
+    config.rewards = ConfigDict()
+    config.judging = ConfigDict({"on_error": "raise", "timeout": 60.0})  # "skip": where a reward raises, hangs or is NaN, it says nothing
+    config.data.update({"packing": "none", "batch_size": 64})  # samples of a step
+    config.optimizer.update({"learning_rate": 1e-4, "schedule": "constant"})
+    config.checkpoint.best_metric = "reward"
+    config.lock()
+    for block in (config.data.sources, config.data.eval_sources, config.rewards):
+        block.unlock()
+    return config
+
+
+def rollout() -> ConfigDict:
+    """How the policy samples, and how often it learns from a sample: see `ftjax.cli.rollouts`."""
+    config = ConfigDict()
+    config.samples_per_prompt = 8  # an experience is data.batch_size × minibatches samples, so of 1/8 as many prompts
+    config.minibatches = 1  # steps that an experience is split into
+    config.epochs = 1  # times that it is learnt from
+    config.max_tokens = 256  # of a sample
+    config.temperature = 1.0  # of the sampler, and of the policy that is trained
+    config.top_k = 0  # 0: all; filters make the sampler another distribution than the trainer's
+    config.top_p = 1.0
+    config.min_p = 0.0
+    config.slots = 0  # samples written at a time; 0: all
+    config.advantages = "auto"  # the algorithm's own, or a name of ftjax.online.ESTIMATORS
+    config.kl_penalty = 0.0  # times the log-ratio to the reference, taken from the reward
+    config.mask_truncated = False  # nothing is learnt from a sample that was cut at max_tokens
+    config.log = 0  # samples of each experience in rollouts.jsonl; 0: all
+    config.show = 2  # on the terminal, at each report
+    return config
+
+
 def rope() -> ConfigDict:
     """Another RoPE than the model's own, for a longer context: see `ftjax.models.stretch`."""
     config = ConfigDict()
@@ -302,6 +342,9 @@ def _shrink(config: ConfigDict, tiny: str) -> None:
     for block in (config.nf4, config.fp4, config.int4, config.loftq):
         block.group = 16
     config.adalora.update({"init_rank": 4, "target_rank": 2})
+    if "rollout" in config:
+        config.data.update({"batch_size": 8 // config.rollout.minibatches, "accumulation": 1})
+        config.rollout.update({"samples_per_prompt": min(4, config.rollout.samples_per_prompt), "max_tokens": 8, "slots": 0})
     config.relora.every_steps = 2
     config.optimizer.warmup_steps = 1
     config.eval.update({"every_steps": 2, "batches": 1, "samples": min(2, config.eval.samples)})

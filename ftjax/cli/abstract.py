@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ftjax import data, peft, sharding, tree
-from ftjax.cli import build, objective, said, teaching
+from ftjax.cli import build, objective, rollouts, said, teaching
 from ftjax.peft import inits
 from ftjax.train import Step, init_state
 from ftjax.types import Batch, Model, Params, TrainState, Transform
@@ -74,6 +74,10 @@ def batch(mesh: Mesh, config, *, rows: int | None = None) -> Batch:
         found = dataclasses.replace(found, teacher_ids=ids_of, teacher_logps=logps_of)
     if packed:
         found = dataclasses.replace(found, places=of(jnp.int32, rows, 1, responses, tokens, time=False))
+    if needs.data == data.ROLLOUTS:
+        old, reference = (mask if wanted else None for wanted in (rollouts.stride(config) > 1, rollouts.referred(config)))
+        advantages = of(jnp.float32, rows, time=False)
+        return dataclasses.replace(found, behavior_logps=mask, old_logps=old, reference_logps=reference, advantages=advantages)
     if needs.data == data.LABELLED:
         found = dataclasses.replace(found, desirable=of(jnp.float32, *((rows, 1) if packed else (rows,)), time=False))
     return dataclasses.replace(found, mismatched=Batch(ids, mask, ids, ids)) if needs.baseline else found

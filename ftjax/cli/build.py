@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ftjax import data, hub, models, optimizers, peft, quant, sharding
-from ftjax.cli import measure, objective
+from ftjax.cli import measure, objective, rollouts
 from ftjax.cli.config import named, plain
 from ftjax.hf import load as hf_load
 from ftjax.hf import tokenizer as hf_tokenizer
@@ -145,7 +145,7 @@ def method(config, statistics: Mapping[str, Mapping[str, Any]] = {}) -> Transfor
     wanted = objective.needs(config)
     live = wanted.reference and (wanted.baseline or not objective.asks_once(config))  # of mismatched rows nothing is known before
     live = live and "reference" not in objective.remembers(config)
-    return peft.anchored(chosen) if live else chosen
+    return peft.anchored(chosen) if live or rollouts.referred(config) else chosen
 
 
 def quantizer(config) -> Transform | None:
@@ -197,8 +197,8 @@ def encoder(config, tokenizer: Any) -> data.Encoder:
     return data.make_encoder(tokenizer, **{name: config.data[name] for name in fields})
 
 
-def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False) -> tuple[data.Loader, dict[str, data.Report]]:
-    """Return this process's share of the batches, and what became of the rows of each source.
+def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False) -> tuple[Any, dict[str, data.Report]]:
+    """Return this process's share of the batches, or all prompts of rollouts, and what became of the rows of each source.
 
     Held-out data is shuffled too, always in one way: packing puts long examples first, and a few batches should speak for all.
     """
@@ -215,6 +215,10 @@ def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False)
         found, reports = data.load(specs, encoder, **options)
     elif wanted.data in (data.PAIRS, data.LABELLED):
         found, reports = data.load_judged(specs, encoder, wanted=wanted.data, mismatched=wanted.baseline, **options)
+    elif wanted.data == data.ROLLOUTS:
+        del options["packing"], options["batch_size"]
+        options |= {"count": rollouts.samples(config) if held_out else rollouts.prompts(config), "max_tokens": config.rollout.max_tokens}
+        return data.load_prompts(specs, encoder, **options)
     else:
         raise ValueError(f"algorithm: {config.algorithm!r} learns from {wanted.data}, not read by `ftjax train` yet; use it from Python.")
     return found.shard(*sharding.batch_share(mesh)), reports
@@ -263,6 +267,8 @@ def _examples(config, source) -> Iterator[data.Example]:
     wanted, options = objective.needs(config).data, {"bad_rows": config.data.bad_rows}
     if wanted == "messages":
         yield from data.read(plain(source), **options)
+    elif wanted == data.ROLLOUTS:
+        yield from data.read_prompts(plain(source), **options)
     else:
         yield from (one.responses[0] for one in data.read_judged(plain(source), wanted, **options) if one.numbers.get("desirable", 1))
 

@@ -7,13 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ftjax import data
+from ftjax import data, rewards
 from ftjax.cli.config import plain
-from ftjax.online import Sample
-from ftjax.rewards.panel import Judged
-from ftjax.rewards.panel import judge as ask
+from ftjax.rollout import Sample
 
-Judge = Callable[[Sequence[data.Prompt], Sequence[str], Sequence[Sample]], Judged]
+Judge = Callable[[Sequence[data.Prompt], Sequence[str], Sequence[Sample]], rewards.Judged]
 """`(prompts, texts, samples) -> judged`, one of each a sample."""
 
 
@@ -27,17 +25,12 @@ def judge(config) -> Judge:
     if not blocks:
         raise ValueError("rewards: name at least one, as config.rewards.exact_match = 1.0 (its weight).")
     weights = [float(block.pop("weight", 1.0)) for block in blocks.values()]
-    from ftjax.rewards import exact_match, numeric_match
-
-    def build(names, options):
-        return {name: {"exact_match": exact_match, "numeric_match": numeric_match}[name] for name in names}
-
-    rewards = build(list(blocks), {name: block for name, block in blocks.items() if block})
+    panel = rewards.build(list(blocks), {name: block for name, block in blocks.items() if block})
     options = plain(config.judging)
 
-    def judged(prompts: Sequence[data.Prompt], texts: Sequence[str], samples: Sequence[Sample]) -> Judged:
+    def judged(prompts: Sequence[data.Prompt], texts: Sequence[str], samples: Sequence[Sample]) -> rewards.Judged:
         shown = {**columns(prompts), "completion_ids": [sample.tokens.tolist() for sample in samples]}
-        return ask(rewards, weights, [prompt.text for prompt in prompts], texts, shown, **options)
+        return rewards.judge(panel, weights, [prompt.text for prompt in prompts], texts, shown, **options)
 
     return judged
 
@@ -49,7 +42,7 @@ def columns(prompts: Sequence[data.Prompt]) -> Mapping[str, list[Any]]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def as_rows(judged: Judged, shape: tuple[int, int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def as_rows(judged: rewards.Judged, shape: tuple[int, int]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Return the weighted sums and each reward, float32 of a shape."""
     each = {name: scores.reshape(shape).astype(np.float32) for name, scores in judged.scores.items()}
     return judged.rewards.reshape(shape).astype(np.float32), each

@@ -89,10 +89,12 @@ def check_best_metric(config) -> None:
     shape = (1, 2, 2) if needs(config).data == data.PAIRS else (1, 2)
     row, number = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
     of_items = ("desirable", "baseline", "margins")
-    rows = ("tokens", "loss_mask", "positions", "segment_ids", "reference_logps")
+    rows = ("tokens", "loss_mask", "positions", "segment_ids", "reference_logps", *needs(config).fields)
     batch = Batch(**dict.fromkeys(rows, row), **dict.fromkeys(of_items, number))
     scores = Scores(**{name: row for name in _outputs(config)})
     names = ("loss", *jax.eval_shape(loss(config), scores, batch)[1], "perplexity")
+    if needs(config).data == data.ROLLOUTS:  # judged by what they are worth, and not by the loss of given rows
+        names = ("reward", *(f"rewards/{name}" for name in config.rewards), "length", "finished", "repetition")
     if config.checkpoint.best_metric not in names:
         raise ValueError(f"checkpoint.best_metric: there is no {config.checkpoint.best_metric!r}; the evaluation has {', '.join(names)}.")
 
@@ -100,7 +102,7 @@ def check_best_metric(config) -> None:
 def _outputs(config) -> tuple[str, ...]:
     """Return what is scored: what the objective needs, and of conversations the accuracy, with a teacher how often both agree."""
     wanted = needs(config)
-    more = ("greedy",) if wanted.data == "messages" else ()
+    more = {"messages": ("greedy",), data.ROLLOUTS: ("entropy",)}.get(wanted.data, ())
     smooth = ("mean_logps",) if wanted.data == "messages" and config.loss.get("label_smoothing") else ()
     agree = ("agreement",) if "divergence" in wanted.outputs and teacher_block(config).divergence != "uld" else ()
     return (*wanted.outputs, *more, *smooth, *agree)
@@ -110,6 +112,8 @@ def score(config, model: Model, mesh: Mesh, outputs: tuple[str, ...] | None = No
     """Return how tokens are scored: with what the objective and its metrics need, and no more."""
     outputs = outputs or _outputs(config)
     options = {"batch_shards": math.prod(mesh.shape[name] for name in sharding.ROWS)}
+    if needs(config).data == data.ROLLOUTS:
+        options["temperature"] = config.rollout.temperature
     model = sharding.on_mesh(model, mesh)
     if "divergence" not in outputs:
         return partial(scoring.score, model, **options, outputs=outputs)

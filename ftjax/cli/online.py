@@ -9,11 +9,9 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
-from ftjax import data, logs, online, rollout, sharding
+from ftjax import data, logs, online
 from ftjax.cli import build, judging, rollouts, show
 from ftjax.cli.run import Lessons, Run
 from ftjax.types import Batch, Mean, Metrics, Model, Params, TrainState, Transform
@@ -40,15 +38,13 @@ class Experiences:
     def __init__(self, run: Run, actor: Actor, lessons: Lessons, *, start: int, meter: logs.Meter):
         config, model, mesh = run.config, actor.model, run.mesh
         self._run, self._actor, self._lessons, self._meter, self._asked = run, actor, lessons, meter, config.rollout
-        template = lessons.encoder.template.source if lessons.encoder.template else "none"
-        ends = rollout.Encoder(model, lessons.encoder.tokenizer, template=template).eos_ids
-        self._sample = rollouts.sampler(config, model, ends, whole)
+        self._sample = rollouts.sampler(config, model, mesh, lessons.encoder)
         self._judge = judging.judge(config)
         self._advantages = rollouts.advantages(config)
         temperatures = {self._asked.temperature, 1.0}
         self._policies = {one: rollouts.scorer(config, model, actor.method, mesh, temperature=one) for one in temperatures}
         self._reference = rollouts.reference_scorer(config, model, mesh) if rollouts.referred(config) else None
-        self._file = logs.Jsonl(run.workdir / ROLLOUTS, resume_step=start) if jax.process_index() == 0 else None
+        self._file = logs.Jsonl(run.workdir / ROLLOUTS, resume_step=start)
         self._rows: Batch | None = None
 
     def __call__(self, state: TrainState, done: int) -> tuple[Batch, Metrics]:
@@ -60,12 +56,11 @@ class Experiences:
             with self._meter.paused():
                 self._rows, origin = self._gather(state, index, done)
         order = {"seed": self._run.config.seed, "index": index, "step": step, "count": self._asked.minibatches}
-        return self._mine(online.minibatch(self._rows, **order)), origin
+        return online.minibatch(self._rows, **order), origin
 
     def close(self) -> None:
         """Close the file of rollouts."""
-        if self._file:
-            self._file.close()
+        self._file.close()
 
     def examine(self, state: TrainState) -> dict[str, float]:
         """Return the metrics of held-out prompts, each answered once: with the same draws at every evaluation."""
@@ -95,10 +90,10 @@ class Experiences:
     def _answered(self, state: TrainState, prompts: Sequence[data.Prompt], key: jax.Array, *, per_prompt: int) -> online.Experience:
         """Return samples of the policy and what they are worth; what they are worth beside each other is still to come."""
         asked = [prompt for prompt in prompts for _ in range(per_prompt)]
-        keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(len(asked)))
+        keys = jax.random.split(key, (len(prompts), per_prompt))
         began = time.perf_counter()
         params = self._actor.method.attach(self._actor.frozen, state.trainable)
-        samples = self._sample(params, [prompt.tokens for prompt in asked], keys)
+        samples = self._sample(params, [prompt.tokens for prompt in prompts], keys)
         seconds = time.perf_counter() - began
         decode = self._lessons.encoder.tokenizer.decode
         texts = [decode(sample.tokens.tolist(), skip_special_tokens=True) for sample in samples]
@@ -116,7 +111,7 @@ class Experiences:
         policy = lambda temperature: self._look(partial(self._policies[temperature], state.trainable, self._actor.frozen), rows)  # noqa: E731
         said: Metrics = {}
         if first and rollouts.filtered(config):
-            plain = online.rows(asked, [one._replace(behavior_logps=one.logps) for one in found.samples], **options)
+            plain = online.rows(asked, [dataclasses.replace(one, behavior_logps=one.logps) for one in found.samples], **options)
             self._check(plain, policy(1.0))
         several = rollouts.stride(config) > 1
         if several or self._asked.kl_penalty or (first and not rollouts.filtered(config)):
@@ -144,27 +139,13 @@ class Experiences:
         config = self._run.config
         size = config.data.batch_size // config.data.accumulation
         parts = (jax.tree.map(lambda x, at=at: x[at : at + size], rows) for at in range(0, rows.tokens.shape[0], size))
-        return np.concatenate([whole(score(build.on_mesh(self._mine(part), self._run.mesh))) for part in parts])
-
-    def _mine(self, rows: Batch) -> Batch:
-        """Return this process's share of some rows, which every process has whole."""
-        index, count = sharding.batch_share(self._run.mesh)
-        share = rows.tokens.shape[0] // count
-        return jax.tree.map(lambda x: x[index * share : (index + 1) * share], rows)
+        return np.concatenate([np.asarray(score(build.on_mesh(part, self._run.mesh))) for part in parts])
 
     def _show(self, found: online.Experience, done: int) -> None:
         """Write all samples to the file, and a few to the terminal where a report is due."""
         config = self._run.config
-        if self._file is None:
-            return
         rows = online.table(found)
         for row in rows[: self._asked.log or None]:
             self._file.row(done + 1, row)  # of the first step that learns from it: a run resumed before that step drops the line
         if self._asked.show and (self._rows is None or done % config.logging.every_steps < rollouts.stride(config)):
             self._run.terminal.say(show.rollouts(rows[: self._asked.show]))
-
-
-def whole(x: jax.Array) -> np.ndarray:
-    """Return all of a small array on the host, also where other processes hold parts of it (then all of them ask)."""
-    here = x.is_fully_addressable or x.is_fully_replicated
-    return np.asarray(x if here else multihost_utils.process_allgather(x, tiled=True))

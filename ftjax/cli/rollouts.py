@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ftjax import data, online, peft, rollout
-from ftjax.cli import objective
+from ftjax import data, online, peft, rollout, sharding
+from ftjax.cli import judging, objective
 from ftjax.online.estimators import ESTIMATORS, Estimator
 from ftjax.tree import nearest
 from ftjax.types import Batch, Model, Params, Transform
@@ -73,6 +72,9 @@ def check(config) -> None:
         return
     if "rollout" not in config:
         raise ValueError(f"rollout: {config.algorithm!r} needs a block config.rollout; begin the config with base.online().")
+    if jax.process_count() > 1:
+        raise ValueError(f"algorithm: {config.algorithm!r} samples on the devices of one process; there are {jax.process_count()}.")
+    judging.judge(config)
     asked, steps, chosen = config.rollout, stride(config), estimator(config)
     sampling(config)
     for name in ("epochs", "minibatches", "samples_per_prompt", "max_tokens"):
@@ -110,10 +112,16 @@ def referred(config) -> bool:
     return used(config) and bool(config.loss.get("kl_coef", 0.0) or config.rollout.kl_penalty or objective.needs(config).reference)
 
 
-def sampler(config, model: Model, eos_ids: tuple[int, ...], whole: Callable[[jax.Array], Any]) -> online.Sampler:
-    """Return how prompts are answered."""
-    options = {"max_tokens": config.rollout.max_tokens, "slots": config.rollout.slots or samples(config)}
-    return online.static_sampler(model, eos_ids=eos_ids, sampling=sampling(config), whole=whole, **options)
+def sampler(config, model: Model, mesh: Mesh, encoder: data.Encoder) -> online.Sampler:
+    """Return how prompts are answered: by one engine, whose programs are compiled once for the whole run."""
+    template = encoder.template.source if encoder.template else "none"
+    engine = rollout.Engine(
+        sharding.on_mesh(model, mesh),
+        rollout.Encoder(model, encoder.tokenizer, template=template).eos_ids,
+        slots=config.rollout.slots or samples(config),
+        slot_tokens=config.data.max_tokens,
+    )
+    return online.sampler(engine, max_tokens=config.rollout.max_tokens, sampling=sampling(config))
 
 
 def scorer(config, model: Model, method: Transform, mesh: Mesh, *, temperature: float) -> Callable[[Params, Params, Batch], jax.Array]:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ftjax import data, logs
 from ftjax.checkpoint import Checkpoints
-from ftjax.cli import build, measure, objective, runtime, show
+from ftjax.cli import build, measure, objective, rollouts, runtime, show
 from ftjax.cli import config as configs
 from ftjax.cli.stop import Stop
 from ftjax.types import TrainState
@@ -36,8 +36,8 @@ class Lessons(NamedTuple):
     """What the model learns from and is examined on."""
 
     encoder: data.Encoder
-    loader: data.Loader
-    held_out: data.Loader | None
+    loader: data.Loader | data.Prompts
+    held_out: data.Loader | data.Prompts | None
 
 
 def begin(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_change: bool) -> Run:
@@ -45,6 +45,7 @@ def begin(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_c
     config = build.resolved(config)
     config_json = configs.as_json(config)
     objective.check_reference(config)
+    rollouts.check(config)
     objective.check_best_metric(config)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
     runtime.agree("workdir: the last checkpoint", (checkpoints.steps() or [0])[-1])
@@ -63,6 +64,9 @@ def read(run: Run, tokenizer: Any) -> Lessons:
     loader, reports = build.loader(config, encoder, mesh)
     held_out = build.loader(config, encoder, mesh, held_out=True)[0] if config.data.eval_sources else None
     terminal.heading("What it learns from")
+    if rollouts.used(config):
+        terminal.say(show.prompts(reports, loader, samples=config.rollout.samples_per_prompt, stride=rollouts.stride(config)))
+        return Lessons(encoder, loader, held_out)
     terminal.say(show.sources(reports, loader))
     terminal.say(show.preview(loader.sequences, tokenizer, count=2, console=terminal.console))
     return Lessons(encoder, loader, held_out)

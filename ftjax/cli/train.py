@@ -25,7 +25,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ftjax import checkpoint, logs, peft, sharding
-from ftjax.cli import adapter, beginning, build, measure, objective, reference, runtime, said, show, sweep, teaching
+from ftjax.cli import adapter, beginning, build, measure, objective, online, reference, rollouts, runtime, said, show, sweep, teaching
 from ftjax.cli import config as configs
 from ftjax.cli.loop import EARLY, FINISHED, Evaluate, Loop, Memory, Stream, take_steps
 from ftjax.cli.run import Lessons, Run, ask, begin, open_writers, read
@@ -85,7 +85,8 @@ def train(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_c
     del trainable  # the state's, and donated with it
     with contextlib.closing(run.checkpoints):
         state, memory, start = _resume(run, state)
-        batch = Stream(lessons.loader.iterate(start))
+        meter = logs.Meter(logs.peak_flops(build.dtype(run.config.model.dtype)) * jax.process_count())
+        batch = _batches(run, policy, lessons, meter, start)
         with contextlib.closing(open_writers(run, start)) as writers, contextlib.closing(batch):
             run.terminal.heading("Training")
             quiz = build.quiz(
@@ -93,7 +94,8 @@ def train(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_c
             )
             if not start and not memory.before:
                 memory.before = ask(run, quiz, state, "before")
-            loop = _loop(run, policy, lessons, state, batch, memory, writers, _examination(run, policy, lessons, quiz, writers))
+            evaluate = _examination(run, policy, lessons, quiz, batch, writers)
+            loop = _loop(run, policy, lessons, state, batch, meter, memory, writers, evaluate)
             state, done, reason = take_steps(loop, state, start=start)
             if reason not in (FINISHED, EARLY):
                 run.terminal.say(f"{reason}: saved at step {done} of {run.config.steps}; the same command goes on from there.")
@@ -163,12 +165,21 @@ def _resume(run: Run, state: TrainState) -> tuple[TrainState, Memory, int]:
     return state, Memory(**record.memory), record.step
 
 
+def _batches(run: Run, policy: Policy, lessons: Lessons, meter: logs.Meter, start: int) -> Stream | online.Experiences:
+    """Return where the batches come from: from the data, or from the policy itself."""
+    if not rollouts.used(run.config):
+        return Stream(lessons.loader.iterate(start))
+    actor = online.Actor(policy.loaded.model, policy.method, policy.frozen)
+    return online.Experiences(run, actor, lessons, start=start, meter=meter)
+
+
 def _loop(
     run: Run,
     policy: Policy,
     lessons: Lessons,
     state: TrainState,
-    batch: Stream,
+    batch: Stream | online.Experiences,
+    meter: logs.Meter,
     memory: Memory,
     writers: logs.Writers,
     evaluate: Evaluate | None,
@@ -183,27 +194,37 @@ def _loop(
         ),
         frozen=teaching.beside(policy.frozen, policy.teacher),
         batch=batch,
-        stride=1,
+        stride=rollouts.stride(config),
         put=partial(build.on_mesh, mesh=mesh),
         flops=partial(logs.flops_per_batch, policy.frozen, shapes, loaded.model.config, group_tokens=config.model.group_tokens),
         parts=sharding.batch_share(mesh)[1],
         learning_rate=build.learning_rate(config),
         evaluate=evaluate,
-        evaluate_every=lessons.loader.steps_per_epoch if config.eval.every_steps < 0 else config.eval.every_steps,
+        evaluate_every=rollouts.stride(config) * lessons.loader.steps_per_epoch if config.eval.every_steps < 0 else config.eval.every_steps,
         checkpoints=run.checkpoints,
         writers=writers,
         terminal=run.terminal,
-        meter=logs.Meter(logs.peak_flops(build.dtype(config.model.dtype)) * jax.process_count()),
+        meter=meter,
         stop=run.stop,
         memory=memory,
     )
 
 
-def _examination(run: Run, policy: Policy, lessons: Lessons, quiz: measure.Quiz, writers: logs.Writers) -> Evaluate | None:
+def _examination(
+    run: Run, policy: Policy, lessons: Lessons, quiz: measure.Quiz, batch: Stream | online.Experiences, writers: logs.Writers
+) -> Evaluate | None:
     """Return what is done at each evaluation; None where the config asks for none."""
     config, held_out = run.config, lessons.held_out
     if held_out is None or not config.eval.every_steps:
         return None
+    if isinstance(batch, online.Experiences):
+
+        def judged(state: TrainState, done: int) -> dict[str, float]:
+            values = batch.examine(state)
+            _log_samples(writers, quiz, state, done, config.eval.samples)
+            return values
+
+        return judged
     teacher, frozen = policy.teacher and policy.teacher.model, teaching.beside(policy.frozen, policy.teacher)
     step = objective.eval_step(config, policy.loaded.model, policy.method, run.mesh, teacher=teacher)
 

@@ -3,7 +3,7 @@
 from ftjax.online.agreement import Disagreement, check_agreement, disagreement
 from ftjax.online.estimators import ESTIMATORS, Evidence
 from ftjax.online.experience import Experience, minibatch, table
-from ftjax.online.samples import Sample, Sampler, rows, static_sampler
+from ftjax.online.samples import Sampler, rows, sampler
 from ftjax.online.summary import summary
 
 __all__ = [
@@ -11,13 +11,12 @@ __all__ = [
     "Disagreement",
     "Evidence",
     "Experience",
-    "Sample",
     "Sampler",
     "check_agreement",
     "disagreement",
     "minibatch",
     "rows",
-    "static_sampler",
+    "sampler",
     "summary",
     "table",
 ]

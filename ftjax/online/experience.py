@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from ftjax.data import Prompt
-from ftjax.online.samples import Sample
+from ftjax.rollout import Sample
 from ftjax.types import Batch
 
 

@@ -3,65 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from ftjax import rollout
-from ftjax.types import Batch, Model, Params
-
-
-class Sample(NamedTuple):
-    """One completion."""
-
-    tokens: np.ndarray
-    """int32 `[n]`, the end-of-sequence token included."""
-    logps: np.ndarray
-    """float32 `[n]`: under the model, at temperature 1 and unfiltered."""
-    behavior_logps: np.ndarray
-    """float32 `[n]`: under the distribution that was drawn from."""
-    finished: bool
-    """It ended by itself and was not cut."""
-
+from ftjax.rollout import Engine, Request, Sample, Sampling
+from ftjax.types import Batch, Params
 
 Sampler = Callable[[Params, Sequence[np.ndarray], jax.Array], list[Sample]]
-"""`(params, prompts int [t] each, keys [n]) -> samples`, in the order of the prompts; each depends on its own prompt and key alone."""
+"""`(params, prompts int [t] each, keys [p, g]) -> samples`: g to each of p prompts, one prompt after the other; each depends on its own
+prompt and key alone."""
 
 
-def static_sampler(
-    model: Model, *, eos_ids: Sequence[int], max_tokens: int, sampling: rollout.Sampling, slots: int = 0, whole: Callable = np.asarray
-) -> Sampler:
-    """Return a sampler that writes batches of `slots` rows, each until its last row has ended.
+def sampler(engine: Engine, *, max_tokens: int, sampling: Sampling) -> Sampler:
+    """Return how an engine answers prompts, each of which is read once.
 
     Args:
-      model: the architecture.
-      eos_ids: tokens that end a completion.
-      max_tokens: the most tokens of one.
+      engine: its slots are filled with the next sample as soon as one has ended.
+      max_tokens: the most tokens of a sample.
       sampling: from `rollout.settings`.
-      slots: rows at a time; 0 for all.
-      whole: brings an array to the host.
     """
 
     def sample(params: Params, prompts: Sequence[np.ndarray], keys: jax.Array) -> list[Sample]:
-        size = min(slots, len(prompts)) or len(prompts)
-        order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
-        found: dict[int, Sample] = {}
-        for first in range(0, len(order), size):
-            chosen = order[first : first + size]
-            tokens, segment_ids = rollout.pad([prompts[at] for at in chosen], rows=size)
-            own = keys[np.asarray([*chosen, *[chosen[0]] * (size - len(chosen))])]
-            state = rollout.start(
-                model, params, tokens, segment_ids, max_tokens=max_tokens, eos_ids=eos_ids, sampling=sampling, key=own
-            )  # fmt: skip
-            state = rollout.extend(model, params, state, max_tokens - 1, eos_ids=eos_ids, sampling=sampling)
-            written, logps, behavior, lengths, finished = map(
-                whole, (state.tokens, state.logps, state.behavior_logps, state.lengths, state.finished)
-            )
-            for row, at in enumerate(chosen):
-                n = int(lengths[row])
-                found[at] = Sample(written[row, :n], logps[row, :n], behavior[row, :n], bool(finished[row]))
-        return [found[at] for at in range(len(prompts))]
+        count = keys.shape[1]
+        requests = [
+            Request(prompt, max_tokens, sampling=sampling, key=key, num_samples=count) for prompt, key in zip(prompts, keys, strict=True)
+        ]
+        return engine.generate(params, requests)
 
     return sample
 

@@ -20,11 +20,11 @@ def params():
 @pytest.fixture(scope="module")
 def sample(params):
     """`sample(temperature, params) -> batch`."""
-    keys = jax.random.split(jax.random.key(2), len(PROMPTS))
+    keys = jax.random.split(jax.random.key(2), (len(PROMPTS), 1))
+    engine = rollout.Engine(tiny.MODEL, (3,), slots=4, slot_tokens=16)
 
     def draw(temperature=1.0, params=params):
-        sampling = rollout.settings(temperature=temperature)
-        sampler = online.static_sampler(tiny.MODEL, eos_ids=(3,), max_tokens=8, sampling=sampling)
+        sampler = online.sampler(engine, max_tokens=8, sampling=rollout.settings(temperature=temperature))
         return online.rows(PROMPTS, sampler(params, PROMPTS, keys), max_tokens=32)
 
     return draw

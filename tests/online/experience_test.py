@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from ftjax import data, online
+from ftjax import data, online, rollout
 from ftjax.types import Batch
 
 ROWS = Batch(np.arange(24).reshape(12, 2), *[np.zeros((12, 2))] * 3, advantages=np.arange(12.0))
@@ -24,7 +24,7 @@ def test_each_epoch_learns_from_each_row_once_in_an_order_of_its_own(count):
 
 def test_the_table_is_plain_data_with_each_reward_beside_its_sample():
     example = data.Example(({"role": "user", "content": "2 + 3 ="},))
-    samples = [online.Sample(np.arange(n), np.zeros(n), np.zeros(n), n < 3) for n in (2, 3)]
+    samples = [rollout.Sample(np.arange(n), np.zeros(n), np.zeros(n), "eos" if n < 3 else "length") for n in (2, 3)]
     rewards, none = np.array([[1.0, np.nan]]), np.array([[0.5, np.nan]])
     found = online.Experience(
         [data.Prompt(np.arange(4), example)], samples, ["5", "6"], rewards, {"right": none}, np.array([[0.7, 0.0]]), 1.0

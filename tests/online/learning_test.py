@@ -19,12 +19,14 @@ METHOD = peft.full("everything")
 OPTIMIZER = optax.sgd(1.0)
 ASKED = [np.arange(1, 4 + at % 2) for at in range(PROMPTS) for _ in range(SAMPLES)]
 
-sample = online.static_sampler(tiny.MODEL, eos_ids=(), max_tokens=TOKENS, sampling=rollout.settings(temperature=1.0))
+sample = online.sampler(
+    rollout.Engine(tiny.MODEL, slots=PROMPTS * SAMPLES, slot_tokens=16), max_tokens=TOKENS, sampling=rollout.settings(temperature=1.0)
+)
 
 
 def experience(params, key):
     """Samples whose reward is the share of one token among them; the rows of a batch, and the mean reward."""
-    samples = sample(params, ASKED, jax.random.split(key, len(ASKED)))
+    samples = sample(params, ASKED[::SAMPLES], jax.random.split(key, (PROMPTS, SAMPLES)))
     rewards = np.array([np.mean(one.tokens == WANTED) for one in samples], np.float32).reshape(PROMPTS, SAMPLES)
     rows = online.rows(ASKED, samples, max_tokens=16)
     mask = rows.loss_mask.reshape(PROMPTS, SAMPLES, -1)

@@ -11,8 +11,8 @@ PROMPTS = [np.arange(1, 4), np.arange(2, 8), np.array([5]), np.arange(3, 7), np.
 
 
 def sampler(slots: int, **settings) -> online.Sampler:
-    sampling = rollout.settings(temperature=1.0, **settings)
-    return online.static_sampler(tiny.MODEL, eos_ids=(3,), max_tokens=5, sampling=sampling, slots=slots)
+    engine = rollout.Engine(tiny.MODEL, (3,), slots=slots, slot_tokens=16)
+    return online.sampler(engine, max_tokens=5, sampling=rollout.settings(temperature=1.0, **settings))
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def keys():
-    return jax.vmap(lambda at: jax.random.fold_in(jax.random.key(2), at))(np.arange(len(PROMPTS)))
+    return jax.random.split(jax.random.key(2), (len(PROMPTS), 1))
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,14 @@ def test_neither_neighbours_nor_slots_change_a_sample(params, keys, samples):
         ended = one.tokens.tolist().index(3) + 1 if 3 in one.tokens else 5
         assert len(one.tokens) == len(one.logps) == ended and one.finished == (3 in one.tokens)
     assert {one.finished for one in samples} == {True, False}
+
+
+def test_a_group_has_its_prompt_and_keys_of_its_own(params, keys, samples):
+    pairs = sampler(5)(params, PROMPTS[:2], jax.numpy.concatenate([keys[:2], keys[2:4]], axis=1))
+    assert len(pairs) == 4
+    for one, other in zip(pairs[::2], samples[:2], strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+    assert pairs[0].tokens.tolist() != pairs[1].tokens.tolist()
 
 
 def test_rows_hold_prompt_and_completion_and_count_what_was_written(samples):

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from ftjax import online
+from ftjax import online, rollout
 from ftjax.online.summary import repetition
 
 
 def test_the_summary_of_three_groups_of_two():
     lengths = (4, 4, 2, 2, 1, 5)
-    samples = [online.Sample(np.arange(n), np.zeros(n), np.zeros(n), n < 5) for n in lengths]
+    samples = [rollout.Sample(np.arange(n), np.zeros(n), np.zeros(n), "eos" if n < 5 else "length") for n in lengths]
     rewards = np.array([[1.0, 0.0], [1.0, 1.0], [np.nan, 3.0]])
     each = {"right": rewards, "never": np.full((3, 2), np.nan)}
     found = {name: mean.value() for name, mean in online.summary(online.Experience([], samples, [], rewards, each, rewards, 2.0)).items()}

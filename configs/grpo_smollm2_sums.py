@@ -1,0 +1,24 @@
+"""Does GRPO teach SmolLM2-135M-Instruct to add and subtract, from nothing but whether the answer is right?
+
+Command: ftjax train --config=configs/grpo_smollm2_sums.py --workdir=runs/grpo_smollm2_sums
+Data: python experiments/method_table/data.py data/sums
+Hardware: UNTESTED at full length.
+"""
+
+from configs import base
+
+
+def get_config(arg=""):
+    config = base.online("grpo")
+    config.steps = 100
+    config.data.sources.sums = base.source("data/sums/train.jsonl")
+    config.data.eval_sources.sums = base.source("data/sums/test.jsonl")
+    config.data.update({"max_tokens": 128, "batch_size": 64, "accumulation": 2})
+    config.rewards.numeric_match = 1.0
+    config.rollout.max_tokens = 16
+    config.optimizer.update({"learning_rate": 2e-4, "warmup_steps": 5})
+    config.eval.update({"every_steps": 25, "batches": 1})
+    config.eval.generate.update({"examples": 256, "max_tokens": 16, "batch_size": 64, "metric": "numeric_match"})
+    config.checkpoint.every_steps = 25
+    config.logging.every_steps = 5
+    return base.finish(config, arg, tiny="tiny-llama")

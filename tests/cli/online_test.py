@@ -1,0 +1,119 @@
+"""`ftjax train` on rollouts: it learns, tells what it did, and goes on bit for bit."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from ftjax import rewards
+from ftjax.checkpoint import Checkpoints
+from ftjax.cli import main, online
+from ftjax.cli.stop import Stop
+from ftjax.logs.writers import read_jsonl
+from tests.cli.train_test import assert_bitwise_equal, stored
+
+CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "grpo_smollm2_sums.py") + ":smoke"
+OPTIONS = (
+    "--config.steps=16",
+    "--config.data.batch_size=16",
+    "--config.rollout.samples_per_prompt=8",
+    "--config.rollout.minibatches=2",
+    "--config.loss.kl_coef=0.01",
+    "--config.optimizer.learning_rate=0.05",
+    "--config.lora.dropout=0.1",
+    "--config.eval.every_steps=8",
+    "--config.eval.generate.examples=0",
+    "--config.checkpoint.every_steps=0",
+    "--config.logging.every_steps=2",
+    "--config.logging.tensorboard=False",
+)
+
+
+def high_bytes(prompts, completions, *, completion_ids, **columns):
+    """The share of bytes from 128 on: half at random."""
+    return [float(np.mean(np.asarray(ids) >= 128)) for ids in completion_ids]
+
+
+@pytest.fixture(scope="module")
+def train(compiled):
+    """`train(workdir, *more) -> exit code`."""
+
+    def run(workdir, *more: str) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(rewards.REWARDS, "numeric_match", high_bytes)
+            return main.main(["train", f"--config={CONFIG}", f"--workdir={workdir}", f"--compile_cache={compiled}", *OPTIONS, *more])
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """The workdir of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("whole")
+    assert train(workdir) == 0
+    return workdir
+
+
+def reported(workdir, name: str) -> list[float]:
+    return [row[name] for row in read_jsonl(workdir / "metrics.jsonl") if name in row]
+
+
+def test_the_reward_rises(whole):
+    rewards = reported(whole, "train/reward")
+    assert len(rewards) == 8 and rewards[0] < 0.65 and rewards[-1] > rewards[0] + 0.2
+    assert reported(whole, "eval/reward")[-1] > reported(whole, "eval/reward")[0]
+
+
+def test_what_is_reported_says_all_that_may_go_wrong(whole):
+    row = next(row for row in read_jsonl(whole / "metrics.jsonl") if "train/reward" in row)
+    names = "reward_std rewards/numeric_match zero_variance length finished repetition kl entropy clip/high ratio sampler_gap"
+    assert {
+        f"train/{name}" for name in (*names.split(), "sampled_tokens_per_second", "sampling_seconds", "tokens_per_second")
+    } <= row.keys()
+    assert row["train/ratio"] == pytest.approx(1, abs=0.05) and row["train/sampler_gap"] < 1e-5 and row["train/length"] <= 8
+
+
+def test_each_sample_is_a_line_with_its_rewards_and_advantage(whole):
+    rows = read_jsonl(whole / "rollouts.jsonl")
+    assert [row["step"] for row in rows[::32]] == list(range(1, 17, 2)) and len(rows) == 8 * 32
+    for group in np.array_split(np.array([[row["reward"], row["advantage"]] for row in rows]), len(rows) // 8):
+        assert group[:, 1].sum() == pytest.approx(0, abs=1e-4)
+        assert np.std(group[:, 0]) == 0 or np.corrcoef(group.T)[0, 1] > 0.999
+    assert rows[0]["rewards"] == {"numeric_match": rows[0]["reward"]} and "?" in rows[0]["prompt"]
+    assert [row["prompt"] for row in rows[:8]] == [rows[0]["prompt"]] * 8 and rows[8]["prompt"] != rows[0]["prompt"]
+
+
+@pytest.mark.parametrize("at", [3])
+def test_a_stopped_run_goes_on_bit_for_bit(at, train, whole, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "at", lambda self, experience: setattr(self, "reason", "SIGTERM") or experience == at)
+        assert train(tmp_path) == 0
+    assert f"saved at step {2 * at} of 16" in capsys.readouterr().out
+    assert train(tmp_path) == 0 and Checkpoints(tmp_path / "checkpoints").steps()[-1] == 16
+    assert_bitwise_equal(stored(tmp_path), stored(whole))
+    assert read_jsonl(tmp_path / "rollouts.jsonl") == read_jsonl(whole / "rollouts.jsonl")
+    assert reported(tmp_path, "train/reward") == reported(whole, "train/reward")
+
+
+def test_a_sampler_that_is_not_the_trainer_is_refused(train, tmp_path, monkeypatch, capsys):
+    sampler = online.rollouts.sampler
+
+    def other(*arguments):
+        sample = sampler(*arguments)
+        return lambda params, prompts, keys: sample(jax.tree.map(lambda x: x * 1.1, params), prompts, keys)
+
+    monkeypatch.setattr(online.rollouts, "sampler", other)
+    assert train(tmp_path) == 1
+    err = capsys.readouterr().err
+    assert "the sampler and the trainer disagree" in err and not Checkpoints(tmp_path / "checkpoints").steps()
+
+
+def test_a_reward_that_fails_ends_the_run_by_name_or_is_left_out(train, tmp_path, monkeypatch, capsys):
+    def broken(prompts, completions, **columns):
+        raise OSError("no such judge")
+
+    monkeypatch.setitem(rewards.REWARDS, "numeric_match", broken)
+    command = ["train", f"--config={CONFIG}", f"--workdir={tmp_path}", *OPTIONS, "--config.eval.every_steps=0", "--config.steps=2"]
+    assert main.main(command) == 1
+    assert "numeric_match" in (err := capsys.readouterr().err) and "no such judge" in err

@@ -1,0 +1,58 @@
+"""Sizes of rollouts that do not fit together are refused with what would."""
+
+import pathlib
+
+import pytest
+
+from ftjax.cli import config as configs
+from ftjax.cli import rollouts
+
+CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "grpo_smollm2_sums.py")
+
+
+def config(**changes):
+    found = configs.load(CONFIG)
+    found.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return found
+
+
+def test_sizes_follow_from_rows_and_minibatches():
+    found = config(
+        data__batch_size=32, rollout__minibatches=4, rollout__epochs=3, steps=120, eval__every_steps=12, checkpoint__every_steps=0
+    )
+    rollouts.check(found)
+    assert (rollouts.stride(found), rollouts.samples(found), rollouts.prompts(found)) == (12, 128, 16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"steps": 101, "rollout__epochs": 2}, "steps: 101 is no multiple of the 2 steps .* nearest: 100"),
+        ({"rollout__minibatches": 2, "eval__every_steps": 25}, "eval.every_steps: 25 is no multiple"),
+        ({"checkpoint__every_steps": 3, "rollout__epochs": 4, "eval__every_steps": 0}, "checkpoint.every_steps: 3 .* nearest: 4"),
+        ({"rollout__samples_per_prompt": 1}, "samples_per_prompt: 'grpo' compares at least 2"),
+        ({"rollout__samples_per_prompt": 7}, "data.batch_size: 64 rows × 1 minibatches are no whole number of prompts with 7"),
+        ({"rollout__temperature": 0.0}, "rollout.temperature: above 0"),
+        ({"rollout__top_p": 1.5}, "top_p is in"),
+        ({"rollout__max_tokens": 128}, "rollout.max_tokens: 128 leaves no prompt"),
+        ({"rollout__advantages": "group_relativ"}, "rollout.advantages: there is no 'group_relativ'; nearest: 'group_relative'"),
+        ({"data__packing": "best_fit"}, "data.packing: rollouts have a row each"),
+        ({"rewards": {}}, "rewards: name at least one"),
+        ({"rewards": {"exact_mach": 1.0}}, "there is no 'exact_mach'; nearest: 'exact_match'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_would(changes, shown):
+    with pytest.raises(ValueError, match=shown):
+        found = config(**{name: value for name, value in changes.items() if name != "rewards"})
+        if "rewards" in changes:
+            with found.unlocked():
+                found.rewards = changes["rewards"]
+        rollouts.check(found)
+
+
+def test_an_algorithm_without_rollouts_is_not_asked():
+    found = config()
+    found.algorithm = "sft"
+    found.steps = 101
+    rollouts.check(found)
+    assert rollouts.stride(found) == 1
