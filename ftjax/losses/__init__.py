@@ -5,16 +5,18 @@
 
 from functools import partial
 
-from ftjax.losses import advantages
+from ftjax.losses import advantages, shaping
 from ftjax.losses.bco import bco
 from ftjax.losses.cpo import cpo, simpo
 from ftjax.losses.distillation import distill
 from ftjax.losses.kto import apo_zero_unpaired, balance, kl_baseline, kto, with_baseline
 from ftjax.losses.needs import NEEDS, Needs
+from ftjax.losses.online import nash_md, xpo
 from ftjax.losses.orpo import orpo
 from ftjax.losses.packing import unpacked
 from ftjax.losses.pairs import PAIR_LOSSES
 from ftjax.losses.policy_gradient import POLICY_LOSSES, policy_gradient
+from ftjax.losses.ppo import ppo
 from ftjax.losses.preference import dpo, mpo, preference, rpo, wpo
 from ftjax.losses.reference import followed, with_reference
 from ftjax.losses.reward import bradley_terry, response_rewards, stepwise
@@ -48,6 +50,9 @@ LOSSES = {
     "distill": distill,
     # rollouts
     **POLICY_LOSSES,
+    "ppo": ppo,
+    "nash_md": nash_md,
+    "xpo": xpo,
     # unlearning
     "npo": npo,
     "gradient_difference": gradient_difference,
@@ -72,13 +77,16 @@ __all__ = [
     "kl_baseline",
     "kto",
     "mpo",
+    "nash_md",
     "npo",
     "orpo",
     "policy_gradient",
+    "ppo",
     "preference",
     "response_rewards",
     "rpo",
     "sft",
+    "shaping",
     "simpo",
     "stepwise",
     "tpo",
@@ -87,4 +95,5 @@ __all__ = [
     "with_baseline",
     "with_reference",
     "wpo",
+    "xpo",
 ]

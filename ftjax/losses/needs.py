@@ -42,6 +42,9 @@ NEEDS: Mapping[str, Needs] = {
     "process_reward": Needs("labelled steps", outputs=("logps", "values")),
     "distill": Needs("messages", outputs=("logps", "divergence")),
     **dict.fromkeys(POLICY_LOSSES, Needs("rollouts", fields=("advantages",))),
+    "ppo": Needs("rollouts", outputs=("logps", "values"), fields=("advantages", "returns")),
+    "nash_md": Needs("rollouts", reference=True, fields=("advantages",)),
+    "xpo": Needs("responses of the policy and of its reference", reference=True, fields=("desirable",)),
     "npo": Needs("labelled", reference=True),
     "gradient_difference": Needs("labelled"),
 }

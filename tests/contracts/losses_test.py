@@ -27,11 +27,20 @@ def changed(problems, change):
 
 
 def with_scores(problems, make):
-    """Return the problems with `make(x, batch)` in the place of what the losses differentiate."""
+    """Return the problems with `make(x, batch)` in the place of what the losses differentiate; the batch's mask says where they read it."""
     reads = {example.reads for example in NAMED.values()}
-    return changed(
-        problems, lambda scores, batch: (dataclasses.replace(scores, **{f: make(getattr(scores, f), batch) for f in reads}), batch)
-    )
+
+    def remade(form, scores, batch):
+        fields = {f: make(getattr(scores, f), dataclasses.replace(batch, loss_mask=read_mask(form, f, batch))) for f in reads}
+        return dataclasses.replace(scores, **fields), batch
+
+    return {form: remade(form, *problem) for form, problem in problems.items()}
+
+
+def read_mask(form, field, batch):
+    """Return where a loss reads a field: of rollouts the value before each token that counts, else what is said of that token."""
+    ahead = form == "rollouts" and field == "values"
+    return np.roll(batch.loss_mask, -1, axis=-1) if ahead else batch.loss_mask
 
 
 def on_mesh(problems):
@@ -83,13 +92,16 @@ def slopes(halves):
     rng = np.random.default_rng(0)
     directions = {form: rng.normal(size=scores.logps.shape) for form, (scores, _) in problems.items()}
 
-    def moved(size):
-        parts = (with_scores({form: problem}, lambda x, _, form=form: x + size * directions[form]) for form, problem in problems.items())
-        return evaluate64({form: problem for part in parts for form, problem in part.items()})
+    def moved(field, size):
+        add = lambda form, scores: dataclasses.replace(scores, **{field: getattr(scores, field) + size * directions[form]})  # noqa: E731
+        return evaluate64({form: (add(form, scores), batch) for form, (scores, batch) in problems.items()})
 
-    ahead, behind = moved(1e-6), moved(-1e-6)
-    slope = {name: float(np.sum(halves[0][name][2] * directions[example.form])) for name, example in NAMED.items()}
-    return {name: (slope[name], float(ahead[name][0].total - behind[name][0].total) / 2e-6) for name in NAMED}
+    sides = {field: (moved(field, 1e-6), moved(field, -1e-6)) for field in {example.reads for example in NAMED.values()}}
+    found = {}
+    for name, example in NAMED.items():
+        ahead, behind = (float(side[name][0].total) for side in sides[example.reads])
+        found[name] = float(np.sum(halves[0][name][2] * directions[example.form])), (ahead - behind) / 2e-6
+    return found
 
 
 @every_loss
@@ -103,7 +115,7 @@ def test_values_are_means_that_add_over_micro_batches_and_devices(name, whole, h
 
 @every_loss
 def test_masked_tokens_change_neither_value_nor_gradient(name, problems, whole, variants):
-    got, mask = variants["noise"][name], problems[NAMED[name].form][1].loss_mask
+    got, mask = variants["noise"][name], read_mask(NAMED[name].form, NAMED[name].reads, problems[NAMED[name].form][1])
     chex.assert_trees_all_equal(got, whole[name])
     assert np.abs(got[2]).max() > 0
     assert np.abs(got[2] * (1 - mask)).max() == 0

@@ -44,7 +44,7 @@ def rollout(name, trl="", *, without=(), **options):
     return found._replace(loss=loss) if without else found
 
 
-first_step = partial(rollout, without=("old_logps",), differentiable=False)
+first_step = partial(rollout, without=("old_logps", "old_values"), differentiable=False)
 
 EXAMPLES = {
     "sft": [example("sft", form="rows"), example("sft", form="rows", label_smoothing=0.1)],
@@ -112,6 +112,13 @@ EXAMPLES = {
     "luspo": [rollout("luspo", "grpo/luspo", clip_low=0.2, clip_high=0.2)],
     "sapo": [rollout("sapo", "grpo/sapo")],
     "gmpo": [rollout("gmpo", "gmpo")],
+    "ppo": [
+        rollout("ppo", value_coef=0.7),
+        rollout("ppo", reads="values", value_coef=0.7),
+        first_step("ppo", kl_coef=0.3),
+    ],
+    "nash_md": [rollout("nash_md", "nash_md", beta=0.3, differentiable=False)],
+    "xpo": pair("xpo", "xpo", alpha=0.1),
     "npo": [unpaired("npo")],
     "gradient_difference": [example("gradient_difference", form="rows")],
 }

@@ -1,8 +1,8 @@
 """Write what TRL's own trainers say of random rollouts: loss and gradient of every policy objective that it has, and its advantages.
 
 Environment: Python 3.11, torch==2.13.0 (CPU), transformers==5.23.0, trl==1.16.0 or 1.13.0, datasets, numpy.
-Usage: python third_party/trl/golden_policy.py tests/goldens/trl_policy.npz          with TRL 1.16.0
-       python third_party/trl/golden_policy.py tests/goldens/trl_policy_removed.npz  with TRL 1.13.0: what was removed in 1.14
+Usage: python third_party/trl/golden_policy.py tests/goldens/trl.npz tests/goldens/trl_policy.npz          with TRL 1.16.0
+       python third_party/trl/golden_policy.py tests/goldens/trl.npz tests/goldens/trl_policy_removed.npz  with 1.13.0: what 1.14 removed
 
 As in `golden.py` the methods that hold the formulas are called with a stand-in for `self` and given log-probabilities `[b, t]`, in float64;
 `NAME/gradient` is the derivative in them. What TRL takes over a micro-batch is asked of one response at a time where we take it over each.
@@ -19,6 +19,7 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 from trl.trainer.utils import nanstd
 
 B, T = 4, 7
+PAIRS = ("logps", "reference_logps", "desirable")
 
 
 def problem() -> dict[str, np.ndarray]:
@@ -133,7 +134,7 @@ def advantages() -> dict[str, np.ndarray]:
     }
 
 
-def current(data, add, add_by_row) -> None:
+def current(add, add_by_row) -> None:
     from trl.experimental.gmpo import GMPOTrainer
 
     for kind in "grpo bnpo dr_grpo sapo luspo".split():
@@ -154,14 +155,32 @@ def current(data, add, add_by_row) -> None:
     add("rloo", rloo)
 
 
-def removed(data, add, add_by_row) -> None:
+def nash_md(logps, data):
+    from trl.experimental.nash_md import NashMDTrainer
+
+    return NashMDTrainer._compute_losses(SimpleNamespace(beta=0.3), logps, data["reference_logps"], data["advantages"] + 0.5)[0]
+
+
+def xpo(logps, data):
+    """Of pairs `[b, 2, t]` from `golden.py`, the policy's response first."""
+    from trl.experimental.xpo import XPOTrainer
+
+    self = SimpleNamespace(beta=0.3, alpha=0.1, args=SimpleNamespace(loss_type="sigmoid"))
+    own, other = logps.unbind(1)
+    own_reference, other_reference = data["reference_logps"].unbind(1)
+    return XPOTrainer._compute_losses(self, own, other, other_reference, own_reference, data["desirable"] > 0)[0]
+
+
+def removed(add) -> None:
     from trl.experimental.gspo_token import GRPOTrainer as GSPOTokenTrainer
 
+    add("nash_md", nash_md)
     add("gspo_token", grpo, kind=GSPOTokenTrainer, importance_sampling_level="sequence_token")
 
 
 def main() -> None:
     data, found = problem(), {}
+    pairs = {name: x[:, :2] if x.ndim == 3 else x for name, x in np.load(sys.argv[1]).items() if name in PAIRS}
 
     def add(name, function, **options):
         found[name], found[f"{name}/gradient"] = gradient_of(function, data, **options)
@@ -171,12 +190,13 @@ def main() -> None:
         found[name], found[f"{name}/gradient"] = np.mean([p[0] for p in parts]), np.concatenate([p[1] for p in parts]) / B
 
     if trl.__version__.startswith("1.13."):
-        removed(data, add, add_by_row)
+        removed(add)
+        found["xpo"], found["xpo/gradient"] = gradient_of(xpo, pairs)
     else:
-        current(data, add, add_by_row)
+        current(add, add_by_row)
         found |= {f"problem/{name}": value for name, value in data.items()}
         found |= {f"advantages/{name}": value for name, value in advantages().items()}
-    np.savez_compressed(sys.argv[1], **found)
+    np.savez_compressed(sys.argv[2], **found)
 
 
 if __name__ == "__main__":
