@@ -75,13 +75,17 @@ def total_variation(policy: np.ndarray, other: np.ndarray) -> float:
     return float(np.max(np.sum(np.abs(np.exp(policy) - np.exp(other)), axis=1)) / 2)
 
 
-def batch(bandit: Bandit, contexts: np.ndarray, arms: np.ndarray, **fields) -> Batch:
+def batch(bandit: Bandit, contexts: jax.Array, arms: jax.Array, **fields) -> Batch:
     """Return contexts and arms `[*b]` as a batch of two tokens, with what the reference says of them."""
-    tokens = np.stack([contexts, arms], axis=-1).astype(np.int32)
-    answers = np.broadcast_to(np.array([0, 1], np.float32), tokens.shape)
-    reference = answers * bandit.reference[contexts, arms].astype(np.float32)[..., None]
-    positions = answers.astype(np.int32)
-    return Batch(tokens, answers, positions, np.ones_like(positions), reference_logps=reference, **fields)
+    tokens = jnp.stack([contexts, arms], axis=-1).astype(jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(2).reshape((1,) * contexts.ndim + (2,)), tokens.shape)
+    reference = of_arms(jnp.asarray(bandit.reference, jnp.float32)[contexts, arms])
+    return Batch(tokens, positions.astype(jnp.float32), positions, jnp.ones_like(positions), reference_logps=reference, **fields)
+
+
+def of_arms(values: jax.Array) -> jax.Array:
+    """Return values of arms `[*b]` as those of tokens `[*b, 2]`, of which the first is the context."""
+    return jnp.stack([jnp.zeros_like(values), values], axis=-1)
 
 
 def singles(scores: Scores, pairs: Batch) -> tuple[Scores, Batch]:
@@ -102,7 +106,7 @@ def score(params: Params, batch: Batch) -> Scores:
     contexts, arms = batch.tokens[..., 0], batch.tokens[..., 1]
     logps, values = jax.nn.log_softmax(params["policy"]["kernel"]), params["values"]
     return Scores(
-        logps=jnp.stack([jnp.zeros(arms.shape), logps[contexts, arms]], axis=-1),
+        logps=of_arms(logps[contexts, arms]),
         values=jnp.stack([values["contexts"][contexts, 0], values["arms"][contexts, arms]], axis=-1),
     )
 
