@@ -104,7 +104,7 @@ VALUES = st.recursive(
 )
 
 
-@hypothesis.settings(deadline=None, max_examples=100)
+@hypothesis.settings(deadline=None, max_examples=40)
 @hypothesis.given(VALUES, VALUES)
 def test_values_survive_json_and_equal_themselves_alone(value, other):
     seen = json.loads(json.dumps(plain(value)))

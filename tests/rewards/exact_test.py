@@ -1,3 +1,5 @@
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 
 from ftjax.rewards import exact_match
@@ -20,6 +22,12 @@ from ftjax.rewards import exact_match
 )
 def test_exact_match(completion, answer, score):
     assert exact_match(["Q"], [completion], answer=[answer], task=["sort"]) == [score]
+
+
+@hypothesis.settings(deadline=None, max_examples=60)
+@hypothesis.given(st.text(), st.text(alphabet=" \n\t"))
+def test_any_text_is_its_own_answer_whatever_stands_around_it(text, blanks):
+    assert exact_match(["Q"], [blanks + text + blanks], answer=[text]) == [1.0]
 
 
 def test_as_many_answers_as_completions():

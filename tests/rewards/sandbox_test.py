@@ -53,6 +53,7 @@ HOSTILE = {
         "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
         "        os.execv('/bin/sleep', ['TOKEN', '1000'])\nprint('done')"
     ),
+    "open files": "import os\nfor file in range(3, 64):\n    try: os.fstat(file)\n    except OSError: continue\n    print('SECRET')",
     "reading everything": (
         "import gc, os, sys\nfound = [str(vars()), str(os.environ), str(sys.argv), str(gc.get_objects())]\n"
         "for top in ('/program', '/tmp', '/dev/shm', '/proc', '/root', '/home', 'FOLDER'):\n"
