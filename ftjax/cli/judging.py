@@ -30,7 +30,10 @@ def judge(config) -> Judge:
 
     def judged(prompts: Sequence[data.Prompt], texts: Sequence[str], samples: Sequence[Sample]) -> rewards.Judged:
         shown = {**columns(prompts), "completion_ids": [sample.tokens.tolist() for sample in samples]}
-        return rewards.judge(panel, weights, [prompt.text for prompt in prompts], texts, shown, **options)
+        try:
+            return rewards.judge(panel, weights, [prompt.text for prompt in prompts], texts, shown, **options)
+        except rewards.RewardError as error:
+            raise ValueError(f"{error} In a config: judging.on_error='skip'.") from error
 
     return judged
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from rich.markup import escape
 
 from ftjax import data, logs, online
 from ftjax.cli import build, judging, rollouts, show
@@ -97,7 +98,10 @@ class Experiences:
         seconds = time.perf_counter() - began
         decode = self._lessons.encoder.tokenizer.decode
         texts = [decode(sample.tokens.tolist(), skip_special_tokens=True) for sample in samples]
-        rewards, each = judging.as_rows(self._judge(asked, texts, samples), (len(prompts), per_prompt))
+        judged = self._judge(asked, texts, samples)
+        for failure in judged.failures[:2]:
+            self._run.terminal.say(f"[yellow]not judged[/]: {escape(str(failure))} ({len(judged.failures)} in all)", markup=True)
+        rewards, each = judging.as_rows(judged, (len(prompts), per_prompt))
         return online.Experience(prompts, samples, texts, rewards, each, np.zeros_like(rewards), seconds)
 
     def _scored(self, state: TrainState, asked: Sequence[np.ndarray], found: online.Experience) -> tuple[Batch, np.ndarray, Metrics]:

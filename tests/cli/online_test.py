@@ -20,14 +20,17 @@ OPTIONS = (
     "--config.rollout.samples_per_prompt=8",
     "--config.rollout.minibatches=2",
     "--config.loss.kl_coef=0.01",
-    "--config.optimizer.learning_rate=0.05",
-    "--config.lora.dropout=0.1",
+    "--config.methods=full",
+    "--config.optimizer.learning_rate=0.01",
     "--config.eval.every_steps=8",
     "--config.eval.generate.examples=0",
     "--config.checkpoint.every_steps=0",
     "--config.logging.every_steps=2",
     "--config.logging.tensorboard=False",
 )
+
+
+FEW = ("--config.eval.every_steps=0", "--config.steps=2", "--config.rollout.show=0")
 
 
 def high_bytes(prompts, completions, *, completion_ids, **columns):
@@ -41,7 +44,8 @@ def train(compiled):
 
     def run(workdir, *more: str) -> int:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(rewards.REWARDS, "numeric_match", high_bytes)
+            if rewards.REWARDS["numeric_match"] is rewards.numeric_match:
+                patch.setitem(rewards.REWARDS, "numeric_match", high_bytes)
             return main.main(["train", f"--config={CONFIG}", f"--workdir={workdir}", f"--compile_cache={compiled}", *OPTIONS, *more])
 
     return run
@@ -104,16 +108,22 @@ def test_a_sampler_that_is_not_the_trainer_is_refused(train, tmp_path, monkeypat
         return lambda params, prompts, keys: sample(jax.tree.map(lambda x: x * 1.1, params), prompts, keys)
 
     monkeypatch.setattr(online.rollouts, "sampler", other)
-    assert train(tmp_path) == 1
+    assert train(tmp_path, *FEW) == 1
     err = capsys.readouterr().err
     assert "the sampler and the trainer disagree" in err and not Checkpoints(tmp_path / "checkpoints").steps()
 
 
 def test_a_reward_that_fails_ends_the_run_by_name_or_is_left_out(train, tmp_path, monkeypatch, capsys):
     def broken(prompts, completions, **columns):
-        raise OSError("no such judge")
+        if "smallest" in " ".join(prompts):
+            raise OSError("no such judge")
+        return high_bytes(prompts, completions, **columns)
 
     monkeypatch.setitem(rewards.REWARDS, "numeric_match", broken)
-    command = ["train", f"--config={CONFIG}", f"--workdir={tmp_path}", *OPTIONS, "--config.eval.every_steps=0", "--config.steps=2"]
-    assert main.main(command) == 1
-    assert "numeric_match" in (err := capsys.readouterr().err) and "no such judge" in err
+    assert train(tmp_path / "strict", *FEW) == 1
+    assert "'numeric_match' raised OSError: no such judge (row" in (err := capsys.readouterr().err) and "judging.on_error='skip'" in err
+    assert train(tmp_path / "lenient", *FEW, "--config.judging.on_error=skip") == 0
+    assert "not judged: reward 'numeric_match' raised OSError" in capsys.readouterr().out.replace("\n", " ")
+    rows = read_jsonl(tmp_path / "lenient" / "rollouts.jsonl")
+    assert {("smallest" in row["prompt"], row["reward"] is None) for row in rows} == {(True, True), (False, False)}
+    assert all(row["advantage"] == 0 for row in rows if row["reward"] is None) and any(row["advantage"] for row in rows)
