@@ -3,6 +3,7 @@
 Command: ftjax train --config=configs/reward_smollm2_hh.py --workdir=runs/reward_smollm2_hh
 Local file: --config.data.sources.hh.path=harmless_base_test.jsonl.gz --config.data.eval_sources.hh.path=harmless_base_test.jsonl.gz
   --config.data.sources.hh.split=train[256:] --config.data.eval_sources.hh.split=train[:256]
+Then: ftjax export --workdir=runs/reward_smollm2_hh --output=DIR writes a classifier of one label; the adapter is one of PEFT's, SEQ_CLS.
 Hardware: UNTESTED at full length.
 """
 
@@ -12,4 +13,5 @@ from configs import base, dpo_smollm2_hh
 def get_config(arg=""):
     config = dpo_smollm2_hh.experiment("reward", centering_coef=0.01)
     config.methods = ("lora", "value_head")
+    config.value_head.bias = False  # the loss does not see it, and Hugging Face's classifiers have none
     return base.finish(config, arg, tiny="tiny-llama")

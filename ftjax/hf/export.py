@@ -9,6 +9,7 @@ matrices are written as dense ones, or packed as they are, in a layout of `ftjax
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,9 @@ def export_model(
     config = models.to_hf(model.config, classifies=classifies) | {"torch_dtype": dtypes["embed_tokens/kernel"].name}
     tensors, settings = _tensors(leaves, dtypes, layout)
     config |= {quantized.CONFIG: settings} if settings else {}
+    if classifies and tokenizer is not None:
+        tokenizer = _padding_of_its_own(tokenizer)
+        config["pad_token_id"] = tokenizer.pad_token_id
     with new_folder(Path(folder)) as temporary:
         write_json(temporary / "config.json", config)
         if not classifies:
@@ -75,6 +79,19 @@ def export_model(
             write_tokenizer(temporary, tokenizer)
         _write_weights(temporary, tensors, shard_bytes, checked=bool(settings))
     return Path(folder)
+
+
+def _padding_of_its_own(tokenizer: Any) -> Any:
+    """Return a tokenizer whose padding ends no text: a classifier reads the last token that is not padding, which may be the EOS."""
+    if tokenizer.pad_token_id not in (None, tokenizer.eos_token_id):
+        return tokenizer
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    found = [token for token in (tokenizer.unk_token, *special) if token not in (None, tokenizer.eos_token)]
+    if not found:
+        raise ValueError("export: a classifier needs a padding token that ends no text, and the tokenizer has no other special token.")
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = found[0]
+    return tokenizer
 
 
 def _leaves(model: Model, params: Params) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from ftjax import peft, tree
 from ftjax.hf import architecture
+from ftjax.hf import peft_head as value_head
 from ftjax.hf import peft_prompts as prompts
 from ftjax.hf import peft_tensors as tensors
 from ftjax.hf import peft_tokens as token_rows
@@ -69,7 +70,7 @@ def save_adapter(
     tokenizer: Any = None,
     frozen: Params | None = None,
 ) -> Path:
-    """Write an adapter that `peft.PeftModel.from_pretrained` loads: one method, with leaves trained in full and rows of the embedding.
+    """Write an adapter that `peft.PeftModel.from_pretrained` loads: one method, with leaves trained in full, rows of the embedding, a head.
 
     Args:
       folder: a new folder; it appears when everything in it is written.
@@ -123,12 +124,15 @@ def load_adapter(folder: str | Path, model: Model) -> Adapter:
         kind, options, trainable = prompts.read(raw, found, model.config, str(folder))
         return Adapter(peft.METHODS[kind](**options), trainable, options, raw.get("base_model_name_or_path") or "", kind, {})
     leaves = model_leaves(model)
+    head, raw, found = value_head.read(raw, found, leaves[tensors.EMBEDDING].shape[-1])
     rows, config, found = token_rows.read(raw, found, leaves[tensors.EMBEDDING].shape)
     if raw.get("peft_type") == token_rows.PEFT_TYPE:
         _complain(folder, [f"extra: {name} {list(tensor.shape)}" for name, tensor in found.items()])
         name = raw.get("base_model_name_or_path") or ""
         return Adapter(rows.method(), {token_rows.KIND: rows.trainable()}, {"ids": rows.ids}, name, token_rows.KIND, {})
     adapter = _on_matrices(folder, check(config, str(folder / CONFIG)), found, leaves)
+    method, trainable = value_head.beside(adapter.method, adapter.trainable, head)
+    adapter = adapter._replace(method=method, trainable=trainable)
     if rows is None:
         return adapter
     return adapter._replace(

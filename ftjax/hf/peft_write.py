@@ -11,6 +11,7 @@ import numpy as np
 
 from ftjax import peft, tree
 from ftjax.hf import names
+from ftjax.hf import peft_head as head
 from ftjax.hf import peft_tensors as tensors
 from ftjax.hf import peft_tokens as token_rows
 from ftjax.hf.peft_config import PATTERNS, fields, owners, short, shortest_names, to_peft
@@ -23,7 +24,7 @@ def contents(model: Model, trainable: Params, plans: Sequence[Plan], frozen: Par
     Raises:
       ValueError: PEFT's folders have no place for something; all problems are listed.
     """
-    names = {row.method for row in plans if token_rows.is_of(row)}
+    names = {row.method for row in plans if token_rows.is_of(row) or head.is_of(row)}
     others = [row for row in plans if row.method in trainable.keys() - names]
     form = next((peft.FORMATS[method_of(row)].peft_type for row in others if method_of(row) in peft.FORMATS), None)
     beside = form or (others[0].method if others else None)
@@ -31,7 +32,8 @@ def contents(model: Model, trainable: Params, plans: Sequence[Plan], frozen: Par
     if not others and rows:
         return fields, rows
     config, found = _on_matrices(model, {name: branch for name, branch in trainable.items() if name not in names}, others, frozen)
-    return config | fields, dict(sorted((found | rows).items()))
+    config, found = head.write(config | fields, found | rows, trainable, plans)
+    return config, dict(sorted(found.items()))
 
 
 def _on_matrices(model: Model, trainable: Params, plans: Sequence[Plan], frozen: Params) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
