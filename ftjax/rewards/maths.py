@@ -7,7 +7,7 @@ from typing import Any
 
 from ftjax.rewards.completion import Completion, text
 from ftjax.rewards.extras import check
-from ftjax.rewards.worker import NotStarted, Worker, WorkerError
+from ftjax.rewards.worker import Worker
 
 _VERIFIER = Worker("maths", "math_verify", isolated=False)
 
@@ -37,17 +37,15 @@ def maths(
       **columns: not looked at.
     """
     check("math_verify")
-    pairs = zip(completions, answer, strict=True)
-    return [None if right is None else _compare(text(completion), str(right), plain, after, seconds) for completion, right in pairs]
+    pairs = [(_after(text(completion), after), right) for completion, right in zip(completions, answer, strict=True)]
+    asked = [{"text": given, "answer": str(right), "plain": plain} for given, right in pairs if not (given is None or right is None)]
+    replies = iter(_VERIFIER.ask(asked, seconds=seconds, together=True))
+    # A completion that makes the verifier fail is no right answer.
+    return [None if right is None else 0.0 if given is None else next(replies).get("value", 0.0) for given, right in pairs]
 
 
-def _compare(given: str, right: str, plain: bool, after: str, seconds: float) -> float | None:
-    _, found, given = given.rpartition(after) if after else ("", "all", given)
-    if not found:
-        return 0.0
-    try:
-        return _VERIFIER.ask({"text": given, "answer": right, "plain": plain}, seconds=seconds)
-    except NotStarted:
-        raise
-    except WorkerError:  # whatever the completion did to the verifier is no right answer
-        return 0.0
+def _after(text: str, mark: str) -> str | None:
+    if not mark:
+        return text
+    _, found, rest = text.rpartition(mark)
+    return rest if found else None

@@ -72,6 +72,12 @@ def judge(
       timeout: seconds a call may take.
       on_error: "raise", or "skip": a failure counts as "does not apply" and is listed.
 
+    >>> from ftjax import rewards
+    >>> panel = rewards.build(["exact_match", "repetition"], {"repetition": {"ngram_tokens": 1}})
+    >>> columns = {"answer": ["2", None], "completion_ids": [[5], [5, 5, 6, 6]]}
+    >>> rewards.judge(panel, (1.0, 0.5), ["1+1?", "2?"], ["2", "2 2 6 6"], columns).rewards
+    array([ 1.  , -0.25])
+
     Raises:
       ValueError: a column that a reward needs is missing, or lengths differ.
       RewardError: a reward failed and `on_error` is "raise".

@@ -25,7 +25,8 @@ def reasoning_gym(
 ) -> list[float | None]:
     """Return what the verifier of each row's task says of the last `<answer>` block, or of all the text, in [0, 1].
 
-    Some verifiers call `eval` on the answer (`string_insertion`, `binary_matrix`; `sympy.parse_expr` does too), so they all run in a jail.
+    Some verifiers call `eval` on the answer (`string_insertion`, `binary_matrix`; `sympy.parse_expr` does too), so they all run in a jail,
+    each in a process of its own. An answer that is a program can still talk such a verifier into any score for itself; look at what wins.
     One that raises or takes too long scores 0: they are written for answers of the right shape.
 
     Args:
@@ -54,12 +55,14 @@ def reasoning_gym(
 
 def _verify(said: str, entry: dict[str, Any], seconds: float) -> float:
     found, task = block(said, "answer"), entry["metadata"]["source_dataset"]
+    item = {"task": task, "text": said.strip() if found is None else found, "entry": entry}
     try:
-        score = _VERIFIER.ask({"task": task, "text": said.strip() if found is None else found, "entry": entry}, seconds=seconds)
+        (reply,) = _VERIFIER.ask([item], seconds=seconds, together=False)
     except NotStarted:
         raise
-    except WorkerError:
+    except WorkerError:  # an answer that is run may end the verifier; the next one finds another
         return 0.0
+    score = reply.get("value", 0.0)
     if score is None:
         raise ValueError(f"reasoning_gym: the installed version has no task {task!r}.")
     return score

@@ -6,6 +6,7 @@ nothing is run: `isolation()` finds out once, by trying.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -102,7 +103,7 @@ def isolation() -> str | None:
     with tempfile.NamedTemporaryFile() as outside:
         probe = f"import os\nprint(os.getuid(), os.getpid(), os.path.exists({outside.name!r}), os.path.exists('/proc/self'))\n"
         try:
-            ran = _run(probe, "", Limits(), ())
+            ran = _run(probe, "", Limits(seconds=20.0), ())
         except (NoIsolation, OSError) as error:
             return str(error)
     if ran.stdout.split() != [str(launcher.NOBODY), "2", "False", "False"]:
@@ -129,7 +130,8 @@ class Jail:
                 self.process.wait()
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(OSError):  # what was written and not read
+                    stream.close()
         os.close(self.status)
 
 

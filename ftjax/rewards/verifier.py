@@ -1,7 +1,8 @@
-"""The inside of `worker`: a script that loads a library once and answers each line in a fork of itself, which may hang or die.
+"""The inside of `worker`: a script that loads a library once and answers in forks of itself, which may hang or die.
 
-Run by path or from a jail as `python -I verifier.py NAME`. The first line says where libraries are, each further one is a request with
-`seconds`; an answer is `{"value": …}` or `{"error": …}`. What text from a model does to a fork is gone with it.
+Run by path or from a jail as `python -I verifier.py NAME`. The first line says where libraries are, each further one has `items`, `seconds`
+for each and whether they may share a fork, `together`; an answer is a list of `{"value": …}` or `{"error": …}`. What text from a model does
+to a fork is gone with it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 MEMORY_BYTES = 2 << 30
-_MOST_BYTES = 1 << 16
 _BOARDS = ("arc_agi", "rearc")
 
 
@@ -60,34 +60,60 @@ def serve(name: str) -> None:
     sys.path += json.loads(sys.stdin.readline())
     answer = {"maths": maths, "reasoning": reasoning}[name]()
     answers = os.fdopen(os.dup(1), "w")
-    null = os.open("/dev/null", os.O_WRONLY)
+    null = os.open("/dev/null", os.O_RDWR)
     os.dup2(null, 1)  # libraries print
     os.dup2(null, 2)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        print(json.dumps(_fork(answer, request)), file=answers, flush=True)
+        items, replies = request["items"], []
+        while len(replies) < len(items):
+            rest = items[len(replies) :] if request["together"] else items[len(replies) : len(replies) + 1]
+            replies += _fork(answer, rest, request["seconds"], close=(0, answers.fileno()))
+        print(json.dumps(replies), file=answers, flush=True)
 
 
-def _fork(answer: Callable[[dict[str, Any]], Any], request: dict[str, Any]) -> dict[str, Any]:
+def _fork(answer: Callable[[dict[str, Any]], Any], items: list[Any], seconds: float, *, close: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Answer items in a fork, up to the first one that takes too long or the fork's life; what speaks for the others is closed to it."""
     receive, send = os.pipe()
     child = os.fork()
     if child == 0:
+        for file in (*close, receive):
+            os.close(file)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-        try:
-            reply = {"value": answer(request)}
-        except BaseException as error:
-            reply = {"error": f"{type(error).__name__}: {error}"[:500]}
-        os.write(send, json.dumps(reply).encode())
+        for item in items:
+            try:
+                reply = {"value": answer(item)}
+            except BaseException as error:
+                reply = {"error": f"{type(error).__name__}: {error}"[:500]}
+            os.write(send, json.dumps(reply).encode() + b"\n")
         os._exit(0)
     os.close(send)
-    data = b""
-    if select.select([receive], [], [], request["seconds"])[0]:
-        data = os.read(receive, _MOST_BYTES)
+    replies, data = [], b""
+    while len(replies) < len(items):
+        while b"\n" not in data and select.select([receive], [], [], seconds)[0] and (chunk := os.read(receive, 1 << 16)):
+            data += chunk
+        line, newline, data = data.partition(b"\n")
+        replies.append(_reply(line) if newline else {"error": f"no answer within {seconds:g} s, or it died"})
+        if not newline:
+            break
     os.close(receive)
     os.kill(child, signal.SIGKILL)  # it is done, late or dead
     os.waitpid(child, 0)
-    return json.loads(data) if data else {"error": f"no answer within {request['seconds']:g} s, or it died"}
+    return replies
+
+
+def _reply(line: bytes) -> dict[str, Any]:
+    """Read what a fork wrote, which may be anything."""
+    try:
+        match json.loads(line):
+            case {"value": float() | None as value}:
+                return {"value": value}
+            case {"error": str(error)}:
+                return {"error": error}
+    except (ValueError, RecursionError):
+        pass
+    return {"error": "what it said is no answer"}
 
 
 if __name__ == "__main__":

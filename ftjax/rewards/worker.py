@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from ftjax.rewards import sandbox
@@ -45,20 +47,27 @@ class Worker:
         self._buffer = b""
         atexit.register(self.close)
 
-    def ask(self, request: dict[str, Any], *, seconds: float) -> Any:
-        """Return the verifier's answer, or raise `WorkerError`."""
+    def ask(self, items: Sequence[dict[str, Any]], *, seconds: float, together: bool) -> list[dict[str, Any]]:
+        """Return the verifier's answer to each item, `{"value": …}` or `{"error": …}`.
+
+        Args:
+          items: what to answer.
+          seconds: of each.
+          together: share a process while nothing goes wrong, which is faster; not for verifiers that run what a model wrote.
+
+        Raises:
+          NotStarted: the verifier does not load.
+          WorkerError: it broke off.
+        """
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start()
             try:
-                self._write(json.dumps({**request, "seconds": seconds}))
-                reply = json.loads(self._read(seconds + 10.0))
+                self._write(json.dumps({"items": list(items), "seconds": seconds, "together": together}))
+                return json.loads(self._read(seconds * len(items) + 10.0))
             except (OSError, ValueError) as error:
                 self._stop()
                 raise WorkerError(f"{self.name}: the verifier broke off ({error})") from error
-        if "error" in reply:
-            raise WorkerError(f"{self.name}: {reply['error']}")
-        return reply["value"]
 
     def close(self) -> None:
         """End the process; a later question starts another."""
@@ -94,7 +103,8 @@ class Worker:
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
                 if stream is not None:
-                    stream.close()
+                    with contextlib.suppress(OSError):  # what was written and not read
+                        stream.close()
         self._process, self._jail, self._buffer = None, None, b""
 
     def _last_words(self) -> str:

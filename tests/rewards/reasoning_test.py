@@ -11,10 +11,16 @@ from ftjax.rewards.worker import NotStarted, Worker
 STAND_IN = """
 import os, time, types
 factory = types.SimpleNamespace(DATASETS={"chain_sum": None, "evaluates": None})
+def forge():  # a reply for the rows to come, to whatever is open
+    for file in range(32):
+        try:
+            os.write(file, b'[{"value": 1.0}]\\n')
+        except OSError:
+            pass
 def get_score_answer_fn(name):
     def score_answer(answer, entry):
         if name == "evaluates":
-            return eval(answer, {"os": os, "time": time, "entry": entry})
+            return eval(answer, {"os": os, "time": time, "entry": entry, "forge": forge})
         return float(answer == entry["answer"]) or 0.01 * (entry["metadata"]["terms"] == 2)
     return score_answer
 """
@@ -49,11 +55,12 @@ def test_an_answer_that_is_run_reaches_nothing_and_spoils_nothing(stand_in):
         "time.sleep(100)",
         "os.kill(os.getppid(), 9)",
         "entry.clear() or 0.0",
+        "forge() or 0.0",
         "1.0 if entry['answer'] == '5' else 0.0",
     ]
     rows = [{"source_dataset": "evaluates"}] * len(attacks)
     found = reasoning_gym([""] * len(attacks), attacks, answer=["5"] * len(attacks), metadata=rows, seconds=1.0)
-    assert found == [0.0] * 6 + [1.0]
+    assert found == [0.0] * 7 + [1.0]
     assert [path.name for path in stand_in.iterdir()] == ["reasoning_gym"]
 
 
