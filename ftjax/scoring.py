@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import weights
-from ftjax.kernels.logps import token_logps
+from ftjax.kernels.logps import DIFFERENTIABLE, token_logps
 from ftjax.kernels.per_token import per_token
 from ftjax.types import TEACHER, VALUE_HEAD, Batch, Model, Params, Scores
 
@@ -26,6 +26,7 @@ def score(
     chunk_tokens: int | None = None,
     batch_shards: int = 1,
     temperature: float = 1.0,
+    entropy_gradient: bool = False,
     outputs: tuple[str, ...] = ("logps", "entropy", "greedy"),
 ) -> Scores:
     """Return the log-probability of every token of `batch` that its loss mask counts.
@@ -41,6 +42,7 @@ def score(
       chunk_tokens: tokens of each row whose logits exist at a time; from `CHUNK_LOGITS` and the vocabulary if None.
       batch_shards: over how many devices the rows are split, which makes the default chunk larger.
       temperature: T > 0, of every distribution spoken of: what a sampler drew at T is to be scored at T.
+      entropy_gradient: whether the entropy carries a gradient, for an entropy bonus: see `kernels.logps` for what it costs.
       outputs: what to return beside `logps`: `mean_logps`, `entropy`, `greedy`, `log_collision`, and `values` where there is a value head.
 
     Raises:
@@ -50,7 +52,8 @@ def score(
         raise ValueError(f"scoring: temperature is above 0, not {temperature}: greedy tokens have no distribution.")
     if temperature != 1:
         model = model._replace(unembed=lambda head, hidden, unembed=model.unembed: unembed(head, hidden) / temperature)
-    return _scores(model, params, batch, _read(model, params, batch, chunk_tokens, batch_shards), outputs)
+    live = (*DIFFERENTIABLE, "entropy") if entropy_gradient else DIFFERENTIABLE
+    return _scores(model, params, batch, _read(model, params, batch, chunk_tokens, batch_shards), outputs, live)
 
 
 def score_against(
@@ -160,14 +163,17 @@ def _read(model: Model, params: Params, batch: Batch, chunk_tokens: int | None, 
     return _Read(hidden, counted, head, chunk_tokens or max(1, CHUNK_LOGITS // (rows * vocabulary)))
 
 
-def _scores(model: Model, params: Params, batch: Batch, read: _Read, outputs: tuple[str, ...]) -> Scores:
+def _scores(
+    model: Model, params: Params, batch: Batch, read: _Read, outputs: tuple[str, ...], live: tuple[str, ...] = DIFFERENTIABLE
+) -> Scores:
     shape = batch.tokens.shape
     tokens, segments = (x.reshape(-1, shape[-1]) for x in (batch.tokens, batch.segment_ids))
     value_head = params.get(VALUE_HEAD)
     if "values" in outputs and value_head is None:
         raise ValueError("scoring: values are asked for and the parameters have no value head: add peft.value_head() to the method.")
     wanted = ("logps", *(name for name in outputs if name not in ("logps", "values")))
-    found = token_logps(model.unembed, read.head, read.hidden, _ahead(tokens), read.counted, chunk=read.chunk, outputs=wanted)
+    options = {"chunk": read.chunk, "outputs": wanted, "differentiable": live}
+    found = token_logps(model.unembed, read.head, read.hidden, _ahead(tokens), read.counted, **options)
     values = _values(value_head, read.hidden, segments > 0).reshape(shape) if "values" in outputs else None
     return Scores(**{name: _back(value).reshape(shape) for name, value in found.items()}, values=values)
 

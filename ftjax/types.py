@@ -140,7 +140,7 @@ class Scores:
     logps: jax.Array
     """`[*b, t]`: the log-probability of `tokens[t]` given the tokens before it."""
     entropy: jax.Array | None = None
-    """`[*b, t]`: of the distribution that `tokens[t]` was drawn from, in nats; carries no gradient."""
+    """`[*b, t]`: of the distribution that `tokens[t]` was drawn from, in nats; carries a gradient if scoring is asked to."""
     mean_logps: jax.Array | None = None
     """`[*b, t]`: the mean log-probability over the vocabulary (for label smoothing)."""
     greedy: jax.Array | None = None

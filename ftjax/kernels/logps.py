@@ -27,18 +27,19 @@ from jaxtyping import Array, Float, Int
 
 Unembed = Callable[[Any, jax.Array], jax.Array]
 DIFFERENTIABLE = ("logps", "mean_logps")
+"""The outputs through which gradients flow unless `token_logps` is told otherwise."""
 
 
 def reference(
     unembed: Unembed, head: Any, hidden: Float[Array, "b t d"], targets: Int[Array, "b t"], mask: Float[Array, "b t"]
 ) -> dict[str, Float[Array, "b t"]]:
-    """Return what `token_logps` returns, from the whole logits at once."""
+    """Return what `token_logps` returns, from the whole logits at once; here the entropy has its gradient in any case."""
     log_p = jax.nn.log_softmax(unembed(head, _without_padding(hidden, mask)), axis=-1)
     chosen = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
     found = {
         "logps": chosen,
         "mean_logps": jnp.mean(log_p, axis=-1),
-        "entropy": jax.lax.stop_gradient(-jnp.sum(jnp.exp(log_p) * log_p, axis=-1)),
+        "entropy": -jnp.sum(jnp.exp(log_p) * log_p, axis=-1),
         "greedy": jax.lax.stop_gradient(chosen >= jnp.max(log_p, axis=-1)).astype(jnp.float32),
         "log_collision": jax.lax.stop_gradient(jax.nn.logsumexp(2 * log_p, axis=-1)),
     }
@@ -54,6 +55,7 @@ def token_logps(
     *,
     chunk: int,
     outputs: tuple[str, ...] = ("logps",),
+    differentiable: tuple[str, ...] = DIFFERENTIABLE,
 ) -> dict[str, Float[Array, "b t"]]:
     """Score `targets[b, t]` under the logits of `hidden[b, t]`.
 
@@ -64,8 +66,9 @@ def token_logps(
       targets: int `[b, t]`.
       mask: `[b, t]`; results are 0 where it is 0, and so are gradients.
       chunk: tokens of each row whose logits exist at a time.
-      outputs: which of `logps`, `mean_logps` (mean over the vocabulary), `entropy`, `greedy` and `log_collision` to return. Gradients
-        flow through the first two only.
+      outputs: which of `logps`, `mean_logps` (mean over the vocabulary), `entropy`, `greedy` and `log_collision` to return.
+      differentiable: through which of them gradients flow, of `logps`, `mean_logps` and `entropy`; each costs a matmul and, where the
+        head is frozen, an array the size of `hidden`.
 
     Returns:
       `{name: float32 [b, t]}`.
@@ -78,7 +81,8 @@ def token_logps(
     order = jnp.argsort(mask <= 0, axis=1, stable=True)
     gathered = _gather_rows(order, _without_padding(hidden, mask), targets, mask)
     padded = tuple(jnp.pad(x, [(0, 0), (0, -time % chunk)] + [(0, 0)] * (x.ndim - 2)) for x in gathered)
-    sorted_out = _scan_chunks(unembed, chunk, outputs, head, *padded)
+    live = tuple(name for name in differentiable if name in outputs)
+    sorted_out = _scan_chunks(unembed, chunk, outputs, live, head, *padded)
     back = jnp.argsort(order, axis=1)
     return {name: jnp.take_along_axis(value[:, :time], back, axis=1) for name, value in sorted_out.items()}
 
@@ -122,11 +126,14 @@ def _statistics(softmax: _Softmax, targets: jax.Array, mask: jax.Array) -> dict[
 
 
 def _logits_gradient(name: str, softmax: _Softmax, targets: jax.Array, mask: jax.Array) -> jax.Array:
-    """Return d logps / d logits = onehot - p, or d mean_logps / d logits = 1/v - p, for each token by itself."""
-    shape = softmax.logits.shape
+    """Return of each token by itself d logps / d logits = onehot - p, d mean_logps = 1/v - p, or d entropy = -p (log p + entropy)."""
+    shape, p = softmax.logits.shape, softmax.exponentials / softmax.total[..., None]
+    if name == "entropy":
+        log_p = softmax.logits - softmax.normalizer[..., None]
+        return jnp.where((mask > 0)[..., None], -p * (log_p - jnp.sum(p * log_p, axis=-1, keepdims=True)), 0.0)
     ids = jax.lax.broadcasted_iota(targets.dtype, shape, len(shape) - 1)
     drawn = (ids == targets[..., None]).astype(jnp.float32) if name == "logps" else jnp.full(shape, 1.0 / shape[-1], jnp.float32)
-    return jnp.where((mask > 0)[..., None], drawn - softmax.exponentials / softmax.total[..., None], 0.0)
+    return jnp.where((mask > 0)[..., None], drawn - p, 0.0)
 
 
 def _num_chunks(chunk: int, mask: jax.Array) -> jax.Array:
@@ -141,8 +148,8 @@ def _write(chunk: int, index: jax.Array, into: jax.Array, value: jax.Array) -> j
     return jax.lax.dynamic_update_slice_in_dim(into, value.astype(into.dtype), index * chunk, axis=1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _scan_chunks(unembed, chunk, outputs, head, hidden, targets, mask):
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _scan_chunks(unembed, chunk, outputs, live, head, hidden, targets, mask):
     def body(index, found):
         h, y, m = _slices(chunk, index, hidden, targets, mask)
         stats = _statistics(_Softmax(unembed(head, h)), y, m)
@@ -152,13 +159,11 @@ def _scan_chunks(unembed, chunk, outputs, head, hidden, targets, mask):
     return jax.lax.fori_loop(0, _num_chunks(chunk, mask), body, empty)
 
 
-def _forward(unembed, chunk, outputs, head, hidden, targets, mask):
+def _forward(unembed, chunk, outputs, live, head, hidden, targets, mask):
     head_is_trained = any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=_is_primal))
     head, hidden, targets, mask = jax.tree.map(lambda leaf: leaf.value, (head, hidden, targets, mask), is_leaf=_is_primal)
     if head_is_trained:
-        return _scan_chunks(unembed, chunk, outputs, head, hidden, targets, mask), (head, hidden, targets, mask, None)
-
-    names = [name for name in DIFFERENTIABLE if name in outputs]
+        return _scan_chunks(unembed, chunk, outputs, live, head, hidden, targets, mask), (head, hidden, targets, mask, None)
 
     def body(index, carry):
         found, units = carry
@@ -166,20 +171,20 @@ def _forward(unembed, chunk, outputs, head, hidden, targets, mask):
         logits, pullback = jax.vjp(partial(unembed, head), h)
         softmax = _Softmax(logits)
         stats = _statistics(softmax, y, m)
-        for name in names:
+        for name in live:
             unit = pullback(_logits_gradient(name, softmax, y, m))[0]
             units = {**units, name: _write(chunk, index, units[name], unit)}
         return {name: _write(chunk, index, found[name], stats[name]) for name in outputs}, units
 
     empty = {name: jnp.zeros(targets.shape, jnp.float32) for name in outputs}
-    units = {name: jnp.zeros_like(hidden) for name in names}
+    units = {name: jnp.zeros_like(hidden) for name in live}
     found, units = jax.lax.fori_loop(0, _num_chunks(chunk, mask), body, (empty, units))
     return found, (None, hidden, targets, mask, units)
 
 
-def _backward(unembed, chunk, outputs, residuals, cotangents):
+def _backward(unembed, chunk, outputs, live, residuals, cotangents):
     head, hidden, targets, mask, units = residuals
-    cotangents = {name: _dense(cotangents[name], targets.shape) for name in DIFFERENTIABLE if name in outputs}
+    cotangents = {name: _dense(cotangents[name], targets.shape) for name in live}
     nothing = (_no_gradient(targets), jnp.zeros_like(mask))
     if units is not None:
         parts = [cotangents[name][..., None] * unit.astype(jnp.float32) for name, unit in units.items()]

@@ -29,9 +29,9 @@ def problem(key):
     }, jax.random.normal(keys[4], (B, T))
 
 
-def weighted(function, cotangent, head, hidden, targets, mask):
+def weighted(function, cotangent, head, hidden, targets, mask, entropy=0.0):
     found = function(unembed, head, hidden, targets, mask)
-    return jnp.sum(cotangent * found["logps"] + cotangent**2 * found["mean_logps"]), found
+    return jnp.sum(cotangent * found["logps"] + cotangent**2 * found["mean_logps"] + entropy * cotangent**3 * found["entropy"]), found
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 11, 100])
@@ -42,6 +42,17 @@ def test_chunks_equal_the_whole_in_value_and_gradient(problem, chunk, argnums):
     got = jax.jit(jax.value_and_grad(partial(weighted, chunked), argnums, has_aux=True))(cotangent, *arrays.values())
     expected = jax.value_and_grad(partial(weighted, logps.reference), argnums, has_aux=True)(cotangent, *arrays.values())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6), got, expected)
+
+
+@pytest.mark.parametrize("argnums", [(1,), (2,)], ids=["head", "hidden"])
+def test_the_entropy_has_a_gradient_where_it_is_asked_for(problem, argnums):
+    arrays, cotangent = problem
+    loss = partial(weighted, entropy=1.0)
+    chunked = partial(logps.token_logps, chunk=4, outputs=OUTPUTS)
+    of = lambda function, loss: jax.jit(jax.grad(partial(loss, function), argnums, has_aux=True))(cotangent, *arrays.values())[0]  # noqa: E731
+    got, expected = of(partial(chunked, differentiable=(*logps.DIFFERENTIABLE, "entropy")), loss), of(logps.reference, loss)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-6), got, expected)
+    jax.tree.map(np.testing.assert_array_equal, of(chunked, loss), of(chunked, weighted))
 
 
 def test_values_equal_numpy_in_float64(problem):
