@@ -42,10 +42,10 @@ def test_threads_may_ask_and_a_tower_of_powers_does_not_hang():
 
 
 def test_a_verifier_that_has_died_is_started_again():
-    assert maths([""], ["$3$"], answer=["3"]) == [1.0]
+    assert maths([""], [r"\boxed{3}"], answer=["3"]) == [1.0]
     _VERIFIER._process.kill()
     _VERIFIER._process.wait()
-    assert maths([""], ["$3$"], answer=["3"]) == [1.0]
+    assert maths([""], [r"\boxed{3}"], answer=["3"]) == [1.0]
 
 
 def test_without_the_library_the_error_names_the_command(monkeypatch):
