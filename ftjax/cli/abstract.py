@@ -60,15 +60,15 @@ def built(config, mesh: Mesh) -> Built:
 def batch(mesh: Mesh, config, *, rows: int | None = None) -> Batch:
     """Return the shapes of a batch of a config on a mesh, of other than its own rows if they are given; packed items each fill a row."""
     needs, rows, tokens = objective.needs(config), rows or config.data.batch_size, config.data.max_tokens
-    responses = 2 if needs.data == data.PAIRS else 1
-    packed = needs.data != "messages" and config.data.packing != "none"
+    responses, packed = data.KINDS.get(needs.data, 1), objective.packs(config)
 
     def of(dtype: Any, *shape: int, time: bool = True) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, ndim=len(shape), time=time))
 
-    shape = (rows, responses * tokens) if packed else (rows, 2, tokens) if responses == 2 else (rows, tokens)
+    shape = (rows, responses * tokens) if packed else (rows, responses, tokens) if responses > 1 else (rows, tokens)
     ids, mask = of(jnp.int32, *shape), of(jnp.float32, *shape)
-    found = Batch(ids, mask, ids, ids, reference_logps=mask if objective.asks_once(config) else None)
+    said_once, labels = (mask if wanted else None for wanted in (objective.asks_once(config), needs.data == data.STEPS))
+    found = Batch(ids, mask, ids, ids, reference_logps=said_once, labels=labels)
     if "divergence" in needs.outputs and config.teacher.file:
         ids_of, logps_of = (of(dtype, *shape, said.count(config.teacher.file), time=False) for dtype in (jnp.int32, jnp.float32))
         found = dataclasses.replace(found, teacher_ids=ids_of, teacher_logps=logps_of)

@@ -213,7 +213,7 @@ def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False)
     options["packing"] = config.data.packing
     if wanted.data == "messages":
         found, reports = data.load(specs, encoder, **options)
-    elif wanted.data in (data.PAIRS, data.LABELLED):
+    elif wanted.data in data.KINDS:
         found, reports = data.load_judged(specs, encoder, wanted=wanted.data, mismatched=wanted.baseline, **options)
     elif wanted.data == data.ROLLOUTS:
         del options["packing"], options["batch_size"]

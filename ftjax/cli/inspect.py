@@ -47,4 +47,4 @@ def main(flags: absl_flags.FlagValues) -> None:
     found = inspect.problems(whole, loader.sequences, tokenizer) + inspect.prompt_problems(encoder, first) + whole.first_errors
     terminal.say("\n".join(f"- {problem}" for problem in found) or "none found")
     terminal.heading("Sequences")
-    terminal.say(show.preview(loader.sequences, tokenizer, count=flags.rows, console=terminal.console))
+    terminal.say(show.preview(loader, tokenizer, count=flags.rows, console=terminal.console))

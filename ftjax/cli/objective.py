@@ -41,8 +41,12 @@ def loss(config) -> LossFn:
 
 def loss_of_batch(config) -> LossFn:
     """Return the objective for batches as they are packed."""
-    packed = needs(config).data != "messages" and config.data.packing != "none"
-    return losses.unpacked(loss(config)) if packed else loss(config)
+    return losses.unpacked(loss(config)) if packs(config) else loss(config)
+
+
+def packs(config) -> bool:
+    """Return whether rows of a batch hold several items that the objective compares, so that they have to be taken apart."""
+    return needs(config).data in data.COMPARED and config.data.packing != "none"
 
 
 REFERENCES = ("live", "cached")
@@ -86,10 +90,11 @@ def check_best_metric(config) -> None:
     """Refuse a `checkpoint.best_metric` that no evaluation will have; asked before anything is loaded."""
     if "divergence" in needs(config).outputs:
         divergence(config)
-    shape = (1, 2, 2) if needs(config).data == data.PAIRS else (1, 2)
+    responses = data.KINDS.get(needs(config).data, 1)
+    shape = (1, responses, 2) if responses > 1 else (1, 2)
     row, number = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
     of_items = ("desirable", "baseline", "margins")
-    rows = ("tokens", "loss_mask", "positions", "segment_ids", "reference_logps", *needs(config).fields)
+    rows = ("tokens", "loss_mask", "positions", "segment_ids", "reference_logps", "labels", *needs(config).fields)
     batch = Batch(**dict.fromkeys(rows, row), **dict.fromkeys(of_items, number))
     scores = Scores(**{name: row for name in _outputs(config)})
     names = ("loss", *jax.eval_shape(loss(config), scores, batch)[1], "perplexity")

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.text import Text
 
-from ftjax import data, logs
+from ftjax import data, logs, losses
 from ftjax.checkpoint import Checkpoints
 from ftjax.cli import build, measure, objective, rollouts, runtime, show
 from ftjax.cli import config as configs
@@ -68,8 +68,19 @@ def read(run: Run, tokenizer: Any) -> Lessons:
         terminal.say(show.prompts(reports, loader, samples=config.rollout.samples_per_prompt, stride=rollouts.stride(config)))
         return Lessons(encoder, loader, held_out)
     terminal.say(show.sources(reports, loader))
-    terminal.say(show.preview(loader.sequences, tokenizer, count=2, console=terminal.console))
+    if advice := _balance(config, loader):
+        terminal.say(Text(advice, style="yellow"))
+    terminal.say(show.preview(loader, tokenizer, count=2, console=terminal.console))
     return Lessons(encoder, loader, held_out)
+
+
+def _balance(config, loader: data.Loader) -> str | None:
+    """Return what is wrong with the weights of KTO's two classes, if anything is."""
+    if not objective.needs(config).baseline:
+        return None
+    good = int(loader.numbers["desirable"].sum())
+    weights = {name: float(config.loss.get(name, 1.0)) for name in ("desirable_weight", "undesirable_weight")}
+    return losses.balance(good, len(loader.numbers["desirable"]) - good, **weights)
 
 
 def ask(run: Run, quiz: measure.Quiz, state: TrainState, when: str) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def products(frozen: Any, mesh: Mesh, *, rows: int, dtype: str) -> str:
 
 
 def sources(reports: Mapping[str, data.Report], loader: data.Loader) -> Group:
-    """Return the table of sources: rows, sequences, tokens and how many of them are trained."""
+    """Return the table of sources: rows, sequences, tokens, how many of them are trained, and why rows were left out."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, justify in (
         ("source", "left"),
@@ -100,7 +100,9 @@ def sources(reports: Mapping[str, data.Report], loader: data.Loader) -> Group:
         left_out = sum(report.skipped.values())
         cells = (report.rows, report.sequences, report.tokens, report.supervised, left_out)
         table.add_row(Text(name), *(f"{cell:,}" for cell in cells))
-    return Group(table, f"{loader.steps_per_epoch:,} steps an epoch; {loader.efficiency:.0%} of the positions of a batch hold a token")
+    why = [f"{count:,} left out: {reason}" for report in reports.values() for reason, count in report.skipped.most_common(3)]
+    share = f"{loader.steps_per_epoch:,} steps an epoch; {loader.efficiency:.0%} of the positions of a batch hold a token"
+    return Group(table, *(Text(line, style="yellow") for line in why), share)
 
 
 def histogram(classes: list[tuple[int, int, int]], *, width: int = 50) -> str:
@@ -112,14 +114,29 @@ def histogram(classes: list[tuple[int, int, int]], *, width: int = 50) -> str:
     )
 
 
-def preview(sequences: data.Sequences, tokenizer: Any, *, count: int, console: Console) -> Group:
-    """Return a few sequences, the trained tokens in colour (between ⟦ and ⟧ where there is no colour)."""
-    shown = [
-        _coloured(inspect.sequence_runs(tokenizer, sequences, index), marked=not console.is_terminal)
-        for index in range(min(count, len(sequences.lengths)))
-    ]
+def preview(loader: data.Loader, tokenizer: Any, *, count: int, console: Console) -> Group:
+    """Return a few sequences, or pairs of them, the trained tokens in colour (between ⟦ and ⟧ where there is no colour)."""
+    shown = {
+        index: _coloured(inspect.sequence_runs(tokenizer, loader.sequences, index), marked=not console.is_terminal)
+        for index in range(loader.responses * min(count, len(loader.lengths)))
+    }
     legend = "the tokens in [bold green]green[/] are trained" if console.is_terminal else "the tokens between ⟦ and ⟧ are trained"
-    return Group(*(Panel(text, box=box.ROUNDED, border_style="dim") for text in shown), Text.from_markup(f"[dim]{legend}[/]"))
+    form = {"box": box.ROUNDED, "border_style": "dim", "title_align": "left"}
+    panels = (Panel(text, title=_judgement(loader, index), **form) for index, text in shown.items())
+    return Group(*panels, Text.from_markup(f"[dim]{legend}[/]"))
+
+
+def _judgement(loader: data.Loader, index: int) -> str | None:
+    """Return what was judged of a sequence, if anything was."""
+    item, at = divmod(index, loader.responses)
+    numbers, labels = loader.numbers, loader.sequences.known.get("labels")
+    if labels is not None:
+        part = slice(*loader.sequences.starts[[index, index + 1]])
+        return "steps " + ", ".join(f"{label:g}" for label in labels[part][loader.sequences.loss_mask[part] > 0])
+    if "desirable" in numbers:
+        return "desirable" if numbers["desirable"][item] else "undesirable"
+    margin = f", by {numbers['margins'][item]:g}" if at == 0 and "margins" in numbers else ""
+    return f"pair {item + 1}: {('chosen', 'rejected', 'reference')[at]}{margin}" if loader.responses > 1 else None
 
 
 def _coloured(runs: list[tuple[str, bool]], *, marked: bool, limit: int = 1200) -> Text:

@@ -14,7 +14,7 @@ from ftjax.data.formats import Example, parse
 from ftjax.data.items import Items, check_labels, joined
 from ftjax.data.items import encode as encode_judged
 from ftjax.data.items import rows as judged_rows
-from ftjax.data.judged import LABELLED, PAIRS, Judged
+from ftjax.data.judged import KINDS, LABELLED, PAIRS, STEPS, TRIPLES, Judged
 from ftjax.data.loader import Loader, make_loader
 from ftjax.data.mixture import Mixture
 from ftjax.data.prompts import ROLLOUTS, Prompt, Prompts
@@ -27,9 +27,13 @@ from ftjax.data.tokenize import Encoder, answer, make_encoder
 
 __all__ = [
     "CHATML",
+    "COMPARED",
     "ChatTemplate",
+    "KINDS",
     "LABELLED",
     "PAIRS",
+    "STEPS",
+    "TRIPLES",
     "ROLLOUTS",
     "Encoder",
     "Example",
@@ -60,6 +64,8 @@ __all__ = [
 ]
 
 
+COMPARED = (PAIRS, TRIPLES, LABELLED)
+"""The kinds of judged responses whose loss speaks of responses and not of tokens, so that a packed row has to be taken apart."""
 SPEC = ("path", "format", "split", "name", "columns", "end_marker", "weight")
 
 
@@ -124,8 +130,9 @@ def load(
 
 
 def read_judged(spec: Mapping[str, Any], wanted: str, *, bad_rows: str = "raise", report: Report | None = None) -> Iterator[Judged]:
-    """Yield the judged responses of one source: as `read`, of the formats of `judged.FORMATS`; `wanted` is `PAIRS` or `LABELLED`."""
-    return judged_rows(_opened(spec), wanted, **_reading(spec), bad_rows=bad_rows, report=report)
+    """Yield the judged responses of one source: as `read`, of the formats of `judged.FORMATS`; `wanted` is one of `KINDS`."""
+    end_marker = spec.get("end_marker") or ""
+    return judged_rows(_opened(spec), wanted, **_reading(spec), end_marker=end_marker, bad_rows=bad_rows, report=report)
 
 
 def load_judged(
@@ -145,14 +152,18 @@ def load_judged(
     Args:
       sources: name -> what `read` takes.
       encoder: its `max_tokens` holds for a prompt with one response.
-      wanted: `PAIRS`: batches `[batch_size, 2, t]`, chosen first, or `LABELLED`: `[batch_size, t]` with `desirable`.
+      wanted: `PAIRS`: batches `[batch_size, 2, t]`, chosen first; `TRIPLES`: `[batch_size, 3, t]`, the best known one last; `LABELLED`:
+        `[batch_size, t]` with `desirable`; or `STEPS`: `[batch_size, t]` with `labels`, whose `loss_mask` is 1 at the end of each step.
       batch_size: items of a batch over all hosts, or packed rows.
-      packing: "none", or "best_fit": rows as wide as all responses of an item may be, with as many items as fit, for `losses.unpacked`.
+      packing: "none", or "best_fit": rows as wide as all responses of an item may be, with as many items as fit; of what is `COMPARED`, for
+        `losses.unpacked`.
       seed: of the order.
       shuffle: False keeps the order of the rows.
       bad_rows: "raise" at a row that cannot be used, or "skip" and count.
       mismatched: beside single responses, each prompt with the response of another (KTO's baseline).
     """
+    if packing == "wrapped":
+        raise ValueError("data: packing is 'wrapped', which cuts sequences; judged responses take 'best_fit' or 'none'.")
     weights = _weights(sources)
     parts, reports = [], {name: Report() for name in sources}
     for name, spec in sources.items():

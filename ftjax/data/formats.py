@@ -38,6 +38,8 @@ class Example:
     messages: tuple[Message, ...] = ()
     text: str | None = None
     tools: tuple[Any, ...] | None = None
+    pieces: tuple[str, ...] = ()
+    """Parts of the last answer, in order, where it is of consequence at which token each of them ends: the steps of a solution."""
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The row as it was read: what a reward function may want to see, such as `answer`."""
     where: str = ""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,6 +41,7 @@ def rows(
     *,
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
+    end_marker: str = "",
     bad_rows: str = "raise",
     report: Report | None = None,
 ) -> Iterator[Judged]:
@@ -49,7 +50,7 @@ def rows(
     Raises:
       RowError: a row cannot be used and `bad_rows` is "raise".
     """
-    parse = partial(judged.parse, wanted=wanted, format=format, columns=columns)
+    parse = partial(judged.parse, wanted=wanted, format=format, columns=columns, end_marker=end_marker)
     yield from parsed(source, parse, bad_rows=bad_rows, report=report)
 
 
@@ -76,20 +77,26 @@ def encode(
     report, whole = report or Report(), dataclasses.replace(encoder, max_tokens=UNCUT)
     kept: list[list[Encoded]] = []
     numbers: list[Mapping[str, float]] = []
+    labels: list[np.ndarray] = []
     for chunk in chunks(iter(found), 256):
         encoded = iter(whole.encode([example for item in chunk for example in item.responses]))
         for item in chunk:
-            responses = list(itertools.islice(encoded, len(item.responses)))
+            responses: list[Any] = list(itertools.islice(encoded, len(item.responses)))
             where = item.responses[0].where
             if errors := [one for one in responses if isinstance(one, RowError)]:
                 bad(errors[0], bad_rows, report)
             elif not all(one.loss_mask.any() for one in responses):
                 bad(RowError("a response has no token that would be trained", where=where), bad_rows, report)
+            elif item.labels and responses[0].ends.sum() < len(item.labels):
+                bad(RowError("two steps end in one token", where=where), bad_rows, report)
             elif (fitting := _cut_together(responses, encoder.max_tokens, keep=len(encoder.bos))) is None:
                 bad(RowError(f"a response does not fit max_tokens={encoder.max_tokens}", where=where), too_long, report)
             else:
                 report.cut_prompts += fitting[0].cut == "prompt"
                 report.control += any(encoder.holds_control(example) for example in item.responses)
+                if item.labels:
+                    fitting, of_tokens = _labelled(fitting[0], item.labels)
+                    labels.append(of_tokens)
                 kept.append(fitting)
                 numbers.append(item.numbers)
     if not kept:
@@ -101,7 +108,8 @@ def encode(
     report.tokens += len(tokens)
     report.supervised += int(masks.sum(dtype=np.int64))
     starts = np.cumsum([0, *(len(one.tokens) for one in sequences)])
-    return Items(Sequences(tokens, masks, starts), len(kept[0]), _columns(numbers))
+    known = {"labels": np.concatenate(labels)} if labels else {}
+    return Items(Sequences(tokens, masks, starts, known), len(kept[0]), _columns(numbers))
 
 
 def joined(parts: Iterable[Items]) -> Items:
@@ -122,6 +130,13 @@ def check_labels(items: Items) -> None:
         raise ValueError(f"data: all {len(labels):,} responses are {which}; the other class is needed too, to learn the difference.")
 
 
+def _labelled(response: Encoded, labels: Sequence[float]) -> tuple[list[Encoded], np.ndarray]:
+    """Return the response of which the last token of each step counts alone, and the labels of the steps there, float32 `[t]`."""
+    values = np.zeros(len(response.tokens), np.float32)
+    values[response.ends > 0] = labels
+    return [response._replace(loss_mask=response.ends)], values
+
+
 def _columns(numbers: list[Mapping[str, float]]) -> dict[str, np.ndarray]:
     names = sorted({name for one in numbers for name in one})
     return {name: np.asarray([one.get(name, 0.0) for one in numbers], np.float32) for name in names}
@@ -137,4 +152,8 @@ def _cut_together(responses: list[Encoded], max_tokens: int, *, keep: int) -> li
     if prompt - keep - excess < (0 if keep else 1):  # something must stay to predict the first token of the response from
         return None
     first = keep + excess
-    return [Encoded(*(np.concatenate([x[:keep], x[first:]]) for x in (one.tokens, one.loss_mask)), cut="prompt") for one in responses]
+
+    def cut(x: np.ndarray | None) -> np.ndarray | None:
+        return None if x is None else np.concatenate([x[:keep], x[first:]])
+
+    return [Encoded(cut(one.tokens), cut(one.loss_mask), "prompt", cut(one.ends)) for one in responses]

@@ -2,7 +2,8 @@
 
 Row `i` of a split is a pure function of (task, split, seed, i), and there is no last one. Whether a problem is for training or held out
 is decided by a hash of its prompt, so the splits share no problem. Every prompt says what form the answer must have, so that an
-untrained model has its fair chance. A row is a prompt with its answer, and a pair too: the answer and that to another problem.
+untrained model has its fair chance. A row is a prompt with its answer, and a pair too: the answer and that to another problem. It is also a
+triple, of which the answer is the best known response, and a solution in two steps, of which the second is wrong.
 """
 
 from __future__ import annotations
@@ -161,7 +162,8 @@ def _make(names: list[str], i: int, *, split: str = "train", seed: int = 0) -> d
         prompt, answer = TASKS[name](draw)
         if split_of(prompt) == split:
             wrong = _another(name, answer, random.Random(f"wrong {name}/{split}/{seed}/{i}"))
-            return {"prompt": prompt, "completion": answer, "answer": answer, "chosen": answer, "rejected": wrong, "task": name}
+            judged = {"chosen": answer, "rejected": wrong, "reference": answer, "completions": [answer, wrong], "labels": [True, False]}
+            return {"prompt": prompt, "completion": answer, "answer": answer, **judged, "task": name}
 
 
 def _another(name: str, answer: str, draw: random.Random) -> str:

@@ -35,6 +35,8 @@ class Encoded(NamedTuple):
     loss_mask: np.ndarray
     cut: str = ""
     """"", "prompt" (from the left) or "response" (on the right)."""
+    ends: np.ndarray | None = None
+    """uint8 `[t]`: 1 at the last token of each of `Example.pieces`, if it has any."""
 
 
 class _Drawn(NamedTuple):
@@ -44,6 +46,8 @@ class _Drawn(NamedTuple):
     spans: list[tuple[int, int]]
     needs_eos: bool
     whole: bool = False
+    ends: tuple[int, ...] = ()
+    """After which character each piece ends; one past the text where EOS is its end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +99,8 @@ class Encoder:
                 drawn = self._plain_pair(example) if self.template is None else self._conversation(example)
             if drawn.needs_eos and self.tokenizer.eos_token_id is None:
                 raise RowError("the tokenizer has no EOS token to end a sequence with")
+            if example.pieces:
+                drawn = drawn._replace(ends=_piece_ends(drawn, example.pieces))
             return drawn._replace(spans=[(0, len(drawn.text))]) if self.train_on == "all" else drawn
         except RowError as error:
             return error.at(example.where)
@@ -170,11 +176,15 @@ class Encoder:
 
     def _encoded(self, drawn: _Drawn, encoding: Any) -> Encoded:
         ids, mask = encoding.ids, _token_mask(encoding.offsets, drawn.spans)
+        ends = _last_tokens(encoding.offsets, drawn.ends)
         if drawn.needs_eos:
             ids, mask = [*ids, self.tokenizer.eos_token_id], np.append(mask, np.uint8(1))
         ids = self._with_bos(ids)
         mask = np.concatenate([np.zeros(len(ids) - len(mask), np.uint8), mask])
         sequence = _first_masked(np.asarray(ids, np.int32), mask)
+        if drawn.ends:
+            bos = len(ids) - len(encoding.ids) - drawn.needs_eos
+            sequence = sequence._replace(ends=np.isin(np.arange(len(ids)), ends + bos).astype(np.uint8))
         keep = len(self.bos) if ids[: len(self.bos)] == list(self.bos) else 0
         return sequence if drawn.whole else cut(sequence, max_tokens=self.max_tokens, keep=keep)
 
@@ -242,7 +252,7 @@ def cut(sequence: Encoded, *, max_tokens: int, keep: int = 0) -> Encoded:
       max_tokens: the most that stays, at least 2.
       keep: so many tokens at the front stay whatever is cut (BOS).
     """
-    tokens, mask, _ = sequence
+    tokens, mask, *_ = sequence
     if len(tokens) <= max_tokens:
         return sequence
     starts = np.flatnonzero(np.diff(mask, prepend=np.uint8(0)) == 1)
@@ -251,7 +261,8 @@ def cut(sequence: Encoded, *, max_tokens: int, keep: int = 0) -> Encoded:
     kept = np.concatenate([np.arange(keep), np.arange(first, len(tokens))])
     lost = len(kept) > max_tokens and bool(mask[kept[max_tokens:]].any())
     kept = kept[:max_tokens]
-    return _first_masked(tokens[kept], mask[kept])._replace(cut="response" if lost else "prompt")
+    ends = None if sequence.ends is None else sequence.ends[kept]
+    return _first_masked(tokens[kept], mask[kept])._replace(cut="response" if lost else "prompt", ends=ends)
 
 
 def _first_masked(tokens: np.ndarray, mask: np.ndarray) -> Encoded:
@@ -273,6 +284,24 @@ def _token_mask(offsets: Iterable[tuple[int, int]], spans: Sequence[tuple[int, i
     for start, stop in spans:
         mask |= ((ends > start) & (begins < stop)).astype(np.uint8)
     return mask
+
+
+def _piece_ends(drawn: _Drawn, pieces: Sequence[str]) -> tuple[int, ...]:
+    """Return after which character of the text each piece ends: a piece ends where the next one begins, the last with the turn."""
+    start, stop = drawn.spans[-1]
+    begins = []
+    for piece in pieces:
+        begins.append(drawn.text.find(piece, start, stop))
+        if begins[-1] < 0:
+            raise RowError(f"the chat template rewrites the answer: {piece[:40]!r} is not in it")
+        start = begins[-1] + len(piece)
+    return (*begins[1:], stop + drawn.needs_eos)
+
+
+def _last_tokens(offsets: Sequence[tuple[int, int]], ends: Sequence[int]) -> np.ndarray:
+    """Return the token that holds the last character of each piece; the one after all where it ends past the text."""
+    stops = np.maximum.accumulate(np.fromiter((stop for _, stop in offsets), np.int64))
+    return np.searchsorted(stops, np.asarray(ends, np.int64))
 
 
 def _squeeze(text: str) -> str:

@@ -14,7 +14,8 @@ class Needs(NamedTuple):
 
     data: str = "pairs"
     """"messages": conversations, `[b, t]`; "pairs": a chosen and a rejected response, `[b, 2, t]`; "labelled": single responses with
-    `desirable`, `[b, t]`; "rollouts": the policy's own responses, `[b, t]`, with `fields`; or another word for what `ftjax train` cannot
+    `desirable`, `[b, t]`; "triples": a pair and the best known response, `[b, 3, t]`; "steps": solutions with `labels` where `loss_mask`
+    is 1, `[b, t]`; "rollouts": the policy's own responses, `[b, t]`, with `fields`; or another word for what `ftjax train` cannot
     read yet."""
     outputs: tuple[str, ...] = ("logps",)
     """Of `scoring.score`, without which the objective cannot be computed; with "divergence" of `scoring.score_against`."""
@@ -39,7 +40,7 @@ NEEDS: Mapping[str, Needs] = {
     "apo_zero_unpaired": Needs("labelled", reference=True),
     "bco": Needs("labelled", reference=True, running="rewards"),
     "reward": Needs(outputs=("logps", "values")),
-    "process_reward": Needs("labelled steps", outputs=("logps", "values")),
+    "process_reward": Needs("steps", outputs=("logps", "values")),
     "distill": Needs("messages", outputs=("logps", "divergence")),
     **dict.fromkeys(POLICY_LOSSES, Needs("rollouts", fields=("advantages",))),
     "ppo": Needs("rollouts", outputs=("logps", "values"), fields=("advantages", "returns")),

@@ -67,12 +67,102 @@ def test_a_single_response_has_a_label_that_is_true_or_false():
         ({"chosen": PROMPT, "rejected": [{"role": "user", "content": "Ho"}]}, "no first message in common"),
         ({"chosen": [*PROMPT, *PROMPT[:1]], "rejected": [*PROMPT, *PROMPT[1:2]]}, "begins with a message of the user"),
         ({"chosen": "no turns", "rejected": "none"}, "is no text of turns"),
+        ({"prompt": "a", "completions": ["b"], "labels": [True]}, "no format of judged responses"),
         ({"question": "a"}, "no format of judged responses has the columns 'question'"),
     ],
 )
 def test_what_is_no_pair_says_why(row, reason):
     with pytest.raises(RowError, match=f"f:3.*{reason}"):
         judged.parse(row, judged.PAIRS, where="f:3")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "2+2", "chosen": "4", "rejected": "5", "reference": "four"},
+        {
+            name: [*PROMPT, {"role": "assistant", "content": said}]
+            for name, said in (("chosen", "4"), ("rejected", "5"), ("reference", "four"))
+        },
+    ],
+    ids=["prompt", "conversations"],
+)
+def test_a_triple_is_a_pair_and_the_best_known_response(row, words):
+    (triple,) = judged.parse(row, judged.TRIPLES)
+    encoder = data.make_encoder(words, max_tokens=200)
+    assert [trained(encoder, one) for one in triple.responses] == ["4<|im_end|>", "5<|im_end|>", "four<|im_end|>"]
+    assert len({one.messages[:-1] for one in map(hashable, triple.responses)}) == 1
+    (pair,) = judged.parse(row, judged.PAIRS)
+    assert pair.responses == triple.responses[:2]
+    without = {name: value for name, value in row.items() if name != "reference"}
+    with pytest.raises(RowError, match="format 'preference', and triples are wanted"):
+        judged.parse(without, judged.TRIPLES)
+
+
+def hashable(example):
+    return data.Example(tuple(tuple(sorted(message.items())) for message in example.messages))
+
+
+STEPS = {"prompt": "2+2-1", "completions": ["2+2=4", "4-1=2", "so 2"], "labels": [True, False, 0.25]}
+
+
+@pytest.mark.parametrize("template", ["chatml", "none"])
+def test_a_step_is_judged_where_it_ends(template, words):
+    found = items.encode(judged.parse(STEPS, judged.STEPS), data.make_encoder(words, max_tokens=99, template=template))
+    tokens, mask, labels = found.sequences.tokens, found.sequences.loss_mask, found.sequences.known["labels"]
+    ends = np.flatnonzero(mask)
+    read = ["".join(words.decode(tokens[: end + 1])) for end in ends]
+    assert [text[text.index("2+2=4") :] for text in read] == ["2+2=4\n", "2+2=4\n4-1=2\n", "2+2=4\n4-1=2\nso 2<|im_end|>"]
+    assert labels[ends].tolist() == [1, 0, 0.25] and labels.sum() == 1.25 and found.responses == 1
+
+
+def test_the_prompt_of_steps_is_cut_and_no_step(words):
+    """The answer has 17 tokens, one a byte and EOS; so of the prompt's five the last one stays."""
+    encoder = data.make_encoder(words, max_tokens=18, template="none")
+    found = items.encode(judged.parse(STEPS, judged.STEPS), encoder)
+    assert words.decode(found.sequences.tokens) == "12+2=4\n4-1=2\nso 2<|im_end|>"
+    assert found.sequences.known["labels"][found.sequences.loss_mask > 0].tolist() == [1, 0, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"labels": [True]}, "column 'labels': has 1 labels for 3 steps"),
+        ({"completions": ["a", " ", "b"]}, r"column 'completions\[1\]': is an empty step"),
+        ({"labels": [True, "yes", True]}, r"column 'labels\[1\]': must be true, false or a share in \[0, 1\], got a string"),
+        ({"labels": [True, 2, True]}, r"share in \[0, 1\], got 2"),
+        ({"labels": []}, "column 'labels': is an empty list"),
+        ({"completions": "a"}, "column 'completions': must be a list, got a string"),
+    ],
+)
+def test_what_are_no_steps_says_why(change, reason):
+    with pytest.raises(RowError, match=reason):
+        judged.parse({**STEPS, **change}, judged.STEPS)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "row"),
+    [
+        ("pairs", {"prompt": "a", "chosen": "b<end>", "rejected": "c<end>"}),
+        (
+            "pairs",
+            {"chosen": [*PROMPT, {"role": "assistant", "content": "b<end>"}], "rejected": [*PROMPT, {"role": "assistant", "content": "c"}]},
+        ),
+        ("pairs", {"chosen": "\n\nHuman: a\n\nAssistant: b<end>", "rejected": "\n\nHuman: a\n\nAssistant: c<end>"}),
+        ("labelled", {"prompt": "a", "completion": "b<end>", "label": True}),
+        ("steps", {"prompt": "a", "completions": ["b<end>", "c<end>"], "labels": [True, True]}),
+    ],
+)
+def test_the_mark_that_a_data_set_ends_with_is_taken_off(wanted, row, tmp_path):
+    source = {**write(tmp_path / "d.jsonl.gz", [row])["rows"], "end_marker": "<end>"}
+    (one,) = data.read_judged(source, wanted)
+    assert [response.messages[-1]["content"][:1] for response in one.responses] == (["b", "c"] if wanted == "pairs" else ["b"])
+    assert not any("<end>" in message["content"] for response in one.responses for message in response.messages)
+
+
+def test_responses_that_differ_by_the_mark_alone_are_the_same():
+    with pytest.raises(RowError, match="are the same"):
+        judged.parse({"prompt": "a", "chosen": "b<end>", "rejected": "b"}, judged.PAIRS, end_marker="<end>")
 
 
 def encoded(words, rows, wanted=judged.PAIRS, max_tokens=64, **options):

@@ -14,16 +14,17 @@ def test_every_objective_says_what_it_needs():
     assert losses.NEEDS.keys() == losses.LOSSES.keys()
 
 
-READ = ("messages", "pairs", "labelled", "rollouts")
+READ = ("messages", "pairs", "triples", "labelled", "steps", "rollouts")
 
 
 @pytest.mark.parametrize("name", [name for name, needs in losses.NEEDS.items() if needs.data in READ])
 def test_an_objective_runs_with_what_it_needs_and_not_without(name):
     needs = losses.NEEDS[name]
-    row = jax.ShapeDtypeStruct((3, 2, 5) if needs.data == "pairs" else (3, 5), jnp.float32)
+    responses = {"pairs": (2,), "triples": (3,)}.get(needs.data, ())
+    row = jax.ShapeDtypeStruct((3, *responses, 5), jnp.float32)
     each = jax.ShapeDtypeStruct((3,), jnp.float32)
     given = {field: row for field in ("tokens", "loss_mask", "positions", "segment_ids")}
-    given |= {"desirable": each} if needs.data == "labelled" else {}
+    given |= {"labelled": {"desirable": each}, "steps": {"labels": row}}.get(needs.data, {})
     written = dict.fromkeys(needs.fields, row) | ({"reference_logps": row} if needs.reference else {})
     written |= {"baseline": each} if needs.baseline or needs.running else {}
     scores = Scores(**dict.fromkeys(needs.outputs, row), **({} if "logps" in needs.outputs else {"logps": row}))
