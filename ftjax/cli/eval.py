@@ -3,16 +3,18 @@
   ftjax eval --config=configs/quickstart.py --adapter=runs/quickstart           the held-out data of a config
   ftjax eval --data=tasks:sort --adapter=runs/quickstart                        any data that `ftjax train` reads
   ftjax eval --model=… --data=gsm8k/test.jsonl --metric=numeric_match --max_tokens=200 --output=result.json
+  ftjax eval --config=configs/dpo_smollm2_hh.py --adapter=runs/dpo_smollm2_hh   pairs: how often the chosen response is preferred
+  ftjax eval --pairs --data=pairs.jsonl --model=runs/reward/model               by a reward model, or by a policy; --reference=…
 
 Loss and accuracy are means over all supervised tokens, whatever the batches. Answers are completed greedily and compared with the row's
-`answer`, or with its last assistant message; the interval around their share is Wilson's, at 95 %.
+`answer`, or with its last assistant message; the interval around their share is Wilson's, at 95 %. Pairs are judged by the rewards of a
+reward model, or by the log-probabilities of a policy, alone and against the model without the adapter or `--reference`.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -26,15 +28,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ftjax import data, losses, peft, scoring
-from ftjax.cli import build, measure, objective, pretrained, runtime
+from ftjax.cli import build, measure, objective, preferences, pretrained, runtime
 from ftjax.cli import config as configs
 from ftjax.train import Score, make_eval_step
 from ftjax.tree import nearest
 from ftjax.types import Batch, Model, Params
 
 METRICS = ("auto", *measure.MATCHES)
-_Z = 1.959964
-"""The 97.5th percentile of the normal distribution: two-sided 95 %."""
 
 
 class Setting(NamedTuple):
@@ -68,6 +68,8 @@ def define_flags(flags: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     absl_flags.DEFINE_integer("max_tokens", None, "the most tokens of an answer (default: the config's, else 64)", 1, flag_values=flags)
     absl_flags.DEFINE_integer("batch_size", 32, "answers completed at a time", flag_values=flags, lower_bound=1)
     absl_flags.DEFINE_enum("metric", "auto", METRICS, "how answers are compared; auto: the config's, or told from the rows", flags)
+    absl_flags.DEFINE_bool("pairs", False, "the data are pairs, of which one response was preferred", flags)
+    absl_flags.DEFINE_string("reference", "", "of pairs: the model that a policy is compared with (default: without --adapter)", flags)
     absl_flags.DEFINE_string("output", None, "a .json file for the result", flags)
     runtime.define_flags(flags)
 
@@ -79,12 +81,18 @@ def main(flags: absl_flags.FlagValues) -> None:
     output = runtime.local_path("output", flags.output) if flags.output else None
     if flags.config is not None:
         _check_unused(flags)
+    of_pairs = _of_pairs(flags)
     runtime.start(flags)
-    setting = from_flags(flags) if flags.config is None else from_config(flags)
-    found = evaluate(setting)
-    Console(highlight=False).print(table(found))
+    found, shown = (preferences.run if of_pairs else run)(flags)
+    Console(highlight=False).print(shown)
     if output:
         write_json(output, found)
+
+
+def run(flags: absl_flags.FlagValues) -> tuple[dict[str, Any], Table]:
+    """Return what is measured of conversations, as plain data and for the terminal."""
+    found = evaluate(from_flags(flags) if flags.config is None else from_config(flags))
+    return found, table(found)
 
 
 _OF_DATA = ("dtype", "format", "split", "template", "template_variables", "row_tokens")
@@ -97,6 +105,21 @@ def _check_unused(flags: absl_flags.FlagValues) -> None:
             f"eval: {', '.join(given)}: with --config these are fields of the config; change them there, as in "
             "--config.model.dtype=float32 or --config.data.eval_sources.NAME.split=test."
         )
+
+
+_OF_ANSWERS = ("examples", "max_tokens", "metric")
+
+
+def _of_pairs(flags: absl_flags.FlagValues) -> bool:
+    """Return whether pairs are judged: as asked for, or as the config's objective learns from them."""
+    pairs = objective.needs(flags.config).data == data.PAIRS if flags.config is not None else flags.pairs
+    if flags.pairs and not pairs:
+        raise ValueError(f"eval: --pairs: the config's {flags.config.algorithm!r} has no pairs held out; give --data=PATH instead.")
+    if pairs and (given := [f"--{name}" for name in _OF_ANSWERS if flags[name].present]):
+        raise ValueError(f"eval: {', '.join(given)}: pairs are read, and nothing is answered.")
+    if flags.reference and not pairs:
+        raise ValueError("eval: --reference is for pairs; add --pairs, or a config of pairs.")
+    return pairs
 
 
 def from_flags(flags: absl_flags.FlagValues) -> Setting:
@@ -185,23 +208,8 @@ def _answers(setting: Setting) -> dict[str, Any]:
         metric=metric,
     )
     judged = [score for score in answers.scores if score is not None]
-    low, high = wilson(int(sum(judged)), len(judged))
+    low, high = measure.wilson(int(sum(judged)), len(judged))
     return {metric: {"share": answers.score, "low": low, "high": high, "right": int(sum(judged)), "n": len(judged)}}
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share (Wilson, 1927, J. Am. Stat. Assoc. 22): it stays inside [0, 1], also for 0 or n of n.
-
-    (p + z²/2n ± z √(p (1 - p)/n + z²/4n²)) / (1 + z²/n)
-
-    >>> [round(bound, 4) for bound in wilson(8, 10)]
-    [0.4902, 0.9433]
-    """
-    if not n:
-        return 0.0, 1.0
-    p, w = right / n, _Z**2 / n
-    half = _Z * math.sqrt(p * (1 - p) / n + w / (4 * n))
-    return max(0.0, (p + w / 2 - half) / (1 + w)), min(1.0, (p + w / 2 + half) / (1 + w))
 
 
 def table(found: dict[str, Any]) -> Table:

@@ -14,6 +14,8 @@ from ftjax.tree import nearest
 from ftjax.types import Batch, Mean, Metrics, Model, Params, TrainState
 
 MATCHES = {"exact_match": rewards.exact_match, "numeric_match": rewards.numeric_match}
+Z = 1.959964
+"""The 97.5th percentile of the normal distribution: two-sided 95 %."""
 
 
 def evaluate(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> dict[str, float]:
@@ -45,6 +47,21 @@ def _total(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> Metric
 def _values(total: Metrics) -> dict[str, float]:
     values = {name: mean.value() for name, mean in total.items()}
     return {**values, "perplexity": math.exp(min(values.get("nll", values["loss"]), 700.0))}
+
+
+def wilson(right: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson, 1927, J. Am. Stat. Assoc. 22): it stays inside [0, 1], also for 0 or n of n.
+
+    (p + z²/2n ± z √(p (1 - p)/n + z²/4n²)) / (1 + z²/n)
+
+    >>> [round(bound, 4) for bound in wilson(8, 10)]
+    [0.4902, 0.9433]
+    """
+    if not n:
+        return 0.0, 1.0
+    p, w = right / n, Z**2 / n
+    half = Z * math.sqrt(p * (1 - p) / n + w / (4 * n))
+    return max(0.0, (p + w / 2 - half) / (1 + w)), min(1.0, (p + w / 2 + half) / (1 + w))
 
 
 class Answers(NamedTuple):

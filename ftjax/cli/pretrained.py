@@ -38,6 +38,8 @@ class Adapted(NamedTuple):
     name: str
     adapter: str
     """The adapter's folder, or nothing."""
+    base: Params | None = None
+    """The parameters without the adapter."""
     tokenizers: Mapping[str, Any] = {}
     """The tokenizer of each adapter that has a name, in the order of the stack."""
 
@@ -73,10 +75,10 @@ def load(flags: absl_flags.FlagValues) -> Adapted:
     if set(folders) <= {""}:
         folder = folders.get("")
         params = attach(found.model, found.params, folder)
-        return Adapted(found.model, params, tokenizer(folder, found.model, base=found.tokenizer), name, str(folder or ""))
+        return Adapted(found.model, params, tokenizer(folder, found.model, base=found.tokenizer), name, str(folder or ""), found.params)
     stacked = peft.stack_adapters(found.params, {name: attach(found.model, found.params, folder) for name, folder in folders.items()})
     tokenizers = {name: tokenizer(folder, found.model, base=found.tokenizer) for name, folder in folders.items()}
-    return Adapted(found.model, stacked, found.tokenizer, name, ", ".join(folders), tokenizers)
+    return Adapted(found.model, stacked, found.tokenizer, name, ", ".join(folders), found.params, tokenizers)
 
 
 def trained_in(folders: Sequence[Path], config: Config) -> Config:

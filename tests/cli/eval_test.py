@@ -106,7 +106,7 @@ def test_a_config_names_model_and_data(compiled, tmp_path):
 )
 def test_the_interval_is_wilsons(right, n, low, high):
     # The last is Newcombe's example (1998, Statistics in Medicine 17, table I): 81 of 263.
-    assert evaluation.wilson(right, n) == pytest.approx((low, high), abs=5e-5)
+    assert evaluation.measure.wilson(right, n) == pytest.approx((low, high), abs=5e-5)
 
 
 @pytest.mark.parametrize(
