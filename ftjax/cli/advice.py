@@ -1,4 +1,4 @@
-"""What the numbers of a run on pairs mean, in plain words, when a known pattern appears for the first time."""
+"""What the numbers of a run on pairs or rollouts mean, in plain words, when a known pattern appears for the first time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Values = Mapping[str, float]
 
 
 class Pattern(NamedTuple):
-    """A pattern in the metrics of `ftjax.losses.diagnosis`."""
+    """A pattern in the metrics of `ftjax.losses.diagnosis` and of `ftjax.online.summary`."""
 
     needs: tuple[str, ...]
     """The metrics that it reads; where one is missing it is not looked for."""
@@ -44,6 +44,42 @@ PATTERNS: Mapping[str, Pattern] = {
         lambda first, now: not 2 / 3 < now["length/chosen"] / max(now["length/rejected"], 1e-9) < 3 / 2,
         "chosen responses have {length/chosen:.0f} tokens and rejected ones {length/rejected:.0f}: a sum over tokens learns length from "
         "that. sigmoid_norm and simpo average over tokens, loss.tail_weight leaves out what is longer.",
+    ),
+    "longer and longer": Pattern(
+        ("reward", "length"),
+        lambda first, now: now["length"] > 1.5 * first["length"] and now["reward"] > first["reward"],
+        "the reward grows ({first[reward]:.3g} → {reward:.3g}), and so do the samples ({first[length]:.0f} → {length:.0f} tokens): look in "
+        "rollouts.jsonl whether length is what is rewarded. The reward soft_overlong takes from long ones, dr_grpo does not favour them.",
+    ),
+    "repetition": Pattern(
+        ("reward", "repetition"),
+        lambda first, now: now["repetition"] > 0.25 and now["repetition"] > 2 * first["repetition"],
+        "{repetition:.0%} of the phrases in a sample were there before (at first {first[repetition]:.0%}): the reward is hacked or the "
+        "policy breaks down; see rollouts.jsonl. The reward repetition takes from it; so does staying near the base (loss.kl_coef).",
+    ),
+    "entropy collapse": Pattern(
+        ("reward", "entropy"),
+        lambda first, now: now["entropy"] < 0.2 * first["entropy"],
+        "the entropy fell from {first[entropy]:.3f} to {entropy:.3f} nats a token: the samples of a prompt are nearly one, and nothing new "
+        "is found. A larger loss.clip_high (dapo), loss.kl_coef or a lower learning rate keeps it up.",
+    ),
+    "far from the base": Pattern(
+        ("reward", "kl"),
+        lambda first, now: now["kl"] > 0.5,
+        "the policy is {kl:.2f} nats a token from the base: much of what that knew is being given up. A larger loss.kl_coef or "
+        "rollout.kl_penalty, or a lower learning rate, holds it.",
+    ),
+    "nothing to compare": Pattern(
+        ("reward", "zero_variance"),
+        lambda first, now: now["zero_variance"] > 0.9,
+        "in {zero_variance:.0%} of the groups all samples are worth the same, and teach nothing: the prompts are too hard or too easy "
+        "(reward {reward:.3g}). Take others, more rollout.samples_per_prompt, or a reward that says more.",
+    ),
+    "cut off": Pattern(
+        ("reward", "finished"),
+        lambda first, now: now["finished"] < 0.1,
+        "{finished:.0%} of the samples end by themselves; the others were cut at rollout.max_tokens ({length:.0f} tokens on average), and "
+        "their reward says little of how they would have ended.",
     ),
 }
 """By what the pattern is called."""
