@@ -284,7 +284,8 @@ def source(
 
     Args:
       path: where it is.
-      format: messages, prompt_completion, alpaca, sharegpt, self_instruct, question_answer, text; "auto" tells it from the columns.
+      format: messages, prompt_completion, alpaca, sharegpt, self_instruct, question_answer, text; of judged responses preference, dialogue,
+        openai_preference, triple, labelled, stepwise; "auto" tells it from the columns.
       split: the part, perhaps a slice of it: "train[:95%]".
       weight: its share of the mixture; either all sources have one or none has, and then each row comes once an epoch.
       name: the configuration of a hub data set.

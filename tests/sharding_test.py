@@ -135,8 +135,10 @@ def test_the_first_rule_wins_and_rest_takes_what_is_left(cube):
 @pytest.mark.parametrize("optimizer", [optax.adamw(1e-3), optax.adafactor(1e-3, min_dim_size_to_factor=4)], ids=["adamw", "adafactor"])
 def test_moments_lie_as_their_leaf_and_the_rest_of_the_optimiser_is_replicated(optimizer, cube, key):
     method = peft.full("all-linear")
-    state = train.init_state(key, method.init(key, toy.init(key))[1], method, optimizer)
+    carried = {"reference": train.Carried(lambda trainable: jax.tree.map(jnp.copy, trainable), None, None)}
+    state = train.init_state(key, method.init(key, toy.init(key))[1], method, optimizer, carried=carried)
     where = sharding.state_shardings(state, cube)
+    assert where.carried["reference"] == where.trainable
     shapes = {leaf.shape for leaf in jax.tree.leaves(state.trainable)}
     for leaf, there in zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(where.opt_state), strict=True):
         assert there.is_fully_replicated == (leaf.shape not in shapes)

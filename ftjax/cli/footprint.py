@@ -11,6 +11,7 @@ What the backward pass needs is exact too, as JAX has it before the compiler: th
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from typing import Any, NamedTuple
@@ -86,7 +87,7 @@ def of(config, mesh: Mesh, kind: str, built: abstract.Built | None = None) -> Fo
     build.check_rows(config, mesh, accumulation=config.data.accumulation)
     rows = config.data.batch_size // config.data.accumulation // math.prod(mesh.shape[axis] for axis in sharding.ROWS)
     held, own = _frozen(built)
-    trained, moments = device_bytes(built.state.trainable), device_bytes(built.state.opt_state)
+    trained, moments = device_bytes(built.state.trainable), device_bytes((built.state.opt_state, built.state.carried))
     copies, activations = _kept(config, mesh, built, rows)
     summed = trained if config.data.accumulation > 1 else 0
     return Footprint(
@@ -150,7 +151,10 @@ def residuals(config, built: abstract.Built, rows: int) -> list[Any]:
 
         return jax.vjp(loss, trainable, has_aux=True)[1]
 
-    shapes = (built.state.trainable, built.frozen, abstract.batch(alone, config, rows=rows), built.state.key)
+    batch = abstract.batch(alone, config, rows=rows)
+    if "reference" in objective.remembers(config):  # which is in the state; what it says leaves nothing to the backward pass
+        batch = dataclasses.replace(batch, reference_logps=batch.loss_mask)
+    shapes = (built.state.trainable, built.frozen, batch, built.state.key)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
     jaxpr = jax.make_jaxpr(forward)(*shapes).jaxpr
     made = {variable for equation in jaxpr.eqns for variable in equation.outvars}

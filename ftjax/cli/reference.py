@@ -68,7 +68,8 @@ def told(run: Run, model: Model, params: Params, lessons: Lessons) -> Lessons | 
     options = {"say": partial(run.terminal.say, soft_wrap=True), "stopped": lambda: run.stop.reason, "kept": _kept(folder)}
     for loader in (lessons.loader, lessons.held_out):
         if loader is not None:
-            logps = recall(loader.sequences, folder, asked, **options)
+            with run.terminal.console.status("asking the reference"):
+                logps = recall(loader.sequences, folder, asked, **options)
             if logps is None:
                 return None
             loader = loader.knowing(reference_logps=logps)

@@ -38,12 +38,13 @@ def reference(frozen: Params, params: Params | None = None) -> Params:
 
     Args:
       frozen: of an `anchored` method, or of any if `params` are given.
-      params: the model that the method began with, which fill the holes of a frozen tree without copies.
+      params: the model that the method began with, which fill the holes of a frozen tree without copies; its branches alone are returned.
 
     Raises:
       ValueError: there is a hole and nothing to fill it with: the method was not `anchored`.
     """
     copies, model = tree.flatten(frozen.get(REFERENCE, {}) if params is None else params), _without(frozen)
+    model = model if params is None else {name: model[name] for name in params}
     holes = [path for path, leaf in tree.flatten(model).items() if isinstance(leaf, Moved)]
     if missing := [path for path in holes if path not in copies]:
         raise ValueError(f"reference: {missing[0]!r} is trained and there is no copy of it: wrap the method in peft.anchored(…).")

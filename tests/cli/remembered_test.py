@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ftjax.checkpoint import Checkpoints
-from ftjax.cli import main
+from ftjax.cli import abstract, build, footprint, main
+from ftjax.cli import config as configs
 from ftjax.cli.stop import Stop
 from ftjax.logs.writers import read_jsonl
 from tests.cli.train_test import assert_bitwise_equal, stored
@@ -66,6 +67,17 @@ def test_a_reference_that_moves_goes_on_bit_for_bit(whole, command, tmp_path, mo
     assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == 3
     assert main.main(command(tmp_path, *FOLLOWS)) == 0
     assert_bitwise_equal(stored(tmp_path), stored(whole))
+
+
+def test_a_plan_counts_the_reference_that_follows():
+    config = configs.load(CONFIG)
+    config.methods = ("full",)
+    mesh, held = build.mesh(config), []
+    for config.reference.every_steps in (2, 0):
+        built = abstract.built(config, mesh)
+        held.append(footprint.of(config, mesh, "cpu", built))
+    moments, trained = held[0].optimizer - held[1].optimizer, footprint.device_bytes(built.state.trainable)
+    assert moments == trained > held[1].base / 2 and held[0].activations == held[1].activations
 
 
 def test_a_running_mean_is_that_of_the_steps_before(command, tmp_path):

@@ -27,6 +27,15 @@ def test_what_is_trained_in_full_is_copied_and_nothing_else(key):
     jax.tree.map(np.testing.assert_array_equal, peft.reference(frozen), params)
 
 
+def test_the_model_itself_fills_the_holes_and_what_methods_keep_beside_it_is_left_out(key):
+    params, method = toy.init(key), peft.chain(peft.vera(r".*up_proj/kernel", rank=2), peft.full("norm/scale"))
+    frozen, _ = method.init(key, params)
+    assert frozen.keys() > params.keys()
+    found = peft.reference(frozen, params)
+    assert found.keys() == params.keys()
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
 def test_a_hole_without_a_copy_is_named(key):
     frozen, _ = peft.full("norm/scale").init(key, toy.init(key))
     with pytest.raises(ValueError, match=r"'norm/scale' is trained and there is no copy of it: wrap the method in peft.anchored"):
