@@ -167,6 +167,8 @@ def rollout() -> ConfigDict:
     config.min_p = 0.0
     config.slots = 0  # samples written at a time; 0: all
     config.advantages = "auto"  # the algorithm's own, or a name of ftjax.online.ESTIMATORS
+    config.gamma = 1.0  # of advantages by values
+    config.lam = 0.95
     config.kl_penalty = 0.0  # times the log-ratio to the reference, taken from the reward
     config.mask_truncated = False  # nothing is learnt from a sample that was cut at max_tokens
     config.log = 0  # samples of each experience in rollouts.jsonl; 0: all

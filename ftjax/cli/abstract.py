@@ -76,8 +76,10 @@ def batch(mesh: Mesh, config, *, rows: int | None = None) -> Batch:
         found = dataclasses.replace(found, places=of(jnp.int32, rows, 1, responses, tokens, time=False))
     if needs.data == data.ROLLOUTS:
         old, reference = (mask if wanted else None for wanted in (rollouts.stride(config) > 1, rollouts.referred(config)))
-        advantages = of(jnp.float32, rows, time=False)
-        return dataclasses.replace(found, behavior_logps=mask, old_logps=old, reference_logps=reference, advantages=advantages)
+        worth = dict.fromkeys(needs.fields, mask) | ({} if "returns" in needs.fields else {"advantages": of(jnp.float32, rows, time=False)})
+        values = mask if rollouts.estimator(config).values else None
+        told = {"behavior_logps": mask, "old_logps": old, "old_values": values, "reference_logps": reference}
+        return dataclasses.replace(found, **told, **worth)
     if needs.data == data.LABELLED:
         found = dataclasses.replace(found, desirable=of(jnp.float32, *((rows, 1) if packed else (rows,)), time=False))
     return dataclasses.replace(found, mismatched=Batch(ids, mask, ids, ids)) if needs.baseline else found

@@ -8,11 +8,12 @@ The model's tokenizer is needed, its weights are not.
 
 from __future__ import annotations
 
+import numpy as np
 from absl import flags as absl_flags
 from rich.console import Console
 
 from ftjax import logs
-from ftjax.cli import build, runtime, show
+from ftjax.cli import build, rollouts, runtime, show
 from ftjax.cli import config as configs
 from ftjax.data import inspect
 
@@ -38,6 +39,13 @@ def main(flags: absl_flags.FlagValues) -> None:
     encoder = build.encoder(config, tokenizer)
     loader, reports = build.loader(config, encoder, build.mesh(config), held_out=flags.held_out)
     terminal.heading("Sources")
+    if rollouts.used(config):
+        terminal.say(show.prompts(reports, loader, samples=config.rollout.samples_per_prompt, stride=rollouts.stride(config)))
+        terminal.heading("Lengths of prompts in tokens")
+        terminal.say(show.histogram(inspect.histogram(np.asarray([len(prompt.tokens) for prompt in loader.prompts]))))
+        for prompt in loader.prompts[: flags.rows]:
+            terminal.panel(tokenizer.decode(prompt.tokens.tolist()), f"answer: {prompt.columns['answer']}")
+        return
     terminal.say(show.sources(reports, loader))
     terminal.heading("Lengths in tokens")
     terminal.say(show.histogram(inspect.histogram(loader.sequences.lengths)))

@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from rich.markup import escape
 
 from ftjax import data, logs, online
-from ftjax.cli import build, judging, rollouts, show
+from ftjax.cli import judging, rollouts, show
+from ftjax.cli.hindsight import Actor, Scorer
 from ftjax.cli.run import Lessons, Run
-from ftjax.types import Batch, Mean, Metrics, Model, Params, TrainState, Transform
+from ftjax.rollout import Sample
+from ftjax.types import Batch, Metrics, Params, TrainState
 
 ROLLOUTS = "rollouts.jsonl"
 """In the workdir: a line for each sample that was learnt from."""
-
-
-class Actor(NamedTuple):
-    """The policy as it samples and is scored, without what is trained."""
-
-    model: Model
-    method: Transform
-    frozen: Params
 
 
 class Experiences:
@@ -37,14 +29,10 @@ class Experiences:
     """
 
     def __init__(self, run: Run, actor: Actor, lessons: Lessons, *, start: int, meter: logs.Meter):
-        config, model, mesh = run.config, actor.model, run.mesh
+        config = run.config
         self._run, self._actor, self._lessons, self._meter, self._asked = run, actor, lessons, meter, config.rollout
-        self._sample = rollouts.sampler(config, model, mesh, lessons.encoder)
-        self._judge = judging.judge(config)
-        self._advantages = rollouts.advantages(config)
-        temperatures = {self._asked.temperature, 1.0}
-        self._policies = {one: rollouts.scorer(config, model, actor.method, mesh, temperature=one) for one in temperatures}
-        self._reference = rollouts.reference_scorer(config, model, mesh) if rollouts.referred(config) else None
+        self._sample = rollouts.sampler(config, actor.model, run.mesh, lessons.encoder)
+        self._judge, self._score, self._worth = judging.judge(config), Scorer(run, actor), rollouts.advantages(config)
         self._file = logs.Jsonl(run.workdir / ROLLOUTS, resume_step=start)
         self._rows: Batch | None = None
 
@@ -76,74 +64,51 @@ class Experiences:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._run.config.seed), 2), index)
         found = self._answered(state, self._lessons.loader.at(index), key, per_prompt=self._asked.samples_per_prompt)
         p, g = found.rewards.shape
-        rows, penalties, said = self._scored(state, [prompt.tokens for prompt in found.prompts for _ in range(g)], found)
+        options = {"max_tokens": self._run.config.data.max_tokens, "mask_truncated": self._asked.mask_truncated}
+        rows = online.rows([prompt.tokens for prompt in found.prompts for _ in range(g)], found.samples, **options)
+        seen = self._score(state, rows, found.samples)
+        groups = lambda x: None if x is None else x.reshape(p, g, -1)  # noqa: E731
         evidence = online.Evidence(
             rewards=np.nan_to_num(found.rewards),
             counted=np.isfinite(found.rewards).astype(np.float32),
-            mask=rows.loss_mask.reshape(p, g, -1),
-            penalties=penalties.reshape(p, g, -1),
+            mask=groups(rows.loss_mask),
+            kl=groups(seen.kl),
+            kl_coef=np.float32(self._asked.kl_penalty),
+            greedy=self._greedy(state, found.prompts, key),
+            values=groups(seen.rows.old_values),
         )
-        advantages = np.asarray(self._advantages(evidence))
-        self._show(found._replace(advantages=advantages), done)
-        rows = dataclasses.replace(rows, advantages=advantages.reshape(p * g, *advantages.shape[2:]))
-        return rows, online.summary(found) | said
+        worth = jax.device_get(self._worth(evidence))
+        self._show(found._replace(advantages=worth["advantages"]), done)
+        fields = {name: x.reshape(p * g, *x.shape[2:]) for name, x in worth.items()}
+        return dataclasses.replace(seen.rows, **fields), online.summary(found) | seen.metrics
 
     def _answered(self, state: TrainState, prompts: Sequence[data.Prompt], key: jax.Array, *, per_prompt: int) -> online.Experience:
         """Return samples of the policy and what they are worth; what they are worth beside each other is still to come."""
-        asked = [prompt for prompt in prompts for _ in range(per_prompt)]
         keys = jax.random.split(key, (len(prompts), per_prompt))
         began = time.perf_counter()
-        params = self._actor.method.attach(self._actor.frozen, state.trainable)
-        samples = self._sample(params, [prompt.tokens for prompt in prompts], keys)
+        samples = self._sample(self._params(state), [prompt.tokens for prompt in prompts], keys)
         seconds = time.perf_counter() - began
+        return self._judged(prompts, samples, seconds, per_prompt=per_prompt)
+
+    def _greedy(self, state: TrainState, prompts: Sequence[data.Prompt], key: jax.Array) -> np.ndarray | None:
+        """Return what the most likely answer to each prompt is worth, `[p]`, where the estimator asks; 0 where no reward applies."""
+        if not rollouts.estimator(self._run.config).greedy:
+            return None
+        keys = jax.random.split(key, (len(prompts), 1))
+        samples = self._sample(self._params(state), [prompt.tokens for prompt in prompts], keys, greedy=True)
+        return np.nan_to_num(self._judged(prompts, samples, 1.0, per_prompt=1).rewards[:, 0])
+
+    def _params(self, state: TrainState) -> Params:
+        return self._actor.method.attach(self._actor.frozen, state.trainable)
+
+    def _judged(self, prompts: Sequence[data.Prompt], samples: Sequence[Sample], seconds: float, *, per_prompt: int) -> online.Experience:
         decode = self._lessons.encoder.tokenizer.decode
         texts = [decode(sample.tokens.tolist(), skip_special_tokens=True) for sample in samples]
-        judged = self._judge(asked, texts, samples)
+        judged = self._judge([prompt for prompt in prompts for _ in range(per_prompt)], texts, samples)
         for failure in judged.failures[:2]:
             self._run.terminal.say(f"[yellow]not judged[/]: {escape(str(failure))} ({len(judged.failures)} in all)", markup=True)
         rewards, each = judging.as_rows(judged, (len(prompts), per_prompt))
         return online.Experience(prompts, samples, texts, rewards, each, np.zeros_like(rewards), seconds)
-
-    def _scored(self, state: TrainState, asked: Sequence[np.ndarray], found: online.Experience) -> tuple[Batch, np.ndarray, Metrics]:
-        """Return the rows of an experience with what policy and reference say of them, the penalties of their tokens, and metrics.
-
-        They are asked as far as anyone reads it; the policy at its first experience in any case: it must say what the sampler said.
-        """
-        config, first = self._run.config, self._rows is None
-        options = {"max_tokens": config.data.max_tokens, "mask_truncated": self._asked.mask_truncated}
-        rows = online.rows(asked, found.samples, **options)
-        policy = lambda temperature: self._look(partial(self._policies[temperature], state.trainable, self._actor.frozen), rows)  # noqa: E731
-        said: Metrics = {}
-        if first and rollouts.filtered(config):
-            plain = online.rows(asked, [dataclasses.replace(one, behavior_logps=one.logps) for one in found.samples], **options)
-            self._check(plain, policy(1.0))
-        several = rollouts.stride(config) > 1
-        if several or self._asked.kl_penalty or (first and not rollouts.filtered(config)):
-            logps = policy(self._asked.temperature)
-            if not rollouts.filtered(config):
-                gap = self._check(rows, logps) if first else online.disagreement(rows.behavior_logps, logps, rows.loss_mask)
-                said["sampler_gap"] = Mean(np.float32(gap.mean), np.float32(1))
-        if self._reference:
-            reference = self._look(partial(self._reference, self._actor.frozen), rows)
-            rows = dataclasses.replace(rows, reference_logps=reference)
-        penalties = self._asked.kl_penalty * (logps - reference) if self._asked.kl_penalty else np.zeros_like(rows.loss_mask)
-        return dataclasses.replace(rows, old_logps=logps) if several else rows, penalties, said
-
-    def _check(self, rows: Batch, logps: np.ndarray) -> online.Disagreement:
-        """Return by how much sampler and trainer differ, and say so; raise where that is more than rounding."""
-        gap = online.check_agreement(rows.behavior_logps, logps, rows.loss_mask, dtype=self._run.config.model.dtype)
-        self._run.terminal.say(
-            f"sampler and trainer agree about {int(rows.loss_mask.sum()):,} sampled tokens: {gap.mean:.1e} nats apart on average, "
-            f"{gap.most:.1e} at most"
-        )
-        return gap
-
-    def _look(self, score: Callable[[Batch], jax.Array], rows: Batch) -> np.ndarray:
-        """Return what a scorer says of all rows, asked for as many at a time as a step learns from at a time."""
-        config = self._run.config
-        size = config.data.batch_size // config.data.accumulation
-        parts = (jax.tree.map(lambda x, at=at: x[at : at + size], rows) for at in range(0, rows.tokens.shape[0], size))
-        return np.concatenate([np.asarray(score(build.on_mesh(part, self._run.mesh))) for part in parts])
 
     def _show(self, found: online.Experience, done: int) -> None:
         """Write all samples to the file, and a few to the terminal where a report is due."""

@@ -6,19 +6,22 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ftjax import data, online, peft, rollout, sharding
 from ftjax.cli import judging, objective
 from ftjax.online.estimators import ESTIMATORS, Estimator
 from ftjax.tree import nearest
-from ftjax.types import Batch, Model, Params, Transform
+from ftjax.types import Batch, Model, Params, Scores, Transform
 
 BY_ALGORITHM = {
     "rloo": "leave_one_out",
     "dr_grpo": "group_centred",
     "reinforce": "leave_one_out",
+    "remax": "greedy_baseline",
+    "opo": "optimal_baseline",
+    "reinforce_plus_plus": "reinforce_plus_plus",
+    "ppo": "gae",
 }
 """The estimator that an algorithm is known with, where it is not `group_relative`."""
 
@@ -72,6 +75,8 @@ def check(config) -> None:
         return
     if "rollout" not in config:
         raise ValueError(f"rollout: {config.algorithm!r} needs a block config.rollout; begin the config with base.online().")
+    if config.sweep:
+        raise ValueError(f"sweep: members of {config.algorithm!r} would each sample their own; train them one after the other.")
     if jax.process_count() > 1:
         raise ValueError(f"algorithm: {config.algorithm!r} samples on the devices of one process; there are {jax.process_count()}.")
     judging.judge(config)
@@ -84,6 +89,11 @@ def check(config) -> None:
         raise ValueError(
             f"rollout.samples_per_prompt: {config.algorithm!r} compares at least {chosen.least} samples of a prompt, "
             f"not {asked.samples_per_prompt}."
+        )
+    if chosen.values and "value_head" not in config.methods:
+        raise ValueError(
+            f"methods: {config.algorithm!r} learns the values of states, by a head of its own: add 'value_head', as in "
+            f"methods={(*config.methods, 'value_head')}."
         )
     if samples(config) % asked.samples_per_prompt:
         raise ValueError(
@@ -124,18 +134,21 @@ def sampler(config, model: Model, mesh: Mesh, encoder: data.Encoder) -> online.S
     return online.sampler(engine, max_tokens=config.rollout.max_tokens, sampling=sampling(config))
 
 
-def scorer(config, model: Model, method: Transform, mesh: Mesh, *, temperature: float) -> Callable[[Params, Params, Batch], jax.Array]:
-    """Return the jitted `(trainable, frozen, batch) -> logps` of the policy as a training step would say them, dropout off."""
-    look = partial(objective.score(config, model, mesh, ("logps",)), temperature=temperature)
-    return jax.jit(lambda trainable, frozen, batch: look(method.attach(frozen, trainable), batch).logps)
+def scorer(config, model: Model, method: Transform, mesh: Mesh, *, temperature: float) -> Callable[[Params, Params, Batch], Scores]:
+    """Return the jitted `(trainable, frozen, batch) -> scores` of the policy as a training step would find them, dropout off."""
+    outputs = ("logps", "values") if estimator(config).values else ("logps",)
+    look = partial(objective.score(config, model, mesh, outputs), temperature=temperature)
+    return jax.jit(lambda trainable, frozen, batch: look(method.attach(frozen, trainable), batch))
 
 
-def reference_scorer(config, model: Model, mesh: Mesh) -> Callable[[Params, Batch], jax.Array]:
-    """Return the jitted `(frozen, batch) -> logps` of the reference."""
+def reference_scorer(config, model: Model, mesh: Mesh) -> Callable[[Params, Batch], Scores]:
+    """Return the jitted `(frozen, batch) -> scores` of the reference."""
     look = objective.score(config, model, mesh, ("logps",))
-    return jax.jit(lambda frozen, batch: look(peft.reference(frozen), batch).logps)
+    return jax.jit(lambda frozen, batch: look(peft.reference(frozen), batch))
 
 
-def advantages(config) -> Callable[[online.Evidence], jax.Array]:
-    """Return the jitted estimator, its advantages float32 `[p, g]` or `[p, g, t]`."""
-    return jax.jit(lambda evidence: estimator(config).estimate(evidence).astype(jnp.float32))
+def advantages(config) -> Callable[[online.Evidence], online.Worth]:
+    """Return the jitted estimator."""
+    chosen = estimator(config)
+    options = {"gamma": config.rollout.gamma, "lam": config.rollout.lam} if chosen.values else {}
+    return jax.jit(partial(chosen.estimate, **options))

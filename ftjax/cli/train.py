@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from ftjax import checkpoint, logs, peft, sharding
 from ftjax.cli import adapter, beginning, build, measure, objective, online, reference, rollouts, runtime, said, show, sweep, teaching
 from ftjax.cli import config as configs
+from ftjax.cli.hindsight import Actor
 from ftjax.cli.loop import EARLY, FINISHED, Evaluate, Loop, Memory, Stream, take_steps
 from ftjax.cli.run import Lessons, Run, ask, begin, open_writers, read
 from ftjax.cli.stop import Stop
@@ -169,7 +170,7 @@ def _batches(run: Run, policy: Policy, lessons: Lessons, meter: logs.Meter, star
     """Return where the batches come from: from the data, or from the policy itself."""
     if not rollouts.used(run.config):
         return Stream(lessons.loader.iterate(start))
-    actor = online.Actor(policy.loaded.model, policy.method, policy.frozen)
+    actor = Actor(policy.loaded.model, policy.method, policy.frozen)
     return online.Experiences(run, actor, lessons, start=start, meter=meter)
 
 

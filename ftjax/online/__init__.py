@@ -1,19 +1,22 @@
 """Learning from what the policy itself writes: samples, judged and compared, as rows of a batch."""
 
 from ftjax.online.agreement import Disagreement, check_agreement, disagreement
-from ftjax.online.estimators import ESTIMATORS, Evidence
+from ftjax.online.estimators import ESTIMATORS, Estimator, Evidence, Worth
 from ftjax.online.experience import Experience, minibatch, table
-from ftjax.online.samples import Sampler, rows, sampler
+from ftjax.online.samples import Sampler, laid, rows, sampler
 from ftjax.online.summary import summary
 
 __all__ = [
     "ESTIMATORS",
     "Disagreement",
+    "Estimator",
     "Evidence",
     "Experience",
     "Sampler",
+    "Worth",
     "check_agreement",
     "disagreement",
+    "laid",
     "minibatch",
     "rows",
     "sampler",

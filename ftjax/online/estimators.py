@@ -1,4 +1,4 @@
-"""What a response was worth beside its siblings: the estimators of `losses.advantages` under one signature, for configs to choose from."""
+"""What a sample was worth beside its siblings: the estimators of `losses.advantages` under one signature, for configs to choose from."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ftjax.losses import advantages
+from ftjax.losses import advantages, shaping
 from ftjax.types import pytree
 
 
@@ -23,72 +23,95 @@ class Evidence:
     """float `[p, g]`: 1 where there is a reward."""
     mask: jax.Array
     """float `[p, g, t]`: 1 on the tokens that the policy wrote."""
-    penalties: jax.Array
-    """float `[p, g, t]`: taken from the reward of each token: the coefficient times the log-ratio to the reference; 0 without one."""
+    kl: jax.Array
+    """float `[p, g, t]`: the log-ratio of the policy to its reference; 0 without one."""
+    kl_coef: jax.Array | float = 0.0
+    """What of it is taken from the rewards."""
     greedy: jax.Array | None = None
     """float `[p]`: what the most likely answer to each prompt is worth."""
+    values: jax.Array | None = None
+    """float `[p, g, t]`: `Scores.values` of the policy that sampled."""
 
     @property
     def whole(self) -> jax.Array:
-        """Float `[p, g]`: rewards less the penalties of all tokens."""
-        return self.rewards - jnp.sum(self.penalties * self.mask, axis=-1)
+        """Float `[p, g]`: rewards less the divergence of all tokens."""
+        return shaping.response_rewards(self.rewards, self.kl, self.mask, kl_coef=self.kl_coef)
+
+    @property
+    def by_token(self) -> jax.Array:
+        """Float `[p, g, t]`: the divergence of each token, and at the last one the reward."""
+        rewards = jnp.where(self.counted > 0, self.rewards, 0)
+        return shaping.token_rewards(rewards, self.kl, self.mask, kl_coef=self.kl_coef)
+
+
+Worth = Mapping[str, jax.Array]
+"""Fields of `Batch`: `advantages` `[p, g]` or `[p, g, t]`, perhaps `returns` `[p, g, t]`."""
 
 
 class Estimator(NamedTuple):
     """A name of `ESTIMATORS` stands for one."""
 
-    estimate: Callable[..., jax.Array]
-    """`(Evidence, **options) -> advantages [p, g] or [p, g, t]`."""
+    estimate: Callable[..., Worth]
+    """`(Evidence, **options) -> Worth`."""
     least: int = 1
     """Samples of a prompt that it needs."""
     greedy: bool = False
     """Whether it needs the most likely answer of each prompt."""
+    values: bool = False
+    """Whether it needs values."""
 
 
-def _token_rewards(evidence: Evidence) -> jax.Array:
-    """Return the penalties of all tokens, and on the last one the reward, `[p, g, t]`."""
-    places = jnp.arange(evidence.mask.shape[-1])[None, None, :]
-    last = jnp.max(jnp.where(evidence.mask > 0, places, -1), axis=-1, keepdims=True)
-    rewards = jnp.where(evidence.counted > 0, evidence.rewards, 0)[..., None]
-    return jnp.where(places == last, rewards, 0) - evidence.penalties * evidence.mask
+def group_relative(evidence: Evidence, *, scale: str = "group") -> Worth:
+    """GRPO's; Dr. GRPO's without a scale."""
+    return {"advantages": advantages.group_relative(evidence.whole, evidence.counted, scale=scale)}
 
 
-def _group_relative(evidence: Evidence, *, scale: str = "group") -> jax.Array:
-    return advantages.group_relative(evidence.whole, evidence.counted, scale=scale)
+def leave_one_out(evidence: Evidence) -> Worth:
+    """RLOO's."""
+    return {"advantages": advantages.leave_one_out(evidence.whole, evidence.counted)}
 
 
-def _leave_one_out(evidence: Evidence) -> jax.Array:
-    return advantages.leave_one_out(evidence.whole, evidence.counted)
+def optimal_baseline(evidence: Evidence) -> Worth:
+    """OPO's."""
+    return {"advantages": advantages.optimal_baseline(evidence.whole, jnp.sum(evidence.mask, axis=-1), evidence.counted)}
 
 
-def _optimal_baseline(evidence: Evidence) -> jax.Array:
-    return advantages.optimal_baseline(evidence.whole, jnp.sum(evidence.mask, axis=-1), evidence.counted)
+def greedy_baseline(evidence: Evidence) -> Worth:
+    """ReMax's."""
+    return {"advantages": advantages.greedy_baseline(evidence.whole, evidence.greedy, evidence.counted)}
 
 
-def _greedy_baseline(evidence: Evidence) -> jax.Array:
-    return advantages.greedy_baseline(evidence.whole, evidence.greedy, evidence.counted)
+def reinforce_plus_plus(evidence: Evidence) -> Worth:
+    """REINFORCE++'s."""
+    return {"advantages": advantages.reinforce_plus_plus(evidence.by_token, evidence.mask * evidence.counted[..., None])}
 
 
-def _reinforce_plus_plus(evidence: Evidence) -> jax.Array:
-    return advantages.reinforce_plus_plus(_token_rewards(evidence), evidence.mask * evidence.counted[..., None])
+def reinforce_plus_plus_baseline(evidence: Evidence) -> Worth:
+    """REINFORCE++'s with the mean of a group as its baseline."""
+    return {"advantages": advantages.reinforce_plus_plus_baseline(evidence.whole, evidence.mask, evidence.counted)}
 
 
-def _reinforce_plus_plus_baseline(evidence: Evidence) -> jax.Array:
-    return advantages.reinforce_plus_plus_baseline(evidence.whole, evidence.mask, evidence.counted)
+def gae(evidence: Evidence, *, gamma: float = 1.0, lam: float = 0.95) -> Worth:
+    """PPO's, whitened; a sample without a reward has neither advantage nor return."""
+    mask = evidence.mask * evidence.counted[..., None]
+    found, returns = advantages.gae(evidence.by_token, shaping.state_values(evidence.values), mask, gamma=gamma, lam=lam)
+    return {"advantages": advantages.whiten(found, mask), "returns": returns}
 
 
-def _plain(evidence: Evidence) -> jax.Array:
-    return jnp.where(evidence.counted > 0, evidence.whole, 0)
+def plain(evidence: Evidence) -> Worth:
+    """REINFORCE's without a baseline."""
+    return {"advantages": jnp.where(evidence.counted > 0, evidence.whole, 0)}
 
 
 ESTIMATORS: Mapping[str, Estimator] = {
-    "group_relative": Estimator(_group_relative, least=2),
-    "group_centred": Estimator(partial(_group_relative, scale="none"), least=2),
-    "batch_scaled": Estimator(partial(_group_relative, scale="batch"), least=2),
-    "leave_one_out": Estimator(_leave_one_out, least=2),
-    "optimal_baseline": Estimator(_optimal_baseline, least=2),
-    "greedy_baseline": Estimator(_greedy_baseline, greedy=True),
-    "reinforce_plus_plus": Estimator(_reinforce_plus_plus),
-    "reinforce_plus_plus_baseline": Estimator(_reinforce_plus_plus_baseline, least=2),
-    "rewards": Estimator(_plain),
+    "group_relative": Estimator(group_relative, least=2),
+    "group_centred": Estimator(partial(group_relative, scale="none"), least=2),
+    "batch_scaled": Estimator(partial(group_relative, scale="batch"), least=2),
+    "leave_one_out": Estimator(leave_one_out, least=2),
+    "optimal_baseline": Estimator(optimal_baseline, least=2),
+    "greedy_baseline": Estimator(greedy_baseline, greedy=True),
+    "reinforce_plus_plus": Estimator(reinforce_plus_plus),
+    "reinforce_plus_plus_baseline": Estimator(reinforce_plus_plus_baseline, least=2),
+    "gae": Estimator(gae, values=True),
+    "rewards": Estimator(plain),
 }

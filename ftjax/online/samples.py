@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -11,9 +12,9 @@ from ftjax import rollout
 from ftjax.rollout import Engine, Request, Sample, Sampling
 from ftjax.types import Batch, Params
 
-Sampler = Callable[[Params, Sequence[np.ndarray], jax.Array], list[Sample]]
-"""`(params, prompts int [t] each, keys [p, g]) -> samples`: g to each of p prompts, one prompt after the other; each depends on its own
-prompt and key alone."""
+Sampler = Callable[..., list[Sample]]
+"""`(params, prompts int [t] each, keys [p, g], *, greedy=False) -> samples`: g to each of p prompts, one prompt after the other; each
+depends on its own prompt and key alone."""
 
 
 def sampler(engine: Engine, *, max_tokens: int, sampling: Sampling) -> Sampler:
@@ -25,12 +26,9 @@ def sampler(engine: Engine, *, max_tokens: int, sampling: Sampling) -> Sampler:
       sampling: from `rollout.settings`.
     """
 
-    def sample(params: Params, prompts: Sequence[np.ndarray], keys: jax.Array) -> list[Sample]:
-        count = keys.shape[1]
-        requests = [
-            Request(prompt, max_tokens, sampling=sampling, key=key, num_samples=count) for prompt, key in zip(prompts, keys, strict=True)
-        ]
-        return engine.generate(params, requests)
+    def sample(params: Params, prompts: Sequence[np.ndarray], keys: jax.Array, *, greedy: bool = False) -> list[Sample]:
+        options = {"sampling": Sampling() if greedy else sampling, "num_samples": keys.shape[1]}
+        return engine.generate(params, [Request(prompt, max_tokens, key=key, **options) for prompt, key in zip(prompts, keys, strict=True)])
 
     return sample
 
@@ -49,12 +47,20 @@ def rows(prompts: Sequence[np.ndarray], samples: Sequence[Sample], *, max_tokens
     longest = max(len(prompt) + len(sample.tokens) for prompt, sample in zip(prompts, samples, strict=True))
     shape = (len(prompts), min(rollout.bucket(longest), max_tokens))
     tokens, positions, segment_ids = (np.zeros(shape, np.int32) for _ in range(3))
-    loss_mask, behavior_logps = (np.zeros(shape, np.float32) for _ in range(2))
+    loss_mask = np.zeros(shape, np.float32)
     for row, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
         begin, end = len(prompt), len(prompt) + len(sample.tokens)
         tokens[row, :end] = np.concatenate([prompt, sample.tokens])
         positions[row, :end] = np.arange(end)
         segment_ids[row, :end] = 1
         loss_mask[row, begin:end] = sample.finished or not mask_truncated
-        behavior_logps[row, begin:end] = sample.behavior_logps
-    return Batch(tokens, loss_mask, positions, segment_ids, behavior_logps=behavior_logps)
+    batch = Batch(tokens, loss_mask, positions, segment_ids)
+    return dataclasses.replace(batch, behavior_logps=laid(batch, [sample.behavior_logps for sample in samples]))
+
+
+def laid(batch: Batch, values: Sequence[np.ndarray]) -> np.ndarray:
+    """Return what is known of each token of some samples in their places, float32 `[n, t]`: the last of their rows."""
+    found = np.zeros(batch.tokens.shape, np.float32)
+    for row, (known, end) in enumerate(zip(values, (batch.segment_ids > 0).sum(axis=1), strict=True)):
+        found[row, end - len(known) : end] = known
+    return found

@@ -127,3 +127,30 @@ def test_a_reward_that_fails_ends_the_run_by_name_or_is_left_out(train, tmp_path
     rows = read_jsonl(tmp_path / "lenient" / "rollouts.jsonl")
     assert {("smallest" in row["prompt"], row["reward"] is None) for row in rows} == {(True, True), (False, False)}
     assert all(row["advantage"] == 0 for row in rows if row["reward"] is None) and any(row["advantage"] for row in rows)
+
+
+def test_ppo_learns_values_beside_the_policy(train, tmp_path):
+    methods = ("--config.methods=value_head",)  # beside the one of OPTIONS
+    more = (
+        "--config.algorithm=ppo",
+        "--config.rollout.epochs=2",
+        "--config.rollout.kl_penalty=0.05",
+        "--config.optimizer.learning_rate=0.002",
+    )
+    assert (
+        train(
+            tmp_path, *FEW, *methods, *more, "--config.steps=8", "--config.rollout.samples_per_prompt=1", "--config.logging.every_steps=4"
+        )
+        == 0
+    )
+    errors, ratios = reported(tmp_path, "train/value/error"), reported(tmp_path, "train/ratio")
+    assert errors[1] < errors[0] and ratios[0] == pytest.approx(1, abs=0.05) and ratios[0] != 1
+    assert reported(tmp_path, "train/kl")[1] > 0 and reported(tmp_path, "train/clip/value")
+
+
+def test_remax_compares_with_the_most_likely_answer(train, tmp_path, monkeypatch):
+    """Which is one byte over and over, below 128, and therefore worth 1."""
+    monkeypatch.setitem(rewards.REWARDS, "numeric_match", lambda *given, **columns: [1 - x for x in high_bytes(*given, **columns)])
+    assert train(tmp_path, *FEW, "--config.algorithm=remax", "--config.rollout.samples_per_prompt=2") == 0
+    rows = read_jsonl(tmp_path / "rollouts.jsonl")
+    np.testing.assert_allclose([row["reward"] - row["advantage"] for row in rows], 1.0, atol=1e-5)

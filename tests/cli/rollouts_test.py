@@ -2,10 +2,12 @@
 
 import pathlib
 
+import jax
 import pytest
 
+from ftjax import losses
+from ftjax.cli import abstract, build, rollouts
 from ftjax.cli import config as configs
-from ftjax.cli import rollouts
 
 CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "grpo_smollm2_sums.py")
 
@@ -31,6 +33,7 @@ def test_sizes_follow_from_rows_and_minibatches():
         ({"rollout__minibatches": 2, "eval__every_steps": 25}, "eval.every_steps: 25 is no multiple"),
         ({"checkpoint__every_steps": 3, "rollout__epochs": 4, "eval__every_steps": 0}, "checkpoint.every_steps: 3 .* nearest: 4"),
         ({"rollout__samples_per_prompt": 1}, "samples_per_prompt: 'grpo' compares at least 2"),
+        ({"algorithm": "ppo"}, "methods: 'ppo' learns the values of states.*add 'value_head', as in methods=\\('lora', 'value_head'\\)"),
         ({"rollout__samples_per_prompt": 7}, "data.batch_size: 64 rows × 1 minibatches are no whole number of prompts with 7"),
         ({"rollout__temperature": 0.0}, "rollout.temperature: above 0"),
         ({"rollout__top_p": 1.5}, "top_p is in"),
@@ -48,6 +51,17 @@ def test_what_does_not_fit_is_refused_with_what_would(changes, shown):
             with found.unlocked():
                 found.rewards = changes["rewards"]
         rollouts.check(found)
+
+
+@pytest.mark.parametrize("name", [*losses.POLICY_LOSSES, "ppo"])
+def test_every_algorithm_steps_on_what_its_estimator_writes(name):
+    found = configs.load(f"{CONFIG}:smoke")
+    found.update({"algorithm": name, "methods": ("lora", "value_head") if name == "ppo" else ("lora",)})
+    rollouts.check(found)
+    step = abstract.built(found, build.mesh(found))
+    _, metrics = jax.eval_shape(step.train_step, step.state, step.frozen, step.batch)
+    assert {"loss", "ratio", "entropy", "kl/old"} <= set(metrics)
+    assert rollouts.estimator(found).values == ("loss/value" in metrics)
 
 
 def test_an_algorithm_without_rollouts_is_not_asked():

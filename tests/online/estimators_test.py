@@ -11,11 +11,13 @@ from ftjax.online import ESTIMATORS, Evidence
 REWARDS = np.array([[1.0, 0.0, 0.5, 0.0], [2.0, 2.0, 2.0, 2.0]], np.float32)
 MASK = np.ones((2, 4, 3), np.float32)
 MASK[0, 0, 2] = MASK[1, 1, :2] = 0
-EVIDENCE = Evidence(*map(jnp.asarray, (REWARDS, np.ones((2, 4), np.float32), MASK, 0 * MASK)), greedy=jnp.array([0.25, 1.0]))
+EVIDENCE = Evidence(
+    *map(jnp.asarray, (REWARDS, np.ones((2, 4), np.float32), MASK, 0 * MASK)), greedy=jnp.array([0.25, 1.0]), values=jnp.asarray(0 * MASK)
+)
 
 
 def estimate(name: str, evidence: Evidence = EVIDENCE) -> np.ndarray:
-    return np.asarray(ESTIMATORS[name].estimate(evidence))
+    return np.asarray(ESTIMATORS[name].estimate(evidence)["advantages"])
 
 
 @pytest.mark.parametrize("name", ["group_relative", "group_centred", "batch_scaled", "leave_one_out"])
@@ -37,11 +39,17 @@ def test_baselines_that_are_no_mean_of_the_group():
     np.testing.assert_allclose(estimate("optimal_baseline"), REWARDS - ((lengths * REWARDS).sum(1) / lengths.sum(1))[:, None], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["reinforce_plus_plus", "reinforce_plus_plus_baseline"])
+@pytest.mark.parametrize("name", ["reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae"])
 def test_tokens_are_whitened_over_all_of_them(name):
     found = estimate(name)
     assert found.shape == MASK.shape and not found[MASK == 0].any()
     assert found[MASK > 0].mean() == pytest.approx(0, abs=1e-6) and found[MASK > 0].std(ddof=1) == pytest.approx(1, rel=1e-4)
+
+
+def test_returns_of_gae_are_what_follows_and_values_are_of_the_state_before():
+    values = jnp.asarray(np.broadcast_to(np.arange(3.0, dtype=np.float32), MASK.shape))
+    found = ESTIMATORS["gae"].estimate(dataclasses.replace(EVIDENCE, values=values), lam=1.0)
+    np.testing.assert_allclose(found["returns"], REWARDS[..., None] * MASK, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -57,9 +65,9 @@ def test_a_sample_without_a_reward_teaches_nothing(name):
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_a_penalty_is_taken_from_the_reward_of_its_own_sample(name):
+def test_a_divergence_is_taken_from_the_reward_of_its_own_sample(name):
     """Five a token in one sample alone makes it worse than its siblings, and the padding of another has no say."""
-    penalties = jnp.asarray(0 * MASK).at[0, 0].set(5.0).at[1, 1, 0].set(1e4)
-    before, after = estimate(name), estimate(name, dataclasses.replace(EVIDENCE, penalties=penalties))
+    kl = jnp.asarray(0 * MASK).at[0, 0].set(50.0).at[1, 1, 0].set(1e4)
+    before, after = estimate(name), estimate(name, dataclasses.replace(EVIDENCE, kl=kl, kl_coef=0.1))
     means = [np.sum(x.reshape(2, 4, -1)[0, 0]) for x in (before, after)]
     assert means[1] < means[0] and np.abs(after).max() < 20

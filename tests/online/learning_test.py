@@ -30,7 +30,7 @@ def experience(params, key):
     rewards = np.array([np.mean(one.tokens == WANTED) for one in samples], np.float32).reshape(PROMPTS, SAMPLES)
     rows = online.rows(ASKED, samples, max_tokens=16)
     mask = rows.loss_mask.reshape(PROMPTS, SAMPLES, -1)
-    advantages = ESTIMATORS["group_relative"].estimate(Evidence(rewards, np.ones_like(rewards), mask, 0 * mask))
+    advantages = ESTIMATORS["group_relative"].estimate(Evidence(rewards, np.ones_like(rewards), mask, 0 * mask))["advantages"]
     return dataclasses.replace(rows, advantages=np.asarray(advantages).reshape(-1)), rewards.mean()
 
 

@@ -1,0 +1,91 @@
+"""What policy and reference say of samples before the first step on them; and whether the sampler had said the same."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from ftjax import online
+from ftjax.cli import build, rollouts
+from ftjax.cli.run import Run
+from ftjax.rollout import Sample
+from ftjax.types import Batch, Mean, Metrics, Model, Params, Scores, TrainState, Transform
+
+
+class Actor(NamedTuple):
+    """The policy as it samples and is scored, without what is trained."""
+
+    model: Model
+    method: Transform
+    frozen: Params
+
+
+class Hindsight(NamedTuple):
+    """Of an experience."""
+
+    rows: Batch
+    """With what a loss reads: `old_logps`, `old_values` and `reference_logps` as far as it does."""
+    kl: np.ndarray
+    """float32 `[n, t]`: the log-ratio of the policy to its reference; 0 where nothing is taken from the reward for it."""
+    metrics: Metrics
+
+
+class Scorer:
+    """Scores the rows of experiences; at the first one it compares trainer and sampler, and refuses to go on where they differ."""
+
+    def __init__(self, run: Run, actor: Actor):
+        config, self._run, self._actor = run.config, run, actor
+        self._filtered, self._several = rollouts.filtered(config), rollouts.stride(config) > 1
+        self._valued, self._penalised = rollouts.estimator(config).values, bool(config.rollout.kl_penalty)
+        self._policies = {
+            temperature: rollouts.scorer(config, actor.model, actor.method, run.mesh, temperature=temperature)
+            for temperature in {config.rollout.temperature, 1.0}
+        }
+        self._reference = rollouts.reference_scorer(config, actor.model, run.mesh) if rollouts.referred(config) else None
+        self._first = True
+
+    def __call__(self, state: TrainState, rows: Batch, samples: Sequence[Sample]) -> Hindsight:
+        """Return the rows of some samples with what is said of them.
+
+        Raises:
+          ValueError: at the first call, sampler and trainer disagree.
+        """
+        said, metrics = None, {}
+        if self._first and self._filtered:  # the sampler drew from less than the policy, so the models are compared
+            self._check(online.laid(rows, [sample.logps for sample in samples]), rows, self._policy(state, rows, 1.0).logps)
+        if self._several or self._penalised or self._valued or (self._first and not self._filtered):
+            said = self._policy(state, rows, self._run.config.rollout.temperature)
+            if not self._filtered:
+                compare = self._check if self._first else lambda sampled, rows, logps: online.disagreement(sampled, logps, rows.loss_mask)
+                metrics["sampler_gap"] = Mean(np.float32(compare(rows.behavior_logps, rows, said.logps).mean), np.float32(1))
+        self._first, kl = False, np.zeros_like(rows.loss_mask)
+        if self._reference:
+            reference = self._look(partial(self._reference, self._actor.frozen), rows).logps
+            rows = dataclasses.replace(rows, reference_logps=reference)
+            kl = (said.logps - reference) * rows.loss_mask if self._penalised else kl
+        rows = dataclasses.replace(rows, old_logps=said.logps) if self._several else rows
+        return Hindsight(dataclasses.replace(rows, old_values=said.values) if self._valued else rows, kl, metrics)
+
+    def _policy(self, state: TrainState, rows: Batch, temperature: float) -> Scores:
+        return self._look(partial(self._policies[temperature], state.trainable, self._actor.frozen), rows)
+
+    def _check(self, sampled: np.ndarray, rows: Batch, logps: np.ndarray) -> online.Disagreement:
+        gap = online.check_agreement(sampled, logps, rows.loss_mask, dtype=self._run.config.model.dtype)
+        self._run.terminal.say(
+            f"sampler and trainer agree about {int(rows.loss_mask.sum()):,} sampled tokens: {gap.mean:.1e} nats apart on average, "
+            f"{gap.most:.1e} at most"
+        )
+        return gap
+
+    def _look(self, score: Callable[[Batch], Scores], rows: Batch) -> Scores:
+        """Return what a scorer says of all rows, asked for as many at a time as a step learns from at a time."""
+        config = self._run.config
+        size = config.data.batch_size // config.data.accumulation
+        parts = [jax.tree.map(lambda x, at=at: x[at : at + size], rows) for at in range(0, rows.tokens.shape[0], size)]
+        found = [jax.device_get(score(build.on_mesh(part, self._run.mesh))) for part in parts]
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
