@@ -3,6 +3,7 @@
   ftjax generate --prompt="Why is the sky blue?"                                streams to the terminal
   ftjax generate --prompts=questions.txt --output=answers.jsonl                 one object a line: prompt and completion
   ftjax generate --adapter=runs/quickstart                                      a chat; /reset forgets, /exit or Ctrl-D ends
+  ftjax generate --prompts=… --best_of=8 --temperature=1 --reward=runs/reward    the best of eight answers, by a reward model
   ftjax generate --adapter=a=DIR --adapter=b=DIR --prompts=rows.jsonl            each row by the adapter that its column `adapter` names
 
 A file of prompts is .txt (one a line), or .jsonl, .json, .csv or .parquet with a column `prompt` (a text or a list of messages),
@@ -28,7 +29,7 @@ from absl import flags as absl_flags
 from etils import epath
 
 from ftjax import data, peft, rollout
-from ftjax.cli import pretrained, runtime
+from ftjax.cli import critic, pretrained, runtime
 from ftjax.cli.pretrained import Adapted
 from ftjax.data.sources import open_file
 from ftjax.tree import nearest
@@ -64,6 +65,10 @@ def define_flags(flags: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     absl_flags.DEFINE_integer("seed", 0, "of the draws", flag_values=flags)
     absl_flags.DEFINE_multi_string("stop", [], "a text that ends a completion; may be given several times", flag_values=flags)
     absl_flags.DEFINE_integer("batch_size", 32, "prompts of a file generated at a time", flag_values=flags, lower_bound=1)
+    absl_flags.DEFINE_integer(
+        "best_of", 1, "completions of each prompt, of which --reward keeps the best", flag_values=flags, lower_bound=1
+    )
+    absl_flags.DEFINE_string("reward", "", "a reward model: a classifier's folder, or the workdir of a run with a value head", flags)
     runtime.define_flags(flags)
 
 
@@ -77,6 +82,7 @@ def main(flags: absl_flags.FlagValues) -> None:
     if flags.output:
         runtime.local_path("output", flags.output)
     _sampling(flags)  # a wrong setting should not have to wait for the model
+    _check_best(flags, chatting)
     asked = _asked(flags)
     _check_adapters(asked, flags)
     variables = runtime.json_object("template_variables", flags.template_variables)
@@ -86,7 +92,7 @@ def main(flags: absl_flags.FlagValues) -> None:
     encoders = {name: rollout.Encoder(adapted.model, one, template_variables=variables) for name, one in adapted.tokenizers.items()}
     if chatting:
         chat(adapted, encoder, flags)
-    elif flags.prompts is None and not flags.output:
+    elif flags.prompts is None and not flags.output and not flags.reward:
         say(adapted, encoder, _wrapped(flags.prompt, encoder, flags), flags)
     else:
         complete(adapted, {None: encoder, **encoders}, asked, flags)
@@ -116,12 +122,14 @@ def read_prompts(path: str) -> list[Asked]:
 def complete(
     adapted: Adapted, encoders: Mapping[str | None, rollout.Encoder], asked: Sequence[Asked], flags: absl_flags.FlagValues
 ) -> None:
-    """Complete many prompts and write a line for each, in their order."""
+    """Complete many prompts and write a line for each, in their order; with a reward model the best of several completions."""
+    count, judge = flags.best_of, critic.load(flags.reward, dtype=flags.dtype) if flags.reward else None
     tokenizer = _common_tokenizer({one.adapter: encoders[one.adapter] for one in asked})
+    asked = [one for one in asked for _ in range(count)]
     encoded = [_encoded(encoders[one.adapter], one, flags) for one in asked]
     adapters = peft.row_indices([one.adapter for one in asked], adapted.tokenizers) if adapted.tokenizers else None
     keys = jax.random.split(jax.random.key(flags.seed), len(encoded))
-    size, began, done = WINDOW_BATCHES * flags.batch_size, time.monotonic(), 0
+    size, began, done = -(-WINDOW_BATCHES * flags.batch_size // count) * count, time.monotonic(), 0
     with _lines(flags.output) as write:
         for first in range(0, len(encoded), size):
             window = slice(first, first + size)
@@ -130,10 +138,24 @@ def complete(
                 temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, min_p=flags.min_p, key=keys[window],
                 batch_size=flags.batch_size, stop=flags.stop, adapters=adapters and adapters[window],
             )  # fmt: skip
-            for one, text in zip(asked[window], texts, strict=True):
-                write({"prompt": one.shown, **({"adapter": one.adapter} if adapters else {}), "completion": text})
-            done += len(texts)
-            print(f"{done:,} of {len(asked):,} prompts, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+            said = [_wrapped(one.prompt, encoders[one.adapter], flags) for one in asked[window]]
+            rewards = judge(said, texts) if judge else None
+            for at in range(0, len(texts), count):
+                one, group = asked[first + at], slice(at, at + count)
+                kept = critic.best(texts[group], rewards[group]) if judge else {"completion": texts[at]}
+                write({"prompt": one.shown, **({"adapter": one.adapter} if adapters else {}), **kept})
+            done += len(texts) // count
+            print(f"{done:,} of {len(asked) // count:,} prompts, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+
+
+def _check_best(flags: absl_flags.FlagValues, chatting: bool) -> None:
+    """Refuse a choice among completions that are all the same, or that nobody judges."""
+    if flags.best_of > 1 and not flags.reward:
+        raise ValueError("generate: --best_of needs a reward model that says which is best; add --reward=FOLDER.")
+    if flags.best_of > 1 and flags.temperature == 0:
+        raise ValueError("generate: at temperature 0 all --best_of completions are the same; add --temperature=1.")
+    if flags.reward and chatting:
+        raise ValueError("generate: --reward judges the completions of --prompt or --prompts, not a chat.")
 
 
 def _check_adapters(asked: Sequence[Asked], flags: absl_flags.FlagValues) -> None:
