@@ -1,4 +1,4 @@
-"""The reward of the best of k completions, for every k up to the n that `ftjax generate --best_of=n` drew, and its distance from the policy.
+"""The reward of the best of k completions, for every k up to the n that `ftjax generate --best_of=n` drew, and its KL from the policy.
 
     python -m experiments.best_of_n.report ANSWERS.jsonl
 
