@@ -67,7 +67,8 @@ class Bandit(NamedTuple):
 
     def kl(self, policy: np.ndarray) -> float:
         """Return KL(π ‖ π_ref) in nats, over contexts alike."""
-        return float(np.mean(np.sum(np.where(policy > -np.inf, np.exp(policy) * (policy - self.reference), 0), axis=1)))
+        logratio = np.where(policy > -np.inf, policy, 0) - self.reference  # what is never played has no part in the sum
+        return float(np.mean(np.sum(np.exp(policy) * logratio, axis=1)))
 
 
 def total_variation(policy: np.ndarray, other: np.ndarray) -> float:
