@@ -48,7 +48,7 @@ def winning():
 
 
 def best(loss):
-    """Return the policy with the least `loss(log π of a context, preferences)`, in float64 and by differences."""
+    """Return the policy with the least `loss(log π, log π_ref, preferences)` in each context, in float64 and by differences."""
 
     def of_context(context):
         log_softmax = lambda x: x - np.log(np.sum(np.exp(x)))  # noqa: E731
@@ -101,7 +101,7 @@ def scores_of_all(params, batch):
 
 @pytest.fixture(scope="module")
 def reached():
-    """The tables at the end, in float64."""
+    """The tables at the end."""
     method = peft.full(".*")
     optimizer = optax.adam(optax.cosine_decay_schedule(0.1, STEPS))
     frozen, trainable = method.init(jax.random.key(0), dict.fromkeys((*REACHES, "reward"), bandit.start(BANDIT)))
