@@ -67,7 +67,8 @@ def remembers(config) -> tuple[str, ...]:
 def check_reference(config) -> None:
     """Refuse a `config.reference` that cannot be had; asked before anything is loaded."""
     chosen, wanted = config.reference.logps, needs(config)
-    if config.reference.every_steps and (not wanted.reference or wanted.data == "rollouts"):
+    known = wanted.reference and wanted.data in data.KINDS  # before the run: what the policy samples is not
+    if config.reference.every_steps and not known:
         raise ValueError(f"reference.every_steps: {config.algorithm!r} has no reference that could follow the policy; set it to 0.")
     if config.reference.every_steps and chosen != "live":
         raise ValueError("reference.logps: a reference that follows the policy (every_steps) speaks anew in each step: set it to 'live'.")
@@ -79,7 +80,7 @@ def check_reference(config) -> None:
         raise ValueError(f"reference.logps: there is no {chosen!r}; nearest: {nearest(chosen, REFERENCES)}.")
     if chosen == "live":
         return
-    if not wanted.reference:
+    if not known:
         raise ValueError(f"reference.logps: {config.algorithm!r} has no reference that could be 'cached'; leave it at 'live'.")
     if jax.process_count() > 1 or config.sweep:
         what = "a sweep" if config.sweep else f"a run of {jax.process_count()} processes"

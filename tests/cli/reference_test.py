@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ftjax import losses, scoring
-from ftjax.cli import main, reference
+from ftjax.cli import config as configs
+from ftjax.cli import main, objective, reference
 from ftjax.data.corpus import Sequences
 from ftjax.data.loader import make_loader
 from ftjax.logs.writers import read_jsonl
@@ -118,7 +119,17 @@ def test_a_run_in_full_begins_at_log_2_without_a_copy_of_the_model(tmp_path, com
 
 
 def test_what_cannot_be_asked_once_says_so(tmp_path, capsys):
-    for algorithm, word, message in (("orpo", "cached", "'orpo' has no reference"), ("dpo", "cache", "nearest: 'cached'")):
+    refused = (("orpo", "cached", "'orpo' has no reference"), ("nash_md", "cached", "'nash_md' has"), ("dpo", "cache", "nearest: 'cached'"))
+    for algorithm, word, message in refused:
         more = [f"--config.algorithm={algorithm}", f"--config.reference.logps={word}", f"--workdir={tmp_path}", "--compile_cache=off"]
         assert main.main(["train", f"--config={CONFIG}", *more]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_several_processes_ask_in_every_step(monkeypatch):
+    config = configs.load(CONFIG)
+    config.reference.logps = "cached"
+    objective.check_reference(config)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="'cached' is not for a run of 2 processes; set it to 'live'"):
+        objective.check_reference(config)

@@ -94,6 +94,8 @@ def test_what_cannot_follow_says_so(command, tmp_path, capsys):
         (("--config.algorithm=simpo", FOLLOWS[0]), "'simpo' has no reference that could follow"),
         ((FOLLOWS[0], "--config.reference.logps=cached"), "set it to 'live'"),
         ((FOLLOWS[0], "--config.reference.alpha=0.0"), "above 0 and at most 1, not 0.0"),
+        (("--config.algorithm=bco", "--sweep=seed=0,1", "--config.eval.every_steps=1"), "members cannot remember rewards"),
+        (("--config.reference.logps=cached", "--sweep=seed=0,1", "--config.eval.every_steps=1"), "'cached' is not for a sweep"),
     ):
         assert main.main(command(tmp_path, *more)) == 1
         assert message in capsys.readouterr().err
