@@ -132,7 +132,8 @@ def dora(
         trained = {}
         for path, leaf, leaf_rank, leaf_key in spec.matrices(key, params):
             a, b = make(leaf_key, leaf.shape, leaf_rank)
-            norms = column_norms(leaf, a, b, spec.scales(path, leaf.shape))
+            # Behind a barrier, or XLA knows that B is 0: its CPU fusions of JAX 0.12 multiply by constants that they have not written.
+            norms = column_norms(leaf, a, jax.lax.optimization_barrier(b), spec.scales(path, leaf.shape))
             trained |= {f"{path}/a": a, f"{path}/b": b, f"{path}/magnitude": norms}
         return params, {name: tree.unflatten(trained)}
 

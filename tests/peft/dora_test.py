@@ -119,6 +119,14 @@ def test_layers_that_are_left_alone_stay_as_they_are(params, key):
     assert not np.allclose(merged[1], base[1], atol=1e-2)
 
 
+def test_the_start_multiplies_by_no_constant(key):
+    """CPU fusions of JAX 0.12 read a constant factor before it is written: at times a length at the start was infinite."""
+    matrix = {"q_proj": {"kernel": jax.ShapeDtypeStruct((2, 576, 192), jnp.bfloat16)}}
+    program = jax.jit(peft.dora(["q_proj"], rank=R).init).lower(key, matrix).compile().as_text()
+    products = [line.split(" dot(")[1] for line in program.splitlines() if " dot(" in line]
+    assert products and not [line for line in products if "%broadcast" in line or "%constant" in line]
+
+
 def test_norms_make_no_dense_stack(key):
     """One layer's matrix at a time: the temporary memory does not grow with the number of layers."""
 
