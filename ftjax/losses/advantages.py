@@ -39,6 +39,23 @@ def group_relative(
     return centred / jnp.where(centred == 0, 1, jnp.broadcast_to(deviation, centred.shape) + epsilon)
 
 
+def decoupled(rewards: jax.Array, weights: jax.Array, counted: jax.Array | None = None, *, epsilon: float = 1e-4) -> jax.Array:
+    """Return Σ_k w_k (r_k - mean of its group) / (std + ε), standardised over the batch, `[p, g]`: each of several rewards by itself.
+
+    GDPO, 2026, arXiv 2601.05242: a sum of rewards, normalised as one, gives different combinations of them the same advantage.
+
+    Args:
+      rewards: `[k, p, g]`, of k reward functions.
+      weights: `[k]`.
+      counted: `[k, p, g]`, 1 where there is a reward; all if None.
+      epsilon: as in `group_relative`.
+    """
+    counted = _counted(rewards, counted)
+    each = jax.vmap(lambda r, c: group_relative(r, c, epsilon=epsilon))(rewards, counted)
+    total, known = jnp.sum(weights[:, None, None] * each, axis=0), jnp.max(counted, axis=0)
+    return known * (total - _mean(total, known, axis=None)) / (_deviation(total, known, axis=None, ddof=1) + epsilon)
+
+
 def leave_one_out(rewards: jax.Array, counted: jax.Array | None = None) -> jax.Array:
     """Return r - mean of the *other* rewards of its group, `[p, g]`: RLOO, Ahmadian et al., 2024, arXiv 2402.14740.
 

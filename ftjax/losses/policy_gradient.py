@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ftjax.losses.correction import CORRECTIONS
+from ftjax.losses.correction import CORRECTIONS, off_policy_mask
 from ftjax.losses.entropy import top_entropy
 from ftjax.losses.kl import KL_ESTIMATORS, k3
 from ftjax.losses.reductions import REDUCTIONS
@@ -40,6 +40,7 @@ def policy_gradient(
     entropy_share: float = 1.0,
     correction: str | None = None,
     correction_cap: float = 3.0,
+    off_policy_threshold: float | None = None,
 ) -> tuple[Mean, Metrics]:
     """Return Σ over tokens of w ℓ(ρ, A) + β ρ KL - c H, reduced as `reduction` says.
 
@@ -65,6 +66,8 @@ def policy_gradient(
       entropy_share: the share of each response's tokens, those of the highest entropy, that have a surrogate: see `entropy.top_entropy`.
       correction: a name in `correction.CORRECTIONS`: w from `old_logps` and `behavior_logps`; 1 if None.
       correction_cap: the largest w.
+      off_policy_threshold: by how much, in nats a token, the policy may have left a bad response that still counts: see
+        `correction.off_policy_mask`; by any if None.
 
     Returns:
       The loss and the metrics of `diagnose_actions`.
@@ -94,6 +97,9 @@ def policy_gradient(
     if correction is not None:
         weights, found = importance_weights(scores, batch, correction=correction, cap=correction_cap)
         losses, metrics = losses * weights, metrics | found
+    if off_policy_threshold is not None:
+        kept = off_policy_mask(actions.logps, behavior(scores, batch), actions.advantages, mask, threshold=off_policy_threshold)
+        losses, metrics = losses * kept, metrics | {"behavior/kept": masked_mean(kept, mask)}
     if kl_coef:
         logratio = jnp.where(mask > 0, scores.logps - reference_logps("policy_gradient", batch), 0)
         losses = losses + kl_coef * estimate(logratio) * (actions.ratio if kl_weighted else 1)
@@ -116,16 +122,24 @@ def read_actions(name: str, scores: Scores, batch: Batch) -> Actions:
     mask = batch.loss_mask
     counted = lambda x: jnp.where(mask > 0, x, 0)  # noqa: E731
     logps = counted(scores.logps)
-    old = jax.lax.stop_gradient(logps) if batch.old_logps is None else batch.old_logps
-    return Actions(logps, counted(logps - old), counted(jnp.broadcast_to(advantages, shape)), mask)
+    return Actions(logps, counted(logps - old_logps(scores, batch)), counted(jnp.broadcast_to(advantages, shape)), mask)
+
+
+def old_logps(scores: Scores, batch: Batch) -> jax.Array:
+    """Return what the policy said before its first step on these rollouts, which is what it says at that step."""
+    return jax.lax.stop_gradient(scores.logps) if batch.old_logps is None else batch.old_logps
+
+
+def behavior(scores: Scores, batch: Batch) -> jax.Array:
+    """Return what the sampler said of its tokens, or, where that is not known, what the policy said at the time."""
+    return old_logps(scores, batch) if batch.behavior_logps is None else batch.behavior_logps
 
 
 def importance_weights(scores: Scores, batch: Batch, *, correction: str, cap: float) -> tuple[jax.Array, Metrics]:
     """Return w `[*b, t]` of a correction, and the metrics `behavior/logratio` (mean |log w|) and `behavior/weight`."""
     if batch.behavior_logps is None:
         raise ValueError("policy_gradient: batch.behavior_logps is missing: a correction needs what the sampler said of its tokens.")
-    old = jax.lax.stop_gradient(scores.logps) if batch.old_logps is None else batch.old_logps
-    logratio = jnp.where(batch.loss_mask > 0, old - batch.behavior_logps, 0)
+    logratio = jnp.where(batch.loss_mask > 0, old_logps(scores, batch) - batch.behavior_logps, 0)
     weights = _chosen("correction", correction, CORRECTIONS)(logratio, cap=cap)
     return weights, {
         "behavior/logratio": masked_mean(jnp.abs(logratio), batch.loss_mask),
@@ -186,8 +200,12 @@ def _chosen(kind: str, name: str, among: Mapping[str, Callable]) -> Callable:
 
 grpo = partial(policy_gradient, surrogate="clipped", reduction="sequence_mean")
 gspo = partial(grpo, level="sequence", clip_low=3e-4, clip_high=4e-4)
+reinforce = partial(policy_gradient, surrogate="unclipped", reduction="sequence_sum")
 POLICY_LOSSES: dict[str, Callable[..., tuple[Mean, Metrics]]] = {
-    "reinforce": partial(policy_gradient, surrogate="unclipped", reduction="sequence_sum"),
+    "reinforce": reinforce,
+    "remax": reinforce,
+    "opo": reinforce,
+    "reinforce_plus_plus": partial(grpo, reduction="token_mean"),
     "rloo": partial(grpo, level="response"),
     "grpo": grpo,
     "bnpo": partial(grpo, reduction="token_mean"),
@@ -198,6 +216,8 @@ POLICY_LOSSES: dict[str, Callable[..., tuple[Mean, Metrics]]] = {
     "gspo_token": partial(gspo, level="sequence_token"),
     "luspo": partial(gspo, reduction="sequence_sum"),
     "sapo": partial(policy_gradient, surrogate="sapo", reduction="sequence_mean"),
+    "vespo": partial(policy_gradient, surrogate="vespo", level="response", reduction="token_mean"),
     "gmpo": partial(policy_gradient, surrogate="gmpo", reduction="sequence_mean"),
 }
-"""GSPO's clips are its paper's; LUSPO: Liu et al., 2026, is GSPO with sums, where a longer response weighs more."""
+"""ReMax, OPO and REINFORCE++ are estimators of advantages first of all: see `losses.advantages`. GSPO's clips are its paper's; LUSPO, 2026,
+arXiv 2602.05261, is GSPO with sums: a longer response weighs more."""

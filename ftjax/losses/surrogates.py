@@ -95,6 +95,23 @@ def sapo(actions: Actions, *, tau_positive: float = 1.0, tau_negative: float = 1
     return -4 / tau * jax.nn.sigmoid(tau * (actions.ratio - 1)) * actions.advantages, {}
 
 
+def vespo(
+    actions: Actions, *, powers: tuple[float, float] = (2.0, 3.0), decays: tuple[float, float] = (3.0, 2.0)
+) -> tuple[jax.Array, Clips]:
+    """Return -sg(φ(ρ)) A log π, φ(ρ) = ρ^k e^(λ(1 - ρ)): a weight that is 1 at ρ = 1 and goes to 0 on either side of it.
+
+    VESPO, 2026, arXiv 2602.10693, where ρ is of the whole response: level "response".
+
+    Args:
+      actions: the drawn tokens.
+      powers: k > 0 where A ≥ 0, and elsewhere.
+      decays: λ > 0 where A ≥ 0, and elsewhere.
+    """
+    k, decay = (jnp.where(actions.advantages >= 0, *x).astype(actions.logps.dtype) for x in (powers, decays))
+    weights = jax.lax.stop_gradient(jnp.exp(k * actions.logratio + decay * (1 - actions.ratio)))
+    return -weights * actions.advantages * actions.logps, {}
+
+
 def gmpo(actions: Actions, *, clip_low: float = 0.4, clip_high: float = 0.4) -> tuple[jax.Array, Clips]:
     """Return -exp( mean_t clip(log ρ_t) ) A: the geometric mean of a response's ratios, clipped in log space against the sign of A.
 
@@ -108,7 +125,7 @@ def gmpo(actions: Actions, *, clip_low: float = 0.4, clip_high: float = 0.4) -> 
     return -jnp.broadcast_to(ratio, x.shape) * advantages, clips
 
 
-SURROGATES = {"unclipped": unclipped, "clipped": clipped, "cispo": cispo, "sapo": sapo, "gmpo": gmpo}
+SURROGATES = {"unclipped": unclipped, "clipped": clipped, "cispo": cispo, "sapo": sapo, "vespo": vespo, "gmpo": gmpo}
 
 
 def token(logratio: jax.Array, mask: jax.Array) -> jax.Array:

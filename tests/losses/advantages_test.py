@@ -32,6 +32,12 @@ def test_leave_one_out_advantages_are_those_of_trl():
     np.testing.assert_allclose(found, GOLDEN["advantages/leave_one_out"], rtol=1e-5, atol=1e-6)
 
 
+def test_decoupled_advantages_of_two_rewards_are_those_of_trl():
+    rewards = np.stack([REWARDS, REWARDS[:, ::-1] ** 2]).astype("f")
+    found = of(advantages.decoupled, rewards, np.array([1.0, 0.5], "f"), ~np.isnan(rewards))
+    np.testing.assert_allclose(found, GOLDEN["advantages/decoupled"], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("estimator", [advantages.group_relative, advantages.leave_one_out])
 def test_the_advantages_of_a_group_sum_to_0(estimator):
     found = of(estimator, 5 + RNG.normal(size=(6, 8)).astype("f"))

@@ -90,6 +90,9 @@ EXAMPLES = {
     "process_reward": [example("process_reward", form="rows", reads="values")],
     "distill": [example("distill", form="rows", reads="divergence")],
     "reinforce": [rollout("reinforce"), first_step("reinforce")],
+    "remax": [rollout("remax")],
+    "opo": [rollout("opo")],
+    "reinforce_plus_plus": [rollout("reinforce_plus_plus")],
     "rloo": [rollout("rloo", "rloo")],
     "grpo": [
         rollout("grpo", "grpo/grpo"),
@@ -101,6 +104,7 @@ EXAMPLES = {
         rollout("grpo", "grpo/entropy_bonus", entropy_coef=0.2),
         rollout("grpo", "grpo/top_entropy", entropy_share=0.35),
         *(rollout("grpo", f"grpo/{name}", correction=name) for name in ("token_truncate", "token_mask", "sequence_truncate")),
+        rollout("grpo", "grpo/off_policy", off_policy_threshold=0.1),
         rollout("grpo", "grpo/sequence_mask", correction="sequence_mask", correction_cap=9.0),
     ],
     "bnpo": [rollout("bnpo", "grpo/bnpo")],
@@ -111,6 +115,7 @@ EXAMPLES = {
     "gspo_token": [rollout("gspo_token", "gspo_token", clip_low=0.2, clip_high=0.2, differentiable=False)],
     "luspo": [rollout("luspo", "grpo/luspo", clip_low=0.2, clip_high=0.2)],
     "sapo": [rollout("sapo", "grpo/sapo")],
+    "vespo": [rollout("vespo", "grpo/vespo", differentiable=False)],
     "gmpo": [rollout("gmpo", "gmpo")],
     "ppo": [
         rollout("ppo", value_coef=0.7),

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from functools import partial
 
@@ -90,9 +91,28 @@ def test_at_the_first_step_the_ratio_is_1_and_the_gradient_that_of_reinforce(nam
         return loss.total / loss.weight, metrics
 
     gradient, metrics = jax.jit(jax.grad(total, has_aux=True))(logps)
-    share = {"reinforce": 1, "rloo": 1, "luspo": 1, "dr_grpo": 1 / 512}.get(name, 1 / 3)  # of a token in the loss of its response
+    sums = dict.fromkeys(("reinforce", "remax", "opo", "rloo", "luspo"), 1)
+    share = (sums | {"dr_grpo": 1 / 512}).get(name, 1 / 3)  # of a token in the loss of its response
     np.testing.assert_allclose(gradient, np.repeat([[-2.0], [0.5]], 3, 1) * share / 2, rtol=1e-5)
     assert [metrics[f"ratio{end}"].value() for end in ("", "/min", "/max")] == [1.0, 1.0, 1.0]
+
+
+DISTINCT = ("reinforce", "rloo", "grpo", "cispo", "gspo", "gspo_token", "sapo", "vespo", "gmpo", "ppo", "nash_md")
+
+
+def test_ratios_beyond_all_bounds_stay_finite():
+    """Tokens that were impossible and are certain, and the reverse, of good and of bad responses; the first kind under a reference too."""
+    logps = jnp.array([[0.0, -1e4], [0.0, -1e4]])
+    batch = batch_of(logps, old_logps=-1e4 - logps, reference_logps=-1e4 - logps, advantages=jnp.array([1.0, -1.0]))
+    batch = dataclasses.replace(batch, returns=-logps)
+
+    def total(x, name):
+        loss, metrics = losses.LOSSES[name](Scores(x, values=x), batch, **({} if name == "nash_md" else {"kl_coef": 0.1}))
+        return loss.total, (loss, metrics)
+
+    every = lambda x: {name: jax.grad(total, has_aux=True)(x, name) for name in DISTINCT}  # noqa: E731
+    for name, found in jax.device_get(jax.jit(every)(logps)).items():
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(found)), name
 
 
 def test_advantages_of_tokens_are_used_as_they_are():

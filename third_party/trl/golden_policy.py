@@ -19,6 +19,7 @@ from trl.trainer.rloo_trainer import RLOOTrainer
 from trl.trainer.utils import nanstd
 
 B, T = 4, 7
+VESPO = {"k_pos": 2.0, "lambda_pos": 3.0, "k_neg": 3.0, "lambda_neg": 2.0}
 PAIRS = ("logps", "reference_logps", "desirable")
 
 
@@ -79,6 +80,7 @@ def trainer(logps: torch.Tensor, data: dict[str, torch.Tensor], args: dict, **fi
     vars(self).update(fields)
     vars(self.args).update(args)
     self.get_high_entropy_mask = lambda *given: GRPOTrainer.get_high_entropy_mask(self, *given)
+    self.get_gamma_weights = getattr(GRPOTrainer, "get_gamma_weights", None)
     self.get_off_policy_mask = getattr(GRPOTrainer, "get_off_policy_mask", None)
     return self
 
@@ -94,6 +96,7 @@ def inputs(data: dict[str, torch.Tensor], first: bool) -> dict[str, torch.Tensor
         "advantages": data["advantages"],
         "old_per_token_logps": None if first else data["old_logps"],
         "ref_per_token_logps": data["reference_logps"],
+        "sampling_per_token_logps": data["behavior_logps"],
         "num_items_in_batch": mask.sum(),
     }
 
@@ -131,7 +134,16 @@ def advantages() -> dict[str, np.ndarray]:
         "batch": (centred / (nanstd(rewards) + 1e-4)).nan_to_num().numpy(),
         "none": centred.nan_to_num().numpy(),
         "leave_one_out": (rewards - others).nan_to_num().numpy(),
+        "decoupled": decoupled(torch.stack([rewards, rewards.flip(1) ** 2]), torch.tensor([1.0, 0.5], dtype=torch.float64)),
     }
+
+
+def decoupled(rewards, weights) -> np.ndarray:
+    """As the lines of `normalize_then_sum`; the unscorable responses have the advantage 0."""
+    each = (rewards - rewards.nanmean(2, keepdim=True)) / (nanstd(rewards, dim=2)[..., None] + 1e-4)
+    total = (each * weights[:, None, None]).nansum(0)
+    total[rewards.isnan().all(0)] = float("nan")
+    return ((total - total.nanmean()) / (nanstd(total) + 1e-4)).nan_to_num().numpy()
 
 
 def current(add, add_by_row) -> None:
@@ -151,6 +163,8 @@ def current(add, add_by_row) -> None:
     for correction in ("token_truncate", "token_mask", "sequence_truncate"):
         add(f"grpo/{correction}", grpo, correction=correction)
     add("grpo/sequence_mask", grpo, correction="sequence_mask", cap=9.0)
+    add("grpo/vespo", grpo, loss_type="vespo", args={f"vespo_{x}": n for x, n in VESPO.items()})
+    add("grpo/off_policy", grpo, off_policy_mask_threshold=0.1)
     add("gmpo", grpo, kind=GMPOTrainer, epsilon_low=0.4, epsilon_high=0.4)
     add("rloo", rloo)
 
