@@ -117,7 +117,7 @@ def distilled(divergence: str = "jsd") -> ConfigDict:
     config.methods = ("full",)
     config.loss = ConfigDict({"divergence_coef": 1.0, "nll_coef": 0.0})  # of the teacher's distributions, of the text itself
     config.teacher = ConfigDict()
-    config.teacher.name = "smollm2-135m-instruct"  # as model.name; it has the student's tokens
+    config.teacher.name = "smollm2-135m-instruct"  # as model.name; with the student's tokens, unless divergence is "uld" (and data.packing "none")
     config.teacher.dtype = "auto"
     config.teacher.quantize = ""  # "int8", "nf4" and so on: store it in fewer bits
     config.teacher.preset = "smollm2-135m"
@@ -137,11 +137,12 @@ def distilled(divergence: str = "jsd") -> ConfigDict:
 def online(algorithm: str = "grpo", **loss) -> ConfigDict:
     """Learning with LoRA from what the policy writes itself: `algorithm` is a name of `ftjax.losses.LOSSES`, `loss` its options.
 
-    `rewards` is `{name of ftjax.rewards.REWARDS: weight}`, or a block of its options with a `weight`. Rows of a step: `data.batch_size`.
+    A loss of pairs (`dpo`) learns from the best and the worst sample of each prompt. `rewards` is `{name: weight}` of
+    `ftjax.rewards.REWARDS`, or a block of its options with a `weight`. A step has `data.batch_size` samples, or pairs.
     """
     config = sft().unlock()
     config.algorithm = algorithm
-    config.loss = ConfigDict({"kl_coef": 0.0, **loss})  # of the divergence from the base
+    config.loss = ConfigDict(loss)
     config.rollout = rollout()
     config.rewards = ConfigDict()
     config.judging = ConfigDict({"on_error": "raise", "timeout": 60.0})  # "skip": where a reward raises, hangs or is NaN, it says nothing

@@ -9,7 +9,7 @@ from configs import base
 
 
 def get_config(arg=""):
-    config = base.online("grpo")
+    config = base.online("grpo", kl_coef=0.0)
     config.steps = 100
     config.data.sources.sums = base.source("data/sums/train.jsonl")
     config.data.eval_sources.sums = base.source("data/sums/test.jsonl")

@@ -211,14 +211,14 @@ def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False)
     options = {"batch_size": config.data.batch_size, "seed": config.seed, "shuffle": held_out or config.data.shuffle}
     options["bad_rows"], wanted = config.data.bad_rows, objective.needs(config)
     options["packing"] = config.data.packing
+    if rollouts.used(config):
+        del options["packing"], options["batch_size"]
+        options |= {"count": rollouts.samples(config) if held_out else rollouts.prompts(config), "max_tokens": config.rollout.max_tokens}
+        return data.load_prompts(specs, encoder, **options)
     if wanted.data == "messages":
         found, reports = data.load(specs, encoder, **options)
     elif wanted.data in data.KINDS:
         found, reports = data.load_judged(specs, encoder, wanted=wanted.data, mismatched=wanted.baseline, **options)
-    elif wanted.data == data.ROLLOUTS:
-        del options["packing"], options["batch_size"]
-        options |= {"count": rollouts.samples(config) if held_out else rollouts.prompts(config), "max_tokens": config.rollout.max_tokens}
-        return data.load_prompts(specs, encoder, **options)
     else:
         raise ValueError(f"algorithm: {config.algorithm!r} learns from {wanted.data}, not read by `ftjax train` yet; use it from Python.")
     return found.shard(*sharding.batch_share(mesh)), reports
@@ -265,10 +265,10 @@ def held_out_examples(config, count: int) -> list[data.Example]:
 def _examples(config, source) -> Iterator[data.Example]:
     """Yield the examples of a source; of judged responses the good ones."""
     wanted, options = objective.needs(config).data, {"bad_rows": config.data.bad_rows}
-    if wanted == "messages":
-        yield from data.read(plain(source), **options)
-    elif wanted == data.ROLLOUTS:
+    if rollouts.used(config):
         yield from data.read_prompts(plain(source), **options)
+    elif wanted == "messages":
+        yield from data.read(plain(source), **options)
     else:
         yield from (one.responses[0] for one in data.read_judged(plain(source), wanted, **options) if one.numbers.get("desirable", 1))
 

@@ -99,7 +99,7 @@ def check_best_metric(config) -> None:
     batch = Batch(**dict.fromkeys(rows, row), **dict.fromkeys(of_items, number))
     scores = Scores(**{name: row for name in _outputs(config)})
     names = ("loss", *jax.eval_shape(loss(config), scores, batch)[1], "perplexity")
-    if needs(config).data == data.ROLLOUTS:  # judged by what they are worth, and not by the loss of given rows
+    if "rollout" in config:  # judged by what they are worth, and not by the loss of given rows
         names = ("reward", *(f"rewards/{name}" for name in config.rewards), "length", "finished", "repetition")
     if config.checkpoint.best_metric not in names:
         raise ValueError(f"checkpoint.best_metric: there is no {config.checkpoint.best_metric!r}; the evaluation has {', '.join(names)}.")

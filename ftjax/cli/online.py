@@ -79,8 +79,11 @@ class Experiences:
         )
         worth = jax.device_get(self._worth(evidence))
         self._show(found._replace(advantages=worth["advantages"]), done)
+        told = online.summary(found) | seen.metrics
+        if rollouts.paired(self._run.config):
+            return online.pairs(rows, found.rewards), told
         fields = {name: x.reshape(p * g, *x.shape[2:]) for name, x in worth.items()}
-        return dataclasses.replace(seen.rows, **fields), online.summary(found) | seen.metrics
+        return dataclasses.replace(seen.rows, **fields), told
 
     def _answered(self, state: TrainState, prompts: Sequence[data.Prompt], key: jax.Array, *, per_prompt: int) -> online.Experience:
         """Return samples of the policy and what they are worth; what they are worth beside each other is still to come."""

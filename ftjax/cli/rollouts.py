@@ -27,8 +27,13 @@ BY_ALGORITHM = {
 
 
 def used(config) -> bool:
-    """Return whether the objective learns from rollouts."""
-    return objective.needs(config).data == data.ROLLOUTS
+    """Return whether the run learns from what the policy writes itself: its config has a block `rollout`."""
+    return "rollout" in config
+
+
+def paired(config) -> bool:
+    """Return whether the objective compares two samples of a prompt, the best with the worst: online DPO and its family."""
+    return objective.needs(config).data == data.PAIRS
 
 
 def stride(config) -> int:
@@ -36,20 +41,22 @@ def stride(config) -> int:
     return config.rollout.epochs * config.rollout.minibatches if used(config) else 1
 
 
-def samples(config) -> int:
-    """Return the samples of an experience: so many rows have its minibatches."""
-    return config.data.batch_size * config.rollout.minibatches
-
-
 def prompts(config) -> int:
-    """Return the prompts of an experience."""
-    return samples(config) // config.rollout.samples_per_prompt
+    """Return the prompts of an experience, whose rows are its samples, or a pair of each prompt."""
+    rows = config.data.batch_size * config.rollout.minibatches
+    return rows if paired(config) else rows // config.rollout.samples_per_prompt
+
+
+def samples(config) -> int:
+    """Return the samples of an experience."""
+    return prompts(config) * config.rollout.samples_per_prompt
 
 
 def estimator(config) -> Estimator:
     """Return the estimator of advantages."""
     asked = config.rollout.advantages
-    name = BY_ALGORITHM.get(config.algorithm, "group_relative") if asked == "auto" else asked
+    usual = "group_centred" if paired(config) else BY_ALGORITHM.get(config.algorithm, "group_relative")
+    name = usual if asked == "auto" else asked
     if name not in ESTIMATORS:
         raise ValueError(f"rollout.advantages: there is no {name!r}; nearest: {nearest(name, ['auto', *ESTIMATORS])}.")
     return ESTIMATORS[name]
@@ -71,10 +78,13 @@ def filtered(config) -> bool:
 
 def check(config) -> None:
     """Refuse sizes that do not fit together; asked before anything is loaded."""
+    wanted = objective.needs(config).data
     if not used(config):
+        if wanted == data.ROLLOUTS:
+            raise ValueError(f"rollout: {config.algorithm!r} needs a block config.rollout; begin the config with base.online().")
         return
-    if "rollout" not in config:
-        raise ValueError(f"rollout: {config.algorithm!r} needs a block config.rollout; begin the config with base.online().")
+    if wanted not in (data.ROLLOUTS, data.PAIRS):
+        raise ValueError(f"algorithm: {config.algorithm!r} learns from {wanted} and not from rollouts; leave the block config.rollout out.")
     if config.sweep:
         raise ValueError(f"sweep: members of {config.algorithm!r} would each sample their own; train them one after the other.")
     if jax.process_count() > 1:
@@ -95,7 +105,7 @@ def check(config) -> None:
             f"methods: {config.algorithm!r} learns the values of states, by a head of its own: add 'value_head', as in "
             f"methods={(*config.methods, 'value_head')}."
         )
-    if samples(config) % asked.samples_per_prompt:
+    if not paired(config) and config.data.batch_size * asked.minibatches % asked.samples_per_prompt:
         raise ValueError(
             f"data.batch_size: {config.data.batch_size} rows × {asked.minibatches} minibatches are no whole number of prompts with "
             f"{asked.samples_per_prompt} samples each; choose a multiple."
@@ -119,7 +129,8 @@ def check(config) -> None:
 
 def referred(config) -> bool:
     """Return whether the run compares the policy with where it began."""
-    return used(config) and bool(config.loss.get("kl_coef", 0.0) or config.rollout.kl_penalty or objective.needs(config).reference)
+    live = objective.needs(config).reference and not paired(config)  # of pairs it speaks in every step
+    return used(config) and bool(config.loss.get("kl_coef", 0.0) or config.rollout.kl_penalty or live)
 
 
 def sampler(config, model: Model, mesh: Mesh, encoder: data.Encoder) -> online.Sampler:

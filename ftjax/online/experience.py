@@ -50,6 +50,22 @@ def minibatch(batch: Batch, *, seed: int, index: int, step: int, count: int) -> 
     return jax.tree.map(lambda x: x[chosen], batch)
 
 
+def pairs(batch: Batch, rewards: np.ndarray) -> Batch:
+    """Return the best sample of each prompt with its worst, `[p, 2, t]`, best first; where both are worth the same no token counts.
+
+    Args:
+      batch: the samples `[p · g, t]`.
+      rewards: `[p, g]`; NaN where none applies.
+    """
+    known, (p, g) = np.isfinite(rewards), rewards.shape
+    best, worst = (np.argmax(np.where(known, sign * rewards, -np.inf), axis=1) for sign in (1, -1))
+    at = np.arange(p)[:, None] * g + np.stack([best, worst], axis=1)
+    worth = np.nan_to_num(rewards.reshape(-1)[at])
+    differ = (worth[:, :1] > worth[:, 1:]) & known.reshape(-1)[at]
+    tokens, mask, positions, segment_ids = (x[at] for x in (batch.tokens, batch.loss_mask, batch.positions, batch.segment_ids))
+    return Batch(tokens, mask * differ[..., None].astype(np.float32), positions, segment_ids)
+
+
 def table(experience: Experience) -> list[dict[str, Any]]:
     """Return a row of plain data for each sample: prompt, completion, each reward, their sum and the (mean) advantage."""
     g, found = experience.rewards.shape[1], []

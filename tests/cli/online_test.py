@@ -154,3 +154,34 @@ def test_remax_compares_with_the_most_likely_answer(train, tmp_path, monkeypatch
     assert train(tmp_path, *FEW, "--config.algorithm=remax", "--config.rollout.samples_per_prompt=2") == 0
     rows = read_jsonl(tmp_path / "rollouts.jsonl")
     np.testing.assert_allclose([row["reward"] - row["advantage"] for row in rows], 1.0, atol=1e-5)
+
+
+ONLINE_DPO = """
+from configs import base
+
+def get_config(arg=""):
+    config = base.online("dpo", beta=0.1)
+    config.steps = 8
+    config.data.sources.tasks = config.data.eval_sources.tasks = base.source("tasks:compare", split="train[:64]")
+    config.data.update({"max_tokens": 128, "batch_size": 4})
+    config.model.update({"preset": "tiny-llama", "random": True, "dtype": "float32"})
+    config.tokenizer, config.methods = "bytes", ("full",)
+    config.rewards.numeric_match = {"weight": 2.0}
+    config.rollout.update({"max_tokens": 8, "samples_per_prompt": 4, "show": 1})
+    config.optimizer.update({"learning_rate": 0.003, "warmup_steps": 0})
+    config.eval.update({"every_steps": 8, "batches": 1})
+    config.checkpoint.every_steps, config.logging.every_steps, config.logging.tensorboard = 0, 4, False
+    config.mesh.data = 1
+    return config.lock()
+"""
+
+
+def test_online_dpo_learns_from_the_best_and_the_worst_sample(compiled, tmp_path, monkeypatch):
+    monkeypatch.setitem(rewards.REWARDS, "numeric_match", high_bytes)
+    (tmp_path / "online_dpo.py").write_text(ONLINE_DPO)
+    assert main.main(["train", f"--config={tmp_path / 'online_dpo.py'}", f"--workdir={tmp_path}", f"--compile_cache={compiled}"]) == 0
+    margins, accuracies = reported(tmp_path, "train/rewards/margin"), reported(tmp_path, "train/rewards/accuracy")
+    assert abs(margins[0]) < margins[1] and accuracies[1] > 0.5
+    rows = read_jsonl(tmp_path / "rollouts.jsonl")
+    assert len(rows) == 8 * 4 * 4 and all(row["reward"] == pytest.approx(2 * row["rewards"]["numeric_match"], abs=1e-5) for row in rows)
+    assert reported(tmp_path, "eval/reward") and reported(tmp_path, "train/reward_std")[0] > 0

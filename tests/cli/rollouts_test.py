@@ -64,9 +64,21 @@ def test_every_algorithm_steps_on_what_its_estimator_writes(name):
     assert rollouts.estimator(found).values == ("loss/value" in metrics)
 
 
-def test_an_algorithm_without_rollouts_is_not_asked():
+def test_pairs_are_of_as_many_prompts_as_a_step_has_rows():
+    found = config(algorithm="dpo", data__batch_size=4, rollout__minibatches=2, rollout__samples_per_prompt=3)
+    found.update({"steps": 100, "checkpoint": {"every_steps": 0}, "eval": {"every_steps": 0}})
+    rollouts.check(found)
+    assert (rollouts.prompts(found), rollouts.samples(found)) == (8, 24)
+
+
+def test_rollouts_and_what_learns_from_them_come_together():
+    with pytest.raises(ValueError, match="'sft' learns from messages and not from rollouts"):
+        rollouts.check(config(algorithm="sft"))
     found = config()
-    found.algorithm = "sft"
-    found.steps = 101
+    with found.unlocked():
+        del found.rollout
+    with pytest.raises(ValueError, match="'grpo' needs a block config.rollout"):
+        rollouts.check(found)
+    found.update({"algorithm": "sft", "steps": 101})
     rollouts.check(found)
     assert rollouts.stride(found) == 1

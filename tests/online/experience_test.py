@@ -1,5 +1,6 @@
 """Every sample is learnt from once an epoch, and told in a row that can be read."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -20,6 +21,15 @@ def test_each_epoch_learns_from_each_row_once_in_an_order_of_its_own(count):
         epochs.append(np.concatenate([part.advantages for part in parts]))
         np.testing.assert_array_equal(np.sort(epochs[-1]), np.arange(12.0))
     assert count == 1 or (epochs[0] != epochs[1]).any()
+
+
+def test_a_pair_is_the_best_and_the_worst_of_a_prompt_if_they_differ():
+    mask = np.ones((12, 2), np.float32)
+    rewards = np.array([[0.0, 2.0, 1.0, -1.0], [1.0, np.nan, 1.0, 1.0], [np.nan, 3.0, np.nan, np.nan]])
+    found = online.pairs(dataclasses.replace(ROWS, loss_mask=mask), rewards)
+    assert found.tokens.shape == (3, 2, 2) and found.advantages is None
+    np.testing.assert_array_equal(found.tokens[0], ROWS.tokens[[1, 3]])
+    np.testing.assert_array_equal(found.loss_mask[:, :, 0], [[1, 1], [0, 0], [0, 0]])
 
 
 def test_the_table_is_plain_data_with_each_reward_beside_its_sample():
