@@ -15,14 +15,14 @@ from ftjax.types import pytree, static
 class Cache:
     """Keys and values of the tokens seen so far.
 
-    All rows are written at the same slot, so prompts of unequal length are padded on the left. A slot with segment 0 is empty or
-    padding, and no real token attends to it.
+    All rows are written at the same slot, so prompts of unequal length are padded on the left; or a row that joins later is laid so that it
+    ends there (see `ftjax.rollout.slots`). A slot with segment 0 is empty or padding, and no real token attends to it.
     """
 
     k: jax.Array
-    """`[l, b, s, k, c]`, already turned by the rotary embedding."""
+    """`[l, b, k, s, c]`, already turned by the rotary embedding: the slots of a head lie together, as attention reads them."""
     v: jax.Array
-    """`[l, b, s, k, c]`."""
+    """`[l, b, k, s, c]`."""
     positions: jax.Array
     """int32 `[b, s]`."""
     segment_ids: jax.Array
@@ -35,7 +35,7 @@ class Cache:
 
 def init_cache(config: Config, batch_size: int, max_tokens: int, dtype: str = "float32") -> Cache:
     """Return an empty cache with room for `max_tokens` per row, padding included; `dtype` is that of the activations."""
-    shape = (config.num_hidden_layers, batch_size, max_tokens, config.num_key_value_heads, config.head_dim)
+    shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_tokens, config.head_dim)
     ids = (batch_size, max_tokens)
     return Cache(
         k=jnp.zeros(shape, dtype),
@@ -63,11 +63,13 @@ def widen(cache: Cache, num_tokens: int) -> Cache:
         return jnp.pad(x, [(0, num_tokens if at == axis else 0) for at in range(x.ndim)])
 
     ids = {"positions": pad(cache.positions, 1), "segment_ids": pad(cache.segment_ids, 1)}
-    return dataclasses.replace(cache, k=pad(cache.k, 2), v=pad(cache.v, 2), **ids)
+    return dataclasses.replace(cache, k=pad(cache.k, 3), v=pad(cache.v, 3), **ids)
 
 
 def write(stored: jax.Array, layer: jax.Array, index: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return `stored` `[l, b, s, k, c]` with `new` `[b, t, k, c]` at slots `index…` of one layer, and that layer `[b, s, k, c]`."""
+    """Return `stored` `[l, b, k, s, c]` with `new` `[b, t, k, c]` at slots `index…` of one layer, and that layer `[b, s, k, c]`."""
     zero = jnp.zeros((), jnp.int32)
-    stored = jax.lax.dynamic_update_slice(stored, new[None].astype(stored.dtype), (layer, zero, index, zero, zero))
-    return stored, jax.lax.dynamic_index_in_dim(stored, layer, keepdims=False)
+    new = jnp.moveaxis(new, 1, 2)[None].astype(stored.dtype)
+    stored = jax.lax.dynamic_update_slice(stored, new, (layer, zero, zero, index, zero))
+    # Moved back in name alone: the compiler hands the product the heads as they lie.
+    return stored, jnp.moveaxis(jax.lax.dynamic_index_in_dim(stored, layer, keepdims=False), 1, 2)

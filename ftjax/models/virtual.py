@@ -49,7 +49,7 @@ def count(params: Params) -> tuple[int, int]:
 def prefix_of(model: Model, params: Params, tokens: jax.Array) -> Params:
     """Return the key and value `[l, n, k·c]` that a text `[n]` leaves in each layer: a prefix that says the same as the text."""
     _, cache = model.apply(params, tokens[None], cache=cache_lib.init_cache(model.config, 1, len(tokens)))
-    return {field: x[:, 0].reshape(len(x), len(tokens), -1) for field, x in (("key", cache.k), ("value", cache.v))}
+    return {field: jnp.moveaxis(x[:, 0], 1, 2).reshape(len(x), len(tokens), -1) for field, x in (("key", cache.k), ("value", cache.v))}
 
 
 def put_first(params: Params, x: jax.Array, positions: jax.Array, segment_ids: jax.Array, cache: Cache | None) -> tuple[Row, Cache | None]:
@@ -88,12 +88,18 @@ def _begin(cache: Cache, params: Params, of_prefix: int, total: int) -> Cache:
     if not of_prefix:
         return cache
     prefix, zero = params["layers"]["slots"][PREFIX], jnp.zeros((), jnp.int32)
-    at = (zero, zero, cache.index, zero, zero)
+    at = (zero, zero, zero, cache.index, zero)
     k, v = (
-        jax.lax.dynamic_update_slice(stored, jax.vmap(_heads)(prefix[name], stored), at)
-        for name, stored in (("key", cache.k), ("value", cache.v))
+        jax.lax.dynamic_update_slice(stored, _for_rows(prefix[name], stored), at) for name, stored in (("key", cache.k), ("value", cache.v))
     )
     return dataclasses.replace(cache_lib.advance(cache, *_ids(cache.k.shape[1], 0, of_prefix)), k=k, v=v)
+
+
+def _for_rows(prefix: jax.Array, stored: jax.Array) -> jax.Array:
+    """Return `[l, n, k·c]` as `[l, b, k, n, c]`, for every row of what is stored `[l, b, k, s, c]`."""
+    _, b, k, _, c = stored.shape
+    heads = jnp.moveaxis(prefix.astype(stored.dtype).reshape(len(prefix), -1, k, c), 1, 2)
+    return jnp.broadcast_to(heads[:, None], (len(heads), b, *heads.shape[1:]))
 
 
 def _heads(prefix: jax.Array, like: jax.Array) -> jax.Array:

@@ -103,7 +103,7 @@ class Written(NamedTuple):
 
 def columns(slots: Slots) -> int:
     """Return the size of the ring."""
-    return slots.cache.k.shape[2] - slots.cache.virtual
+    return slots.cache.k.shape[3] - slots.cache.virtual
 
 
 @partial(jax.jit, static_argnames=("model", "num_columns", "mesh"))
@@ -235,17 +235,16 @@ def _copy(slots: Slots, read: Read, joining: Joining) -> Cache:
         slot, row, count = joining.slots[n], joining.rows[n], joining.lengths[n] - 1
         ours, real = column < before, age < count
         source = jnp.where(ours, column, before + joining.starts[n] + jnp.where(real, count - 1 - age, 0))
-        there = jax.tree.map(lambda x: x, read.cache)
-        segments = jnp.where(ours, there.segment_ids[row][source], real.astype(jnp.int32))
+        segments = jnp.where(ours, read.cache.segment_ids[row][source], real.astype(jnp.int32))
 
         def put(into: jax.Array, values: jax.Array, axis: int) -> jax.Array:
             return jax.lax.dynamic_update_index_in_dim(into, values, slot, axis)
 
         return dataclasses.replace(
             cache,
-            k=put(cache.k, jnp.take(there.k[:, row], source, axis=1), 1),
-            v=put(cache.v, jnp.take(there.v[:, row], source, axis=1), 1),
-            positions=put(cache.positions, there.positions[row][source], 0),
+            k=put(cache.k, jnp.take(read.cache.k[:, row], source, axis=2), 1),
+            v=put(cache.v, jnp.take(read.cache.v[:, row], source, axis=2), 1),
+            positions=put(cache.positions, read.cache.positions[row][source], 0),
             segment_ids=put(cache.segment_ids, segments, 0),
         )
 

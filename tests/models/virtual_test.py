@@ -55,7 +55,7 @@ def test_cached_decoding_behind_virtual_tokens_equals_the_full_forward(name, kin
     for start, stop in [(0, 12), *((i, i + 1) for i in range(12, 20))]:
         out, cache = step(virtual, tokens[:, start:stop], cache=cache)
         outs.append(out)
-        assert (int(cache.index), cache.virtual, cache.k.shape[2]) == (n + stop, n, n + 23)  # written once, in slots of their own
+        assert (int(cache.index), cache.virtual, cache.k.shape[3]) == (n + stop, n, n + 23)  # written once, in slots of their own
     np.testing.assert_allclose(jnp.concatenate(outs, axis=1), hidden(model, virtual, tokens), **CLOSE)
 
 

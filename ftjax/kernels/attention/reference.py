@@ -12,10 +12,12 @@ def attention(q, k, v, *, q_positions, kv_positions, q_segment_ids, kv_segment_i
     """Return `softmax(cap(q kᵀ · scale)) v` with the softmax in float32; see `ftjax.kernels.attention.attention`."""
     del reach  # how far back keys are needed at all
     b, t, h, c = q.shape
-    queries = q.reshape(b, t, k.shape[2], -1, c)
-    scores = jnp.einsum("btkgc,bskc->bkgts", queries, k, preferred_element_type=jnp.float32) * scale
+    # The queries that share a key head as one axis: with two, XLA:CPU copies all keys, or cannot multiply in bfloat16.
+    heads = jnp.moveaxis(q.reshape(b, t, k.shape[2], -1, c), 1, 3)
+    queries = heads.reshape(b, k.shape[2], -1, c)
+    scores = jnp.einsum("bkqc,bskc->bkqs", queries, k, preferred_element_type=jnp.float32) * scale
     ids = q_positions[:, None], kv_positions[:, None], q_segment_ids[:, None], kv_segment_ids[:, None]
     seen = mask.visible(*ids, window)[:, :, None]
-    weights = mask.weigh(scores, seen, softcap).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskc->btkgc", weights, v, preferred_element_type=jnp.float32)
-    return out.reshape(b, t, h, c).astype(q.dtype)
+    weights = mask.weigh(scores.reshape(*heads.shape[:4], -1), seen, softcap).astype(v.dtype)
+    out = jnp.einsum("bkqs,bskc->bkqc", weights.reshape(scores.shape), v, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(out.reshape(heads.shape), 3, 1).reshape(b, t, h, c).astype(q.dtype)
