@@ -67,10 +67,11 @@ class Experiences:
         options = {"max_tokens": self._run.config.data.max_tokens, "mask_truncated": self._asked.mask_truncated}
         rows = online.rows([prompt.tokens for prompt in found.prompts for _ in range(g)], found.samples, **options)
         seen = self._score(state, rows, found.samples)
+        rewards = online.shaped(found, bounds=self._asked.reward_bounds, unfinished_penalty=self._asked.unfinished_penalty)
         groups = lambda x: None if x is None else x.reshape(p, g, -1)  # noqa: E731
         evidence = online.Evidence(
-            rewards=np.nan_to_num(found.rewards),
-            counted=np.isfinite(found.rewards).astype(np.float32),
+            rewards=np.nan_to_num(rewards),
+            counted=np.isfinite(rewards).astype(np.float32),
             mask=groups(rows.loss_mask),
             kl=groups(seen.kl),
             kl_coef=np.float32(self._asked.kl_penalty),
@@ -81,7 +82,7 @@ class Experiences:
         self._show(found._replace(advantages=worth["advantages"]), done)
         told = online.summary(found) | seen.metrics
         if rollouts.paired(self._run.config):
-            return online.pairs(rows, found.rewards), told
+            return online.pairs(rows, rewards), told
         fields = {name: x.reshape(p * g, *x.shape[2:]) for name, x in worth.items()}
         return dataclasses.replace(seen.rows, **fields), told
 

@@ -8,7 +8,7 @@ from functools import partial
 import jax
 from jax.sharding import Mesh
 
-from ftjax import data, online, peft, rollout, sharding
+from ftjax import data, losses, online, peft, rollout, sharding
 from ftjax.cli import judging, objective
 from ftjax.online.estimators import ESTIMATORS, Estimator
 from ftjax.tree import nearest
@@ -85,6 +85,8 @@ def check(config) -> None:
         return
     if wanted not in (data.ROLLOUTS, data.PAIRS):
         raise ValueError(f"algorithm: {config.algorithm!r} learns from {wanted} and not from rollouts; leave the block config.rollout out.")
+    if config.algorithm not in (*losses.POLICY_LOSSES, "ppo") and not paired(config):
+        raise ValueError(f"algorithm: the opponents of {config.algorithm!r} are not sampled by `ftjax train` yet; use it from Python.")
     if config.sweep:
         raise ValueError(f"sweep: members of {config.algorithm!r} would each sample their own; train them one after the other.")
     if jax.process_count() > 1:

@@ -184,22 +184,17 @@ def ending(
     """Print what came of the run: the match before and after, two completions, the picture and the command to try."""
     terminal.heading("Result")
     gain = f"{config.eval.generate.metric.replace('_', ' ')} {before['score']:.1%} → {after['score']:.1%}" if before and after else ""
-    picture = workdir / "loss.png"
-    rows = read_jsonl(workdir / "metrics.jsonl")
-    if any("train/loss" in row for row in rows):
-        logs.loss_curve(
-            rows,
-            picture,
-            title=f"{model_title(config)}, {' + '.join(config.methods)}",
-            subtitle=gain,
-        )
+    metric = "reward" if "rollout" in config else "loss"
+    picture, rows = workdir / f"{metric}.png", read_jsonl(workdir / "metrics.jsonl")
+    if any(f"train/{metric}" in row for row in rows):
+        logs.loss_curve(rows, picture, title=f"{model_title(config)}, {' + '.join(config.methods)}", subtitle=gain, metric=metric)
     if before and after:
         terminal.say(Text.assemble((gain, "bold"), f" on {after['count']} held-out prompts that were never trained on"))
         for prompt, wanted, old, new in zip(after["prompts"], after["wanted"], before["completions"], after["completions"], strict=True):
             terminal.panel(f"{prompt}\n\nbefore  {_short(old)}\nafter   {_short(new)}\nright   {_short(wanted)}", "held out")
     minutes = f"{int(seconds) // 60}:{int(seconds) % 60:02d} minutes, at most {logs.peak_memory() / 1e9:.2f} GB of memory"
     terminal.say(f"{reason} after {minutes}")
-    terminal.say(f"loss curve   {picture}", soft_wrap=True)
+    terminal.say(f"{metric + ' curve':13s}{picture}", soft_wrap=True)
     if exported is not None:
         form = "ftjax's own" if (exported / hf_adapter.CONFIG).exists() else "PEFT"
         terminal.say(f"adapter      {exported}  ({form} format)", soft_wrap=True)

@@ -13,24 +13,28 @@ from etils import epath
 _INK, _FAINT, _TRAIN, _EVAL = "#22262e", "#c9ced8", "#3b6fd4", "#e2703a"
 
 
-def loss_curve(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, title: str, subtitle: str = "") -> None:
-    """Draw training and evaluation loss over the steps.
+def loss_curve(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, title: str, subtitle: str = "", metric: str = "loss") -> None:
+    """Draw the loss, or another metric, over the steps of training and at its evaluations.
 
     Args:
       rows: as `writers.read_jsonl` returns them: `step` with `train/loss` or `eval/loss`.
       path: the PNG to write; anything etils can, such as `gs://bucket/run/loss.png`.
       title: what was trained.
       subtitle: a line under it, such as the exact match before and after.
+      metric: what is drawn: "reward", say.
 
     Raises:
-      ValueError: no row has a loss.
+      ValueError: no row has the metric.
     """
-    train, held_out = _series(rows, "train/loss"), _series(rows, "eval/loss")
+    train, held_out = _series(rows, f"train/{metric}"), _series(rows, f"eval/{metric}")
     if not len(train) and not len(held_out):
-        raise ValueError("plot: no row has a train/loss or eval/loss; was nothing logged?")
+        raise ValueError(f"plot: no row has a train/{metric} or eval/{metric}; was nothing logged?")
     figure, axes = _figure(title, subtitle)
     _plot_series(axes, train, held_out)
-    axes.set_ylim(bottom=0)
+    if metric == "loss":
+        axes.set_ylim(bottom=0)
+    else:
+        axes.set_ylabel(metric, color=_INK)
     _write(figure, path)
 
 

@@ -2,7 +2,7 @@
 
 from ftjax.online.agreement import Disagreement, check_agreement, disagreement
 from ftjax.online.estimators import ESTIMATORS, Estimator, Evidence, Worth
-from ftjax.online.experience import Experience, minibatch, pairs, table
+from ftjax.online.experience import Experience, minibatch, pairs, shaped, table
 from ftjax.online.samples import Sampler, laid, rows, sampler
 from ftjax.online.summary import summary
 
@@ -21,6 +21,7 @@ __all__ = [
     "pairs",
     "rows",
     "sampler",
+    "shaped",
     "summary",
     "table",
 ]

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ftjax.data import Prompt
+from ftjax.losses import shaping
 from ftjax.rollout import Sample
 from ftjax.types import Batch
 
@@ -29,6 +31,19 @@ class Experience(NamedTuple):
     """float32 `[p, g]`, or `[p, g, t]` where tokens have their own."""
     seconds: float
     """That sampling took."""
+
+
+def shaped(experience: Experience, *, bounds: tuple[float, float] | None = None, unfinished_penalty: float = 0.0) -> np.ndarray:
+    """Return the rewards `[p, g]` within bounds, less a penalty for samples that were cut; NaN stays NaN.
+
+    Args:
+      experience: its rewards and samples.
+      bounds: the least and the largest reward; None for none.
+      unfinished_penalty: ≥ 0: TRL's PPO knows it as the penalty for a missing EOS.
+    """
+    finished = jnp.asarray([sample.finished for sample in experience.samples]).reshape(experience.rewards.shape)
+    rewards = experience.rewards if bounds is None else shaping.clip_rewards(experience.rewards, low=bounds[0], high=bounds[1])
+    return np.asarray(shaping.less_unfinished(rewards, finished, penalty=unfinished_penalty), np.float32)
 
 
 def minibatch(batch: Batch, *, seed: int, index: int, step: int, count: int) -> Batch:

@@ -76,7 +76,7 @@ def test_a_config_smokes_through_the_command_line(name, tmp_path, capsys):
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     assert len(losses) == 4 and (online or all(loss > 0 for loss in losses))
     assert [row["step"] for row in rows if ("eval/reward" if online else "eval/loss") in row] == [2, 4]
-    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "run" / ("reward.png" if online else "loss.png")).read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "What is trained" in out and "step 4/4" in out
     assert ("in groups of" in out) == bool(configs.load(spec(name)).model.group_tokens)

@@ -23,6 +23,14 @@ def test_each_epoch_learns_from_each_row_once_in_an_order_of_its_own(count):
     assert count == 1 or (epochs[0] != epochs[1]).any()
 
 
+def test_rewards_are_bounded_and_samples_that_were_cut_pay():
+    samples = [rollout.Sample(*[np.zeros(2)] * 3, reason) for reason in ("eos", "length", "stop", "length")]
+    rewards = np.array([[30.0, 1.0], [np.nan, -20.0]], np.float32)
+    found = online.Experience([], samples, [], rewards, {}, rewards, 1.0)
+    np.testing.assert_array_equal(online.shaped(found, bounds=(-10.0, 10.0), unfinished_penalty=2.0), [[10, -1], [np.nan, -12]])
+    np.testing.assert_array_equal(online.shaped(found), rewards)
+
+
 def test_a_pair_is_the_best_and_the_worst_of_a_prompt_if_they_differ():
     mask = np.ones((12, 2), np.float32)
     rewards = np.array([[0.0, 2.0, 1.0, -1.0], [1.0, np.nan, 1.0, 1.0], [np.nan, 3.0, np.nan, np.nan]])
