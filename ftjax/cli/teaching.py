@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftjax import quant, sharding
+from ftjax import data, quant, sharding
 from ftjax.cli import build, objective
 from ftjax.cli.build import Loaded
+from ftjax.cli.config import plain
+from ftjax.cli.run import Lessons
+from ftjax.data.corpus import chunks
 from ftjax.tree import nearest
 from ftjax.types import TEACHER, Model, Params
 
@@ -19,11 +23,14 @@ def load(config, mesh: Mesh, student: Loaded) -> Loaded | None:
     """Return the teacher on the mesh, in its own dtype; None where the objective wants none or `config.teacher.file` speaks for it.
 
     Raises:
-      ValueError: there is no block `teacher`; or teacher and student have different tokens.
+      ValueError: there is no block `teacher`; or teacher and student have different tokens and are compared by more than the order of
+        their probabilities.
     """
     if not _wanted(config):
         return None
     teacher = build.model(alone(config), mesh)
+    if config.teacher.divergence == "uld":
+        return teacher
     check_tokens(config, student.tokenizer, teacher)
     sizes = [loaded.model.config.vocab_size for loaded in (teacher, student)]
     if sizes[0] != sizes[1]:
@@ -43,6 +50,32 @@ def abstract(config, teacher: Model | None, mesh: Mesh) -> Params:
     packer, key = build.quantizer(alone(config)), jax.random.key(0)
     params = jax.eval_shape(lambda key: packer.init(key, teacher.init(key))[0] if packer else teacher.init(key), key)
     return {TEACHER: sharding.abstract(params, sharding.shardings(params, mesh))}
+
+
+def heard(config, lessons: Lessons, teacher: Loaded | None) -> Lessons:
+    """Return the lessons whose batches hold the same texts in the teacher's own tokens and template, where these are others.
+
+    Raises:
+      ValueError: rows share texts, or the teacher's template cannot render one.
+    """
+    tokenizer = lessons.encoder.tokenizer
+    if teacher is None or teacher.tokenizer.get_vocab() == tokenizer.get_vocab():
+        return lessons
+    encoder = build.encoder(config, teacher.tokenizer)
+
+    def kept(field: str) -> Iterator[data.Example]:
+        """Yield the examples of the student's sequences, in their order."""
+        for source in config.data[field].values():
+            for examples in chunks(data.read(plain(source), bad_rows=config.data.bad_rows), 512):
+                for example, found in zip(examples, lessons.encoder.encode(examples), strict=True):
+                    if not isinstance(found, data.RowError) and found.loss_mask.any():
+                        yield example
+
+    def other(loader: data.Loader | None, field: str) -> data.Loader | None:
+        strict = {"bad_rows": "raise", "unsupervised": "raise"}
+        return loader and loader.hearing(data.encode(kept(field), encoder, **strict))
+
+    return lessons._replace(loader=other(lessons.loader, "sources"), held_out=other(lessons.held_out, "eval_sources"))
 
 
 def beside(frozen: Params, teacher: Loaded | None) -> Params:

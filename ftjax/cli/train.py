@@ -79,6 +79,7 @@ def train(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_c
     run = begin(config, workdir, stop, allow_config_change=allow_config_change)
     policy, trainable, anchor = _load(run)
     lessons = said.told(run.config, read(run, policy.loaded.tokenizer))
+    lessons = teaching.heard(run.config, lessons, policy.teacher)
     if anchor is not None and (lessons := reference.told(run, policy.loaded.model, anchor, lessons)) is None:
         return
     del anchor

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ftjax.data.corpus import Sequences
-from ftjax.data.judged_batch import Room, judged_batch, packed_batch
+from ftjax.data.judged_batch import Room, judged_batch, packed_batch, padded, sequences_row
 from ftjax.data.mixture import Mixture
 from ftjax.data.packing import Plan, make_plan
 from ftjax.types import Batch
@@ -43,6 +43,8 @@ class Loader:
     """`{field of Batch: float32 [items]}`."""
     room: Room | None = None
     """Of packed rows of items."""
+    heard: Sequences | None = None
+    """The same texts in a teacher's own tokens."""
     mismatched: bool = False
     """Whether a batch has, beside its rows, each prompt with the response of the next."""
     plans: dict[int, tuple[np.ndarray, Plan]] = dataclasses.field(default_factory=dict)
@@ -105,7 +107,8 @@ class Loader:
         order, plan = self.plan(epoch)
         width, of_all, mine = int(plan.widths[within]), plan.batches[within], slice(*self.rows)
         if self.responses == 1 and not self.numbers:
-            return assemble(self.sequences, plan, of_all[mine], order, width=width)
+            batch = assemble(self.sequences, plan, of_all[mine], order, width=width)
+            return batch if self.heard is None else dataclasses.replace(batch, teacher=self._heard(plan, of_all[mine], order))
         if self.room:
             found = [order[plan.rows.pieces[slice(*plan.rows.starts[[row, row + 1]]), 0]] if row >= 0 else [] for row in of_all[mine]]
             return packed_batch(self.sequences, found, self.responses, self.numbers, width=width, room=self.room)
@@ -123,6 +126,24 @@ class Loader:
     def knowing(self, **values: np.ndarray) -> Loader:
         """Return the loader whose batches have these fields too: of each token of all sequences, `[all tokens, ...]`."""
         return dataclasses.replace(self, sequences=self.sequences._replace(known={**self.sequences.known, **values}))
+
+    def hearing(self, heard: Sequences) -> Loader:
+        """Return the loader whose batches have `teacher`, the same texts in other tokens: of rows with one whole text each.
+
+        Raises:
+          ValueError: rows share texts, texts are cut into rows, or there are not as many of them.
+        """
+        if self.packing != "none" or int(self.lengths.max()) > self.max_tokens or len(heard.lengths) != len(self.sequences.lengths):
+            raise ValueError(
+                "data: a teacher with other tokens reads rows of one whole text each: set packing to 'none', and max_tokens higher."
+            )
+        return dataclasses.replace(self, heard=heard)
+
+    def _heard(self, plan: Plan, rows: np.ndarray, order: np.ndarray) -> Batch:
+        """Return the texts of some rows as the teacher has them, as wide as the longest of all."""
+        chosen = [int(order[plan.rows.pieces[plan.rows.starts[row], 0]]) if row >= 0 else -1 for row in rows.tolist()]
+        texts = [sequences_row(self.heard, text) if text >= 0 else None for text in chosen]
+        return padded(texts, int(self.heard.lengths.max()), (len(texts),))
 
     def epoch(self, epoch: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch: how to go through evaluation data once."""

@@ -1,5 +1,6 @@
 """A teacher beside its student: the same model says the same, fewer layers say something else, and what cannot be compared is refused."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from ftjax import sharding
 from ftjax.cli import build, objective, teaching
 from ftjax.cli import config as configs
+from ftjax.cli.run import Lessons
 from ftjax.hf import depth, folder
 from ftjax.types import TEACHER
 
@@ -70,11 +72,31 @@ def test_shapes_are_those_of_what_is_loaded(config):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == expected
 
 
-def test_a_teacher_with_other_tokens_is_refused(config):
+def test_a_teacher_with_other_tokens_hears_the_same_texts_in_its_own(config):
     student = build.model(config, MESH)
-    student.tokenizer.add_tokens(["another"])
+    student.tokenizer.add_tokens(["the"])
     with pytest.raises(ValueError, match="has other tokens than the student"):
         teaching.load(config, MESH, student)
+    config.teacher.divergence, config.data.packing = "uld", "none"
+    teacher = teaching.load(config, MESH, student)
+    encoder = build.encoder(config, student.tokenizer)
+    lessons = Lessons(encoder, *(build.loader(config, encoder, MESH, held_out=held_out)[0] for held_out in (False, True)))
+    for loader in teaching.heard(config, lessons, teacher)[1:]:
+        batch = loader.batch(1)
+        for at in range(len(batch.tokens)):
+            ours, theirs = (one.tokens[at][one.segment_ids[at] > 0] for one in (batch, batch.teacher))
+            assert student.tokenizer.decode(ours) == teacher.tokenizer.decode(theirs)
+            assert len(ours) < len(theirs)  # of which every "the" is three tokens
+            ours, theirs = (one.tokens[at][one.loss_mask[at] > 0] for one in (batch, batch.teacher))
+            assert student.tokenizer.decode(ours) == teacher.tokenizer.decode(theirs)
+    method = build.method(config)
+    frozen, trainable = method.init(jax.random.key(0), student.params)
+    step = objective.eval_step(config, student.model, method, MESH, teacher=teacher.model)
+    batch = dataclasses.replace(batch, tokens=np.minimum(batch.tokens, 259))  # the model has no row for what was added
+    found = step(trainable, teaching.beside(frozen, teacher), build.on_mesh(batch, MESH))
+    assert 0 < found["divergence"].value() < 2 and "agreement" not in found
+    with pytest.raises(ValueError, match="set packing to 'none'"):
+        dataclasses.replace(lessons.loader, packing="best_fit").hearing(lessons.loader.sequences)
 
 
 WRONG = {
