@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax import losses, scoring
+from ftjax import losses, peft, scoring, tree
+from ftjax.cli import abstract, build, main, objective, reference
 from ftjax.cli import config as configs
-from ftjax.cli import main, objective, reference
 from ftjax.data.corpus import Sequences
 from ftjax.data.loader import make_loader
 from ftjax.logs.writers import read_jsonl
@@ -105,7 +105,7 @@ def test_the_fingerprint_is_that_of_every_number_and_of_the_architecture(params)
 
 
 @pytest.mark.filterwarnings("ignore:.*persistent compilation cache.*")
-def test_a_run_in_full_begins_at_log_2_without_a_copy_of_the_model(tmp_path, compiled, capsys):
+def test_a_run_in_full_begins_at_log_2_and_the_next_does_not_ask(tmp_path, compiled, capsys):
     command = ["train", f"--config={CONFIG}", f"--compile_cache={compiled}", "--config.methods=full", "--config.eval.every_steps=0"]
     command += ["--config.checkpoint.every_steps=0", "--config.logging.tensorboard=False", "--config.steps=2"]
     once = ["--config.reference.logps=cached", f"--config.reference.folder={tmp_path / 'shared'}"]
@@ -133,3 +133,11 @@ def test_several_processes_ask_in_every_step(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="'cached' is not for a run of 2 processes; set it to 'live'"):
         objective.check_reference(config)
+
+
+def test_full_tuning_needs_no_copy_of_the_model():
+    config, frozen = configs.load(CONFIG), {}
+    config.methods = ("full",)
+    for config.reference.logps in ("live", "cached"):
+        frozen[config.reference.logps] = abstract.built(config, build.mesh(config)).frozen
+    assert tree.num_bytes(frozen["live"]) == tree.num_bytes(frozen["live"][peft.REFERENCE]) > 0 == tree.num_bytes(frozen["cached"])
