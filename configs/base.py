@@ -145,7 +145,7 @@ def online(algorithm: str = "grpo", **loss) -> ConfigDict:
     config.loss = ConfigDict(loss)
     config.rollout = rollout()
     config.rewards = ConfigDict()
-    config.judging = ConfigDict({"on_error": "raise", "timeout": 60.0})  # "skip": where a reward raises, hangs or is NaN, it says nothing
+    config.judging = ConfigDict({"on_error": "raise", "timeout": 300.0})  # "skip": where a reward raises, hangs or is NaN, it says nothing
     config.data.update({"packing": "none", "batch_size": 64})  # samples of a step
     config.optimizer.update({"learning_rate": 1e-4, "schedule": "constant"})
     config.checkpoint.best_metric = "reward"

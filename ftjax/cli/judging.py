@@ -15,8 +15,12 @@ Judge = Callable[[Sequence[data.Prompt], Sequence[str], Sequence[Sample]], rewar
 """`(prompts, texts, samples) -> judged`, one of each a sample."""
 
 
-def judge(config) -> Judge:
+def judge(config, *, load: Callable[[str], Callable] = lambda folder: lambda prompts, texts: []) -> Judge:
     """Return the panel of `config.rewards`: `{name of rewards.REWARDS: weight}`, or a block of its options with a `weight`.
+
+    Args:
+      config: of the run; in it `reward_model` has a `folder`.
+      load: `folder -> score` of a trained reward model; without it the panel is good for finding what is wrong with the config.
 
     Raises:
       ValueError: none is named, or one is unknown or has an option that it does not take.
@@ -25,13 +29,16 @@ def judge(config) -> Judge:
     if not blocks:
         raise ValueError("rewards: name at least one, as config.rewards.exact_match = 1.0 (its weight).")
     weights = [float(block.pop("weight", 1.0)) for block in blocks.values()]
+    if "folder" in blocks.get("reward_model", {}):
+        blocks["reward_model"]["score"] = load(blocks["reward_model"].pop("folder"))
     panel = rewards.build(list(blocks), {name: block for name, block in blocks.items() if block})
     options = plain(config.judging)
 
     def judged(prompts: Sequence[data.Prompt], texts: Sequence[str], samples: Sequence[Sample]) -> rewards.Judged:
         shown = {**columns(prompts), "completion_ids": [sample.tokens.tolist() for sample in samples]}
+        asked = [prompt.asked for prompt in prompts]
         try:
-            return rewards.judge(panel, weights, [prompt.text for prompt in prompts], texts, shown, **options)
+            return rewards.judge(panel, weights, asked, texts, shown, **options)
         except rewards.RewardError as error:
             raise ValueError(f"{error} In a config: judging.on_error='skip'.") from error
 

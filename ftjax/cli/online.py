@@ -11,7 +11,7 @@ import numpy as np
 from rich.markup import escape
 
 from ftjax import data, logs, online
-from ftjax.cli import judging, rollouts, show
+from ftjax.cli import critic, judging, rollouts, show
 from ftjax.cli.hindsight import Actor, Scorer
 from ftjax.cli.run import Lessons, Run
 from ftjax.rollout import Sample
@@ -32,7 +32,7 @@ class Experiences:
         config = run.config
         self._run, self._actor, self._lessons, self._meter, self._asked = run, actor, lessons, meter, config.rollout
         self._sample = rollouts.sampler(config, actor.model, run.mesh, lessons.encoder)
-        self._judge, self._score, self._worth = judging.judge(config), Scorer(run, actor), rollouts.advantages(config)
+        self._judge, self._score, self._worth = judging.judge(config, load=critic.load), Scorer(run, actor), rollouts.advantages(config)
         self._file = logs.Jsonl(run.workdir / ROLLOUTS, resume_step=start)
         self._rows: Batch | None = None
 

@@ -16,7 +16,7 @@ import numpy as np
 from ftjax.data import formats
 from ftjax.data.corpus import Report, bad, check_policy, parsed
 from ftjax.data.files import Source
-from ftjax.data.formats import Example
+from ftjax.data.formats import Example, Message
 from ftjax.data.mixture import Mixture
 from ftjax.data.rows import RowError
 from ftjax.data.template import TemplateError
@@ -38,6 +38,13 @@ class Prompt(NamedTuple):
         """The last message before the answer."""
         messages = [message for message in self.example.messages if message["role"] != "assistant"]
         return messages[-1]["content"] if messages else ""
+
+    @property
+    def asked(self) -> str | list[Message]:
+        """What a reward is shown: the text of a single message, or all messages before the answer."""
+        whole = self.example.messages
+        messages = list(whole[:-1] if whole[-1]["role"] == "assistant" else whole)
+        return messages[0]["content"] if len(messages) == 1 else messages
 
     @property
     def columns(self) -> Mapping[str, Any]:

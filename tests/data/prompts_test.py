@@ -32,6 +32,8 @@ def test_a_row_is_asked_without_its_answer_which_a_reward_sees(row, text, answer
     shown = ENCODER.tokenizer.decode(prompt.tokens.tolist())
     assert shown.endswith("assistant\n") and text in shown and (answer is None or answer not in shown)
     assert prompt.text == text and prompt.columns == {**row, "answer": answer}
+    system = isinstance(row.get("prompt"), list)
+    assert prompt.asked == (row["prompt"] if system else text)
 
 
 def test_rows_without_a_question_are_refused_by_name():
