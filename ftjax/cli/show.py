@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +192,8 @@ def ending(
         terminal.say(Text.assemble((gain, "bold"), f" on {after['count']} held-out prompts that were never trained on"))
         for prompt, wanted, old, new in zip(after["prompts"], after["wanted"], before["completions"], after["completions"], strict=True):
             terminal.panel(f"{prompt}\n\nbefore  {_short(old)}\nafter   {_short(new)}\nright   {_short(wanted)}", "held out")
+    for line in progress(rows):
+        terminal.say(line)
     minutes = f"{int(seconds) // 60}:{int(seconds) % 60:02d} minutes, at most {logs.peak_memory() / 1e9:.2f} GB of memory"
     terminal.say(f"{reason} after {minutes}")
     terminal.say(f"{metric + ' curve':13s}{picture}", soft_wrap=True)
@@ -201,6 +203,26 @@ def ending(
     step = "best" if reason == EARLY else "last"
     if command := _next_command(workdir, config, exported, step=step, prompt=after["prompts"][0] if after else "Hello!"):
         terminal.say(f"{'to use it' if exported is None else 'try it':13s}{command}", soft_wrap=True)
+
+
+_HELD_OUT = {
+    "rewards/accuracy": "pairs right {:.1%}",
+    "rewards/margin": "margin {:.3g}",
+    "divergence": "divergence {:.3g}",
+    "agreement": "teacher and student agree {:.1%}",
+}
+"""What the ending says of held-out data, where an evaluation has it."""
+
+
+def progress(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each of these metrics: at the first evaluation and at the last."""
+    lines = []
+    for name, text in _HELD_OUT.items():
+        found = [(row["step"], row[f"eval/{name}"]) for row in rows if f"eval/{name}" in row]
+        if found:
+            told = [f"{text.format(value)} at step {step}" for step, value in (found[0], found[-1])[: len(found)]]
+            lines.append("held out: " + " → ".join(told))
+    return lines
 
 
 def _next_command(workdir: epath.Path, config, exported: epath.Path | None, *, step: str, prompt: str) -> str:

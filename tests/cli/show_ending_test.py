@@ -68,3 +68,10 @@ def test_a_source_is_shown_by_its_name():
     console = Console(file=io.StringIO(), width=120)
     console.print(show.sources({"[/x] [red]": data.Report()}, Loader()))
     assert "[/x] [red]" in console.file.getvalue()
+
+
+def test_the_ending_says_what_became_of_held_out_pairs_and_of_a_student():
+    rows = [{"step": 2, "train/loss": 1.0}, {"step": 4, "eval/rewards/accuracy": 0.5}, {"step": 8, "eval/rewards/accuracy": 0.625}]
+    assert show.progress(rows) == ["held out: pairs right 50.0% at step 4 → pairs right 62.5% at step 8"]
+    assert show.progress([{"step": 4, "eval/agreement": 0.25}]) == ["held out: teacher and student agree 25.0% at step 4"]
+    assert show.progress(rows[:1]) == []
