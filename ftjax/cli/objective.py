@@ -119,7 +119,7 @@ def score(config, model: Model, mesh: Mesh, outputs: tuple[str, ...] | None = No
     outputs = outputs or _outputs(config)
     options = {"batch_shards": math.prod(mesh.shape[name] for name in sharding.ROWS)}
     if needs(config).data == data.ROLLOUTS:
-        options["temperature"] = config.rollout.temperature
+        options |= {"temperature": config.rollout.temperature, "entropy_gradient": bool(config.loss.get("entropy_coef"))}
         options["entropy_gradient"] = bool(config.loss.get("entropy_coef"))
     model = sharding.on_mesh(model, mesh)
     if "divergence" not in outputs:

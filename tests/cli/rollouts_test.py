@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from ftjax import losses
-from ftjax.cli import abstract, build, rollouts
+from ftjax.cli import abstract, build, objective, rollouts
 from ftjax.cli import config as configs
 
 CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "grpo_smollm2_sums.py")
@@ -63,6 +63,16 @@ def test_every_algorithm_steps_on_what_its_estimator_writes(name):
     _, metrics = jax.eval_shape(step.train_step, step.state, step.frozen, step.batch)
     assert {"loss", "ratio", "entropy", "kl/old"} <= set(metrics)
     assert rollouts.estimator(found).values == ("loss/value" in metrics)
+
+
+def test_an_entropy_bonus_has_a_gradient_and_the_sampler_s_temperature_is_the_trainer_s():
+    found = config(rollout__temperature=0.7)
+    model, _ = build.architecture(found)
+    options = objective.score(found, model, build.mesh(found)).keywords
+    assert options["temperature"] == 0.7 and not options["entropy_gradient"] and "entropy" in options["outputs"]
+    with found.unlocked():
+        found.loss.entropy_coef = 0.01
+    assert objective.score(found, model, build.mesh(found)).keywords["entropy_gradient"]
 
 
 def test_pairs_are_of_as_many_prompts_as_a_step_has_rows():
