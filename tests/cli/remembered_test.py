@@ -4,9 +4,11 @@ import pathlib
 
 import numpy as np
 import pytest
+from etils import epath
 
+from ftjax import tree
 from ftjax.checkpoint import Checkpoints
-from ftjax.cli import abstract, build, footprint, main
+from ftjax.cli import abstract, build, export, footprint, main
 from ftjax.cli import config as configs
 from ftjax.cli.stop import Stop
 from ftjax.logs.writers import read_jsonl
@@ -67,6 +69,16 @@ def test_a_reference_that_moves_goes_on_bit_for_bit(whole, command, tmp_path, mo
     assert Checkpoints(tmp_path / "checkpoints").steps()[-1] == 3
     assert main.main(command(tmp_path, *FOLLOWS)) == 0
     assert_bitwise_equal(stored(tmp_path), stored(whole))
+
+
+def test_a_checkpoint_with_a_reference_is_exported_as_its_policy(whole):
+    found = tree.flatten(export.trained(epath.Path(whole), "4").params)
+    lora = found["layers/self_attn/q_proj/kernel"]
+    policy = branch(stored(whole, 4), "trainable")
+    expected = [x for path, x in policy.items() if "q_proj" in path]
+    assert len(expected) == 2
+    for one, other in zip(sorted(expected, key=np.shape), sorted((lora.a, lora.b), key=np.shape), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_a_plan_counts_the_reference_that_follows():
