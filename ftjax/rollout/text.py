@@ -1,24 +1,21 @@
-"""Text in, text out: prompts sorted into batches of one width, completions in the prompts' own order."""
+"""Text in, text out: prompts of any length through the engine, or one of them piece by piece."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
-from ftjax.peft.mixed import NONE, assign_rows
-from ftjax.rollout.generate import Decoding, extend, start
+from ftjax.peft.mixed import NONE
+from ftjax.rollout.engine import Engine
+from ftjax.rollout.generate import extend, start
 from ftjax.rollout.prompts import Encoder, Prompt, pad
+from ftjax.rollout.requests import Request
 from ftjax.rollout.sampling import Sampling, settings
 from ftjax.types import Model, Params
-
-BLOCK = 16
-"""Tokens written between two looks at the text for a stop string."""
 
 
 def generate_text(
@@ -40,8 +37,8 @@ def generate_text(
 ) -> list[str]:
     """Return the completion of each prompt, in order, without its end-of-sequence token.
 
-    Prompts of similar length share a batch, so little is padded; the rows are as many in each batch, so few programs are compiled. What a
-    prompt gets depends neither on the others nor on `batch_size`: prompt `i` draws with `fold_in(key, i)`.
+    A prompt that has ended makes room for the next (see `Engine`). What a prompt gets depends neither on the others nor on `batch_size`:
+    prompt `i` draws with `fold_in(key, i)`.
 
     Args:
       model: the architecture.
@@ -54,7 +51,7 @@ def generate_text(
       top_p: the probability mass to choose among.
       min_p: the least probability relative to the most likely token's.
       key: one key, or one for each prompt `[n]`; needed where the temperature is not 0.
-      batch_size: the most rows generated at a time. On a CPU 16, 32 and 64 take about the same time.
+      batch_size: the most prompts continued at a time.
       stop: texts that end a completion, and are not part of it.
       template: how messages become text: see `data.make_encoder`.
       adapters: for each prompt the place of its adapter, -1 for none, where `params` are those of `peft.stack_adapters`.
@@ -67,18 +64,14 @@ def generate_text(
         raise ValueError(f"generate_text: batch_size is at least 1, not {batch_size}.")
     encoder = Encoder(model, tokenizer, template=template)
     encoded = _encode_all(encoder, prompts, max_tokens)
-    texts = [""] * len(encoded)
-    for chosen, rows in _batches(encoded, batch_size):
-        tokens, segment_ids = pad([encoded[at] for at in chosen], rows=rows)
-        given = params if adapters is None else assign_rows(params, [*(adapters[at] for at in chosen), *[NONE] * (rows - len(chosen))])
-        keys = None if key is None else _row_keys(key, chosen, rows)
-        state = start(
-            model, given, tokens, segment_ids, max_tokens=max_tokens, eos_ids=encoder.eos_ids, sampling=sampling, key=keys
-        )  # fmt: skip
-        found = _finish(model, given, state, encoder, sampling, tuple(stop))
-        for at, text in zip(chosen, found, strict=False):
-            texts[at] = text
-    return texts
+    keys = [None] * len(encoded) if key is None else _keys(key, len(encoded))[:, None]
+    adapters = [NONE] * len(encoded) if adapters is None else adapters
+    requests = [
+        Request(tokens, max_tokens, sampling=sampling, key=own, stop=stop, adapter=adapter)
+        for tokens, own, adapter in zip(encoded, keys, adapters, strict=True)
+    ]
+    engine = Engine(model, encoder.eos_ids, tokenizer=tokenizer, slots=min(batch_size, max(1, len(encoded))))
+    return [_text(encoder, sample.tokens, stop)[0] for sample in engine.generate(params, requests)]
 
 
 def stream_text(
@@ -107,12 +100,12 @@ def stream_text(
       block: tokens written between two pieces.
     """
     tokens, segment_ids = pad([encoder.fit(prompt, max_tokens=max_tokens)])
-    keys = None if key is None else _row_keys(key, [0], 1)
+    keys = None if key is None else _keys(key, 1)
     state = start(model, params, tokens, segment_ids, max_tokens=max_tokens, eos_ids=encoder.eos_ids, sampling=sampling, key=keys)
     shown = 0
     while True:
         done = bool(state.finished[0]) or int(state.step) == max_tokens
-        text, stopped = _text(encoder, _host(state.tokens)[0, : int(state.lengths[0])], stop)
+        text, stopped = _text(encoder, np.asarray(state.tokens)[0, : int(state.lengths[0])], stop)
         ready = len(text) if done or stopped else _certain(text, stop)
         if ready > shown:
             yield text[shown:ready]
@@ -120,17 +113,6 @@ def stream_text(
         if done or stopped:
             return
         state = extend(model, params, state, block, eos_ids=encoder.eos_ids, sampling=sampling)
-
-
-def _batches(encoded: Sequence[np.ndarray], batch_size: int) -> Iterator[tuple[list[int], int]]:
-    """Yield the prompts of each batch, sorted by length, and the rows of all batches: as even as can be, so that few rows are empty."""
-    if not encoded:
-        return
-    count = -(-len(encoded) // batch_size)
-    rows = -(-len(encoded) // count)
-    order = sorted(range(len(encoded)), key=lambda at: -len(encoded[at]))
-    for first in range(0, len(order), rows):
-        yield order[first : first + rows], rows
 
 
 def _encode_all(encoder: Encoder, prompts: Sequence[Prompt], max_tokens: int) -> list[np.ndarray]:
@@ -143,33 +125,9 @@ def _encode_all(encoder: Encoder, prompts: Sequence[Prompt], max_tokens: int) ->
     return encoded
 
 
-def _row_keys(key: jax.Array, chosen: Sequence[int], rows: int) -> jax.Array:
-    """Return a key for each row: those of the chosen prompts, and any for the rows without one."""
-    at = jnp.asarray([*chosen, *[chosen[0]] * (rows - len(chosen))])
-    return key[at] if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, at)
-
-
-def _finish(model: Model, params: Params, state: Decoding, encoder: Encoder, sampling: Sampling, stop: tuple[str, ...]) -> list[str]:
-    """Return the text of each row, written to its end; with stop strings a few tokens at a time, so that the rows end soon after them."""
-    max_tokens = state.tokens.shape[1]
-    block = BLOCK if stop else max_tokens
-    while int(state.step) < max_tokens and not bool(jnp.all(state.finished)):
-        state = extend(model, params, state, block, eos_ids=encoder.eos_ids, sampling=sampling)
-        if stop:
-            stopped = np.asarray([hit for _, hit in _texts(encoder, state, stop)])
-            state = dataclasses.replace(state, finished=state.finished | jnp.asarray(stopped))
-    return [text for text, _ in _texts(encoder, state, stop)]
-
-
-def _texts(encoder: Encoder, state: Decoding, stop: Sequence[str]) -> list[tuple[str, bool]]:
-    rows = zip(_host(state.tokens), _host(state.lengths), strict=True)
-    return [_text(encoder, tokens[:length], stop) for tokens, length in rows]
-
-
-def _host(x: jax.Array) -> np.ndarray:
-    """Return the whole of a small array, also where other processes hold parts of it (then all of them ask)."""
-    whole = x.is_fully_addressable or x.is_fully_replicated
-    return np.asarray(x if whole else multihost_utils.process_allgather(x, tiled=True))
+def _keys(key: jax.Array, count: int) -> jax.Array:
+    """Return a key for each of the prompts."""
+    return key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
 
 
 def _text(encoder: Encoder, tokens: np.ndarray, stop: Sequence[str]) -> tuple[str, bool]:

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax.rollout import Sampling, sample, settings
-from ftjax.rollout.sampling import keep_min_p, keep_top_k, keep_top_p, warp
+from ftjax.rollout import Sampling, Seen, sample, settings
+from ftjax.rollout.sampling import NEUTRAL, keep_min_p, keep_top_k, keep_top_p, penalize, stack, warp
 
 PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32)  # in order: 1, 3, 4, 2, 0
 LOGITS = jnp.log(jnp.asarray(PROBABILITIES))
@@ -78,6 +78,56 @@ def test_frequencies_are_those_of_the_reported_distribution(options, key):
     assert chi_square < CHI_SQUARE[support.sum() - 1]
 
 
+SEEN = Seen(jnp.asarray([[True, True, False, False, False]]), jnp.asarray([[0, 2, 1, 0, 0]]))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        # Positive logits are divided, negative ones multiplied: tokens 0, 1 of the prompt and 1, 2 of the completion.
+        ({"repetition_penalty": 2.0}, [0.5, -4.0, 0.25, -1.0, 3.0]),
+        ({"frequency_penalty": 0.25}, [1.0, -2.5, 0.25, -1.0, 3.0]),
+        ({"presence_penalty": 0.25}, [1.0, -2.25, 0.25, -1.0, 3.0]),
+        ({"repetition_penalty": 2.0, "frequency_penalty": 1.0, "presence_penalty": -1.0}, [0.5, -5.0, 0.25, -1.0, 3.0]),
+    ],
+    ids=lambda x: "+".join(x) if isinstance(x, dict) else "",
+)
+def test_tokens_that_came_before_are_penalised(options, expected):
+    logits = jnp.asarray([[1.0, -2.0, 0.5, -1.0, 3.0]])
+    assert penalize(logits, SEEN, settings(**options)).tolist() == [expected]
+    assert penalize(logits, SEEN, NEUTRAL).tolist() == logits.tolist()
+
+
+def test_penalties_come_before_the_greedy_choice_and_the_reported_distribution(key):
+    logits = jnp.asarray([[1.0, 2.0, 1.9, 0.0, 0.5]])
+    assert sample(logits, key[None], settings(presence_penalty=0.5), seen=SEEN).tokens.tolist() == [1]
+    assert sample(logits, key[None], settings(frequency_penalty=0.5), seen=SEEN).tokens.tolist() == [2]
+    draws = 20_000
+    many = jax.tree.map(lambda x: jnp.broadcast_to(x, (draws, 5)), (logits, SEEN))
+    found = jax.jit(sample)(many[0], jax.random.split(key, draws), settings(temperature=1.0, frequency_penalty=0.5), seen=many[1])
+    expected = draws * np.asarray(jax.nn.softmax(jnp.asarray([1.0, 1.0, 1.4, 0.0, 0.5])))
+    counts = np.bincount(np.asarray(found.tokens), minlength=5)
+    assert np.sum((counts - expected) ** 2 / expected) < CHI_SQUARE[4]
+    np.testing.assert_allclose(np.exp(found.behavior_logps), (expected / draws)[found.tokens], rtol=1e-5)
+
+
+def test_only_what_is_allowed_is_chosen(key):
+    allowed = jnp.asarray([[True, False, True, False, False]])
+    assert sample(LOGITS[None], key[None], settings(), allowed=allowed).tokens.tolist() == [2]
+    drawn = sample(jnp.tile(LOGITS, (64, 1)), jax.random.split(key, 64), settings(temperature=1.0), allowed=jnp.tile(allowed, (64, 1)))
+    assert set(drawn.tokens.tolist()) == {0, 2}
+    np.testing.assert_allclose(np.exp(drawn.behavior_logps), np.where(drawn.tokens == 0, 1 / 3, 2 / 3), rtol=1e-5)
+
+
+def test_rows_without_a_setting_that_others_have_are_as_without_it(key):
+    rows = [settings(), settings(temperature=0.7), settings(temperature=1.0, top_k=2, top_p=0.9, min_p=0.1)]
+    logits, keys = jax.random.normal(key, (3, 301)) * 4.0, jax.random.split(key, 3)
+    together = sample(logits, keys, stack(rows))
+    for n, row in enumerate(rows):
+        alone = sample(logits[n : n + 1], keys[n : n + 1], row)
+        assert [x[0].tolist() for x in alone] == [x[n].tolist() for x in together]
+
+
 def test_reported_logps_are_the_models_and_the_samplers(key):
     found = sample(LOGITS[None], key[None], settings(temperature=0.5, top_k=2))
     token = int(found.tokens[0])
@@ -111,7 +161,17 @@ def test_a_changed_number_compiles_nothing(key):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 1.0}], ids=str
+    "bad",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"min_p": 1.0},
+        {"repetition_penalty": 0.0},
+        {"presence_penalty": float("inf")},
+    ],
+    ids=str,
 )
 def test_a_setting_out_of_range_is_named(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))} is"):
