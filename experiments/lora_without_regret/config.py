@@ -1,7 +1,6 @@
 """LoRA beside full tuning at several learning rates and ranks. See README.md beside this file.
 
-The argument is `full`, or `lora_all`, `lora_attention`, `lora_mlp`; a further `_memory` (as in `full_memory`) makes the task one of answers
-that follow from nothing, which have to be remembered.
+The argument is `full`, or `lora_all`, `lora_attention`, `lora_mlp`.
 """
 
 from configs import base
@@ -12,14 +11,13 @@ RANKS = (1, 8, 64)
 
 
 def get_config(arg: str = "lora_all"):
-    kind, *rest = arg.split("_")
-    data = "memory" if "memory" in rest else "sums"
+    kind, _, part = arg.partition("_")
     config = base.sft()
-    config.steps = 16 if data == "sums" else 64
+    config.steps = 16
     config.methods = (kind,)
-    config.lora.update({"targets": TARGETS[rest[0] if rest and rest[0] in TARGETS else "all"], "alpha": 32.0, "rank": 8})
-    config.data.sources.train = base.source(f"data/{data}/train.jsonl")
-    config.data.eval_sources.test = base.source(f"data/{data}/{'test' if data == 'sums' else 'train'}.jsonl")
+    config.lora.update({"targets": TARGETS[part or "all"], "alpha": 32.0, "rank": 8})
+    config.data.sources.train = base.source("data/sums/train.jsonl")
+    config.data.eval_sources.test = base.source("data/sums/test.jsonl")
     config.data.update({"max_tokens": 512, "batch_size": 2, "template": "none"})
     config.optimizer.update({"learning_rate": 1e-3 if kind == "lora" else 1e-4, "schedule": "constant", "warmup_steps": 2})
     config.eval.update({"every_steps": config.steps, "batches": 0})

@@ -29,7 +29,7 @@ def cell(loss: float, best: float) -> str:
 
 
 def curves(runs: pathlib.Path) -> dict[str, dict[float, float]]:
-    """Return `{what: {learning rate: loss at the end}}`; the tasks' names are part of `what`."""
+    """Return `{what: {learning rate: loss at the end}}`."""
     found: dict[str, dict[float, float]] = {}
     for workdir in sorted(path.parent for path in runs.glob("*/loss.png")):
         kind, _, last = workdir.name.partition("-")
@@ -56,15 +56,12 @@ def draw(found: dict[str, dict[float, float]], path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tasks = {"sums": [name for name in found if "memory" not in name], "memory": [name for name in found if "memory" in name]}
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4), layout="constrained")
-    for axes, (task, names) in zip(panels, tasks.items(), strict=True):
-        for name in names:
-            axes.plot(*zip(*sorted(found[name].items()), strict=True), marker="o", label=name, linestyle="--" if "full" in name else "-")
-        axes.set(xscale="log", xlabel="learning rate", ylabel="loss at the end", title=task, ylim=(None, 4))
-        axes.grid(alpha=0.3)
-        if names:
-            axes.legend(fontsize=7)
+    figure, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    for name, points in found.items():
+        axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", label=name, linestyle="--" if name == "full" else "-")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="held-out loss at the end", ylim=(None, 4))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 

@@ -25,9 +25,6 @@ def main() -> None:
         finish(args, f"lora_{part}-8", f"lora_{part}", f"--sweep=optimizer.learning_rate={rates}")
     for rate in RATES["full"]:
         finish(args, f"full-{rate:g}", "full", f"--config.optimizer.learning_rate={rate}")
-    finish(args, "lora_memory", "lora_all_memory", f"--sweep=lora.rank={','.join(map(str, RANKS))} optimizer.learning_rate=1e-3,3e-3")
-    for rate in RATES["full"][1:]:
-        finish(args, f"full_memory-{rate:g}", "full_memory", f"--config.optimizer.learning_rate={rate}")
 
 
 def finish(args, name: str, arg: str, *options: str) -> None:
