@@ -56,8 +56,8 @@ class Experiences:
         held_out, batches = self._lessons.held_out, self._run.config.eval.batches
         prompts = held_out.prompts if not batches else [prompt for index in range(batches) for prompt in held_out.at(index)]
         experience = self._answered(state, prompts[: len(held_out.prompts)], jax.random.key(self._run.config.seed), per_prompt=1)
-        found = online.summary(experience)
-        return {name: mean.value() for name, mean in found.items() if name not in ("reward_std", "zero_variance", "sampling_seconds")}
+        no_groups = ("reward_std", "zero_variance", "sampling_seconds", "sampled_tokens_per_second")
+        return {name: mean.value() for name, mean in online.summary(experience).items() if name not in no_groups}
 
     def _gather(self, state: TrainState, index: int, done: int) -> tuple[Batch, Metrics]:
         """Return the rows of experience `index`, sampled by the policy after `done` steps."""

@@ -42,7 +42,7 @@ def test_inspect_stops_at_a_bad_row_unless_told_to_skip(tmp_path, capsys):
 
 def test_inspect_shows_prompts_beside_the_answers_that_rewards_see(capsys):
     grpo = CONFIG.replace("quickstart", "grpo_smollm2_sums")
-    assert main.main(["inspect", f"--config={grpo}", "--rows=1", "--compile_cache=off"]) == 0
+    assert main.main(["inspect", f"--config={grpo}", "--config.data.template=auto", "--rows=1", "--compile_cache=off"]) == 0
     out = capsys.readouterr().out
     assert "an experience is 2 prompts × 4 samples, and gives 1 step" in out and "answer: " in out and "█" in out
     assert out.count("<|im_start|>assistant") == 1
