@@ -171,6 +171,7 @@ def rollout() -> ConfigDict:
     config.gamma = 1.0  # of advantages by values
     config.lam = 0.95
     config.kl_penalty = 0.0  # times the log-ratio to the reference, taken from the reward
+    config.dynamic_rounds = 0  # of further sampling for prompts whose samples are all worth the same (DAPO)
     config.unfinished_penalty = 0.0  # taken from the reward of a sample that was cut at max_tokens
     config.reward_bounds = config_dict.placeholder(object)  # (low, high) that rewards are cut to, before that penalty; empty: none
     config.mask_truncated = False  # nothing is learnt from a sample that was cut at max_tokens

@@ -63,6 +63,8 @@ class Experiences:
         """Return the rows of experience `index`, sampled by the policy after `done` steps."""
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._run.config.seed), 2), index)
         found = self._answered(state, self._lessons.loader.at(index), key, per_prompt=self._asked.samples_per_prompt)
+        told = online.summary(found)  # of what the policy does; what it learns from may be chosen
+        found = self._filled(state, found, key, index)
         p, g = found.rewards.shape
         options = {"max_tokens": self._run.config.data.max_tokens, "mask_truncated": self._asked.mask_truncated}
         rows = online.rows([prompt.tokens for prompt in found.prompts for _ in range(g)], found.samples, **options)
@@ -80,11 +82,22 @@ class Experiences:
         )
         worth = jax.device_get(self._worth(evidence))
         self._show(found._replace(advantages=worth["advantages"]), done)
-        told = online.summary(found) | seen.metrics
+        told |= seen.metrics
         if rollouts.paired(self._run.config):
             return online.pairs(rows, rewards), told
         fields = {name: x.reshape(p * g, *x.shape[2:]) for name, x in worth.items()}
         return dataclasses.replace(seen.rows, **fields), told
+
+    def _filled(self, state: TrainState, found: online.Experience, key: jax.Array, index: int) -> online.Experience:
+        """Return the experience with other prompts in the places of those that teach nothing, as far as the rounds of sampling go."""
+        for round in range(1, 1 + self._asked.dynamic_rounds):
+            dull = int((~online.informative(found.rewards)).sum())
+            if not dull:
+                break
+            others = self._lessons.loader.at(index, round=round)[:dull]
+            more = self._answered(state, others, jax.random.fold_in(key, round), per_prompt=self._asked.samples_per_prompt)
+            found = online.filled(found, more)
+        return found
 
     def _answered(self, state: TrainState, prompts: Sequence[data.Prompt], key: jax.Array, *, per_prompt: int) -> online.Experience:
         """Return samples of the policy and what they are worth; what they are worth beside each other is still to come."""

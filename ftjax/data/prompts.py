@@ -64,9 +64,10 @@ class Prompts:
     count: int
     """Prompts at a time."""
 
-    def at(self, index: int) -> list[Prompt]:
-        """Return the prompts of experience `index`."""
-        source, row = self.mixture.draw(np.arange(index * self.count, (index + 1) * self.count))
+    def at(self, index: int, *, round: int = 0) -> list[Prompt]:
+        """Return the prompts of experience `index`; those of a later round, in an order of their own, stand in for some of them."""
+        mixture = dataclasses.replace(self.mixture, seed=self.mixture.seed + (round << 40))
+        source, row = mixture.draw(np.arange(index * self.count, (index + 1) * self.count))
         return [self.prompts[at] for at in (self.first[source] + row).tolist()]
 
     @property

@@ -2,7 +2,7 @@
 
 from ftjax.online.agreement import Disagreement, check_agreement, disagreement
 from ftjax.online.estimators import ESTIMATORS, Estimator, Evidence, Worth
-from ftjax.online.experience import Experience, minibatch, pairs, shaped, table
+from ftjax.online.experience import Experience, filled, informative, minibatch, pairs, shaped, table
 from ftjax.online.samples import Sampler, laid, rows, sampler
 from ftjax.online.summary import summary
 
@@ -16,6 +16,8 @@ __all__ = [
     "Worth",
     "check_agreement",
     "disagreement",
+    "filled",
+    "informative",
     "laid",
     "minibatch",
     "pairs",

@@ -65,6 +65,34 @@ def minibatch(batch: Batch, *, seed: int, index: int, step: int, count: int) -> 
     return jax.tree.map(lambda x: x[chosen], batch)
 
 
+def informative(rewards: np.ndarray) -> np.ndarray:
+    """Return bool `[p]`: the samples of a prompt are not all worth the same, so that they teach something."""
+    known = np.isfinite(rewards)
+    return np.max(np.where(known, rewards, -np.inf), axis=1) > np.min(np.where(known, rewards, np.inf), axis=1)
+
+
+def filled(experience: Experience, more: Experience) -> Experience:
+    """Return the experience with informative groups of another in the places of those that are not, as far as there are some.
+
+    Dynamic sampling: DAPO, Yu et al., 2025, arXiv 2503.14476, section 3.2.
+    """
+    g, groups = experience.rewards.shape[1], [(experience, i) for i in range(len(experience.prompts))]
+    fresh = iter(np.flatnonzero(informative(more.rewards)).tolist())
+    for place, taken in zip(np.flatnonzero(~informative(experience.rewards)).tolist(), fresh, strict=False):
+        groups[place] = (more, taken)
+    of_samples = lambda name: [one for found, i in groups for one in getattr(found, name)[i * g : (i + 1) * g]]  # noqa: E731
+    stacked = lambda read: np.stack([read(found)[i] for found, i in groups])  # noqa: E731
+    return Experience(
+        [found.prompts[i] for found, i in groups],
+        of_samples("samples"),
+        of_samples("texts"),
+        stacked(lambda found: found.rewards),
+        {name: stacked(lambda found, name=name: found.each[name]) for name in experience.each},
+        stacked(lambda found: found.advantages),
+        experience.seconds + more.seconds,
+    )
+
+
 def pairs(batch: Batch, rewards: np.ndarray) -> Batch:
     """Return the best sample of each prompt with its worst, `[p, 2, t]`, best first; where both are worth the same no token counts.
 

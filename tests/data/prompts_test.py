@@ -59,5 +59,6 @@ def test_prompts_are_functions_of_the_index_and_each_comes_once_an_epoch():
     drawn = [prompt.text for index in range(5) for prompt in found.at(index)]
     assert drawn == [prompt.text for index in range(5) for prompt in again.at(index)] and len(drawn) == 20
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == sorted(prompt.text for prompt in found.prompts) and drawn[:10] != drawn[10:]
+    assert [prompt.text for prompt in found.at(0, round=1)] == [prompt.text for prompt in again.at(0, round=1)] != drawn[:4]
     assert found.steps_per_epoch == 3 and reports["tasks"].sequences == 10
     assert all(np.asarray(prompt.tokens).dtype == np.int32 for prompt in found.prompts)

@@ -31,6 +31,24 @@ def test_rewards_are_bounded_and_samples_that_were_cut_pay():
     np.testing.assert_array_equal(online.shaped(found), rewards)
 
 
+def test_groups_that_teach_nothing_make_room_for_others_that_do():
+    def experience(name: str, rewards: list[list[float]]) -> online.Experience:
+        rewards = np.array(rewards)
+        asked = [data.Prompt(np.arange(2), data.Example(({"role": "user", "content": f"{name}{i}"},))) for i in range(len(rewards))]
+        samples = [rollout.Sample(*[np.arange(n)] * 3, "eos") for n in range(rewards.size)]
+        texts = [f"{name}{i}.{j}" for i in range(len(rewards)) for j in range(2)]
+        return online.Experience(asked, samples, texts, rewards, {"right": rewards}, 0 * rewards, 1.0)
+
+    found = experience("a", [[1.0, 1.0], [0.0, 1.0], [0.0, 0.0], [np.nan, 1.0]])
+    assert online.informative(found.rewards).tolist() == [False, True, False, False]
+    more = experience("b", [[2.0, 2.0], [0.0, 3.0], [4.0, 0.0]])
+    filled = online.filled(found, more)
+    assert [prompt.text for prompt in filled.prompts] == ["b1", "a1", "b2", "a3"]
+    assert filled.texts == ["b1.0", "b1.1", "a1.0", "a1.1", "b2.0", "b2.1", "a3.0", "a3.1"] and filled.seconds == 2.0
+    np.testing.assert_array_equal(filled.each["right"], [[0, 3], [0, 1], [4, 0], [np.nan, 1]])
+    assert [len(sample.tokens) for sample in filled.samples] == [2, 3, 2, 3, 4, 5, 6, 7]
+
+
 def test_a_pair_is_the_best_and_the_worst_of_a_prompt_if_they_differ():
     mask = np.ones((12, 2), np.float32)
     rewards = np.array([[0.0, 2.0, 1.0, -1.0], [1.0, np.nan, 1.0, 1.0], [np.nan, 3.0, np.nan, np.nan]])
