@@ -44,10 +44,12 @@ setuptools.setup(
             "jsonschema>=4.18",
             "libtpu; sys_platform == 'linux' and platform_machine == 'x86_64'",  # compiles for a TPU without one
             "math-verify>=0.8",
+            "outlines-core>=0.2.11",
             "pytest>=8.3",
             "pytest-xdist>=3.6",
             "ruff==0.17.6",
         ],
+        "grammar": ["outlines-core>=0.2.11"],
         "json": ["jsonschema>=4.18"],
         "maths": ["math-verify>=0.8"],
         "reasoning": ["reasoning-gym>=0.1.20"],  # one of its dependencies has no wheel: needs a C compiler

@@ -1,23 +1,28 @@
 """Generation: the same weights that train, adapter unmerged, sampled by the same program that scores them."""
 
+from ftjax.rollout.beam import Beams, beam_search
 from ftjax.rollout.engine import Engine
 from ftjax.rollout.generate import Completion, Decoding, extend, generate, start
+from ftjax.rollout.grammar import Grammar
 from ftjax.rollout.prompts import Encoder, Prompt, bucket, pad
 from ftjax.rollout.requests import Request, Sample
 from ftjax.rollout.sampling import Draw, Sampling, Seen, sample, settings
 from ftjax.rollout.text import generate_text, stream_text
 
 __all__ = [
+    "Beams",
     "Completion",
     "Decoding",
     "Draw",
     "Encoder",
     "Engine",
+    "Grammar",
     "Prompt",
     "Request",
     "Sample",
     "Sampling",
     "Seen",
+    "beam_search",
     "bucket",
     "extend",
     "generate",

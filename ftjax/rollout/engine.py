@@ -20,6 +20,7 @@ from ftjax import weights
 from ftjax.peft.mixed import NONE, RowWise
 from ftjax.rollout import packing
 from ftjax.rollout import slots as programs
+from ftjax.rollout.grammar import tabulate
 from ftjax.rollout.prompts import bucket
 from ftjax.rollout.requests import Request, Sample, check, form_of
 from ftjax.rollout.slots import NOTHING, Joining, Read, Written
@@ -121,6 +122,7 @@ class _Run:
         self.free = list(range(engine.slots))[::-1]
         self.form = form_of(requests, engine.eos_ids)
         settings = self.form.settings([], engine.slots)
+        self.table = tabulate(self.form.grammars, programs.vocabulary(engine.model, params)) if self.form.grammars else None
         self.slots = programs.empty(engine.model, params, settings, num_columns=slot_tokens, mesh=self.mesh)
 
     def __iter__(self) -> Iterator[tuple[int, Sample]]:
@@ -132,7 +134,7 @@ class _Run:
                 self._join()
             patience = engine.patience if self.waiting or self.ready else engine.slots
             self.slots, written = programs.write(
-                engine.model, self.params, self.slots, patience, impl=self.form.impl, num_tokens=engine.block, mesh=self.mesh
+                engine.model, self.params, self.slots, patience, self.table, impl=self.form.impl, num_tokens=engine.block, mesh=self.mesh
             )
             yield from self._ended(Written(*map(np.asarray, written)))
 

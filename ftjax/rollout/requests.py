@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from ftjax.peft.mixed import NONE
+from ftjax.rollout.grammar import Grammar, starts
 from ftjax.rollout.sampling import Sampling, stack
 from ftjax.rollout.slots import NOTHING, Settings
 
@@ -35,6 +36,8 @@ class Request:
     """Texts that end a completion; its last tokens are the first that complete one of them."""
     stop_ids: Sequence[int] = ()
     """Tokens that end a completion, beside the engine's `eos_ids`."""
+    grammar: Grammar | None = None
+    """What the completion must be: `grammar.choice`, `grammar.regex` or `grammar.json_schema`."""
     adapter: int = NONE
     """The place of an adapter, -1 for none, where the parameters are those of `peft.stack_adapters`."""
 
@@ -82,6 +85,7 @@ def check(requests: Sequence[Request], *, slot_tokens: int, mixed: bool, decodes
             (f"the key is one, or {request.num_samples} of them, not {shape}", shape in (None, (), (request.num_samples,))),
             (f"{length:,} tokens and max_tokens {most:,} exceed the {slot_tokens:,} of a slot", length + most <= slot_tokens),
             ("stop texts need an engine with a tokenizer", decodes or not request.stop),
+            ("a grammar says itself how long a completion is; leave min_tokens out", request.grammar is None or not request.min_tokens),
             ("an adapter is asked for, and the parameters are not those of peft.stack_adapters", mixed or request.adapter == NONE),
         )
         for rule, kept in rules:
@@ -100,6 +104,9 @@ class Form(NamedTuple):
     """None where no request has a setting."""
     impl: str
     """Of the keys."""
+    grammars: tuple[Grammar, ...]
+    starts: tuple[int, ...]
+    """Of the grammars, in their table."""
 
     def settings(self, samples: Sequence[tuple[Request, int]], size: int) -> Settings:
         """Return the settings of samples, each of a request and with a number in it, in the first of `size` entries."""
@@ -118,19 +125,26 @@ class Form(NamedTuple):
             entries(list(map(np.asarray, data)), np.zeros_like(nothing)),
             stack([*(request.sampling for request in requests), *[Sampling()] * (size - len(requests))], like=self.like),
             entries([request.adapter for request in requests], NONE).astype(np.int32),
+            entries([self._start(request) for request in requests], 0).astype(np.int32) if self.grammars else None,
         )
+
+    def _start(self, request: Request) -> int:
+        return 0 if request.grammar is None else self.starts[self.grammars.index(request.grammar)]
 
 
 def form_of(requests: Sequence[Request], eos_ids: Sequence[int]) -> Form:
     """Return what requests have in common."""
     longest = len(eos_ids) + max(len(request.stop_ids) for request in requests)
     keys = (request.key for request in requests if request.key is not None)
+    grammars = tuple({request.grammar: None for request in requests if request.grammar is not None})
     return Form(
         tuple(eos_ids),
         -(-longest // 4) * 4,  # so that a few more stop ids are no other program
         any(request.min_tokens for request in requests),
         stack([request.sampling for request in requests]),
         next((str(jax.random.key_impl(key)) for key in keys), "threefry2x32"),
+        grammars,
+        starts(grammars),
     )
 
 

@@ -45,6 +45,8 @@ class Settings:
     sampling: Sampling
     adapters: jax.Array
     """int32 `[b]`: see `peft.assign_rows`."""
+    states: jax.Array | None
+    """int32 `[b]`: where a grammar stands, in a table of `grammar.tabulate`; None where nobody has one."""
 
 
 @pytree
@@ -114,7 +116,7 @@ def empty(model: Model, params: Params, settings: Settings, *, num_columns: int,
     zeros = jnp.zeros((size,), jnp.int32)
     seen = None
     if penalized(settings.sampling):
-        shape = (size, _vocabulary(model, params))
+        shape = (size, vocabulary(model, params))
         seen = Seen(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32))
     cache = dataclasses.replace(cache, virtual=before)
     return _place(Slots(cache, jnp.zeros((), jnp.int32), zeros, zeros, zeros, jnp.zeros((size,), bool), settings, seen), mesh)
@@ -155,9 +157,12 @@ def join(slots: Slots, read: Read, joining: Joining, *, impl: str, mesh: Mesh | 
 
 @partial(jax.jit, static_argnames=("model", "impl", "num_tokens", "mesh"), donate_argnames="slots")
 def write(
-    model: Model, params: Params, slots: Slots, patience: jax.Array, *, impl: str, num_tokens: int, mesh: Mesh | None = None
+    model: Model, params: Params, slots: Slots, patience: jax.Array, table=None, *, impl: str, num_tokens: int, mesh: Mesh | None = None
 ) -> tuple[Slots, Written]:
-    """Write up to `num_tokens` tokens to each live slot, fewer if all end before, or more than `patience` of them."""
+    """Write up to `num_tokens` tokens to each live slot, fewer if all end before, or more than `patience` of them.
+
+    `table` `[n, v]` is that of all grammars: see `grammar.tabulate`.
+    """
     blank = jnp.zeros((num_tokens, len(slots.live)), jnp.float32)
     written = Written(jnp.full(blank.shape, NOTHING, jnp.int32), blank, blank)
     params = assign_rows(params, slots.settings.adapters)
@@ -170,7 +175,7 @@ def write(
 
     def body(carry):
         step, slots, written = carry
-        slots, row = _step(model, params, slots, impl)
+        slots, row = _step(model, params, slots, table, impl)
         return step + 1, slots, jax.tree.map(lambda into, x: jax.lax.dynamic_update_index_in_dim(into, x, step, 0), written, row)
 
     _, slots, written = jax.lax.while_loop(going, body, (jnp.zeros((), jnp.int32), slots, written))
@@ -183,7 +188,7 @@ def leave(slots: Slots, ended: jax.Array) -> Slots:
     return dataclasses.replace(slots, live=slots.live & ~ended)
 
 
-def _step(model: Model, params: Params, slots: Slots, impl: str) -> tuple[Slots, Written]:
+def _step(model: Model, params: Params, slots: Slots, table: jax.Array | None, impl: str) -> tuple[Slots, Written]:
     settings, live = slots.settings, slots.live
     cache = dataclasses.replace(slots.cache, index=slots.cache.virtual + slots.clock % columns(slots))
     hidden, cache = model.apply(
@@ -191,13 +196,16 @@ def _step(model: Model, params: Params, slots: Slots, impl: str) -> tuple[Slots,
     )
     logits = model.unembed(model.head(params), hidden[:, 0])
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(settings.keys, impl=impl), slots.written)
-    draw = sample(logits, keys, settings.sampling, seen=slots.seen, allowed=_allowed(slots, logits.shape))
+    draw = sample(logits, keys, settings.sampling, seen=slots.seen, allowed=_allowed(slots, table, logits.shape))
     tokens = jnp.where(live, draw.tokens, NOTHING)
     count = slots.written + live.astype(jnp.int32)
     ended = jnp.any(tokens[:, None] == settings.stop_ids, axis=1) | (count >= settings.max_tokens)
+    if table is not None:
+        settings = dataclasses.replace(settings, states=table[settings.states, draw.tokens])
     slots = dataclasses.replace(
         slots,
         cache=cache,
+        settings=settings,
         clock=slots.clock + 1,
         tokens=draw.tokens,
         positions=slots.positions + 1,
@@ -208,14 +216,16 @@ def _step(model: Model, params: Params, slots: Slots, impl: str) -> tuple[Slots,
     return slots, Written(tokens, jnp.where(live, draw.logps, 0.0), jnp.where(live, draw.behavior_logps, 0.0))
 
 
-def _allowed(slots: Slots, shape: tuple[int, int]) -> jax.Array | None:
-    """Return bool `[b, v]`: all tokens, but those that would end a row too early."""
+def _allowed(slots: Slots, table: jax.Array | None, shape: tuple[int, int]) -> jax.Array | None:
+    """Return bool `[b, v]`: the tokens that a grammar allows, but none that would end a row too early."""
     settings = slots.settings
+    allowed = None if table is None else table[settings.states] != NOTHING
     if settings.min_tokens is None:
-        return None
+        return allowed
+    allowed = jnp.ones(shape, bool) if allowed is None else allowed
     early = slots.written < settings.min_tokens
     ids = jnp.where(early[:, None] & (settings.stop_ids != NOTHING), settings.stop_ids, shape[1])
-    return jnp.ones(shape, bool).at[jnp.arange(shape[0])[:, None], ids].set(False, mode="drop")
+    return allowed.at[jnp.arange(shape[0])[:, None], ids].set(False, mode="drop")
 
 
 def _numbered(joining: Joining, impl: str) -> jax.Array:
@@ -265,7 +275,7 @@ def _activations(model: Model, params: Params) -> jnp.dtype:
     return jax.eval_shape(lambda: model.apply(params, jnp.zeros((1, 1), jnp.int32))[0]).dtype
 
 
-def _vocabulary(model: Model, params: Params) -> int:
+def vocabulary(model: Model, params: Params) -> int:
     params = assign_rows(params, jnp.full((1,), NONE))
     return jax.eval_shape(lambda: model.unembed(model.head(params), model.apply(params, jnp.zeros((1, 1), jnp.int32))[0])).shape[-1]
 

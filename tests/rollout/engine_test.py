@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax import peft, quant, rollout, sharding
+from ftjax import peft, quant, rollout, scoring, sharding
 from ftjax.hf.tokenizer import byte_tokenizer
 from ftjax.rollout import Request, settings
 from ftjax.rollout import slots as programs
+from ftjax.types import Batch
 from tests.rollout.generate_test import complete, prompts, tiny
 
 SIZE = {"slots": 3, "slot_tokens": 48, "read_tokens": 32, "block": 5}
@@ -130,6 +131,41 @@ def test_until_min_tokens_are_written_nothing_that_ends_a_row_is_chosen(key):
     assert len(found[0].tokens) == 1
     for least, sample in zip((5, 12), found[1:], strict=True):
         assert len(sample.tokens) >= least and not set(ends) & set(sample.tokens[: least - 1].tolist())
+
+
+def test_penalties_count_prompt_and_completion(key):
+    model, params = tiny()
+    row, other = prompts(2, 6)
+    penalties = settings(repetition_penalty=1.7, frequency_penalty=0.3, presence_penalty=0.2)
+    found = engine(slots=2).generate(params, [Request(other, 12), Request(row, 12, sampling=penalties), Request(row, 12)])
+
+    @jax.jit
+    def logits_at(tokens, at):
+        return model.unembed(model.head(params), model.apply(params, tokens)[0][0, at])
+
+    expected = []
+    for at in range(len(row), len(row) + 12):
+        tokens = np.zeros((1, 28), np.int32)
+        tokens[0, :at] = [*row, *expected]
+        logits = np.asarray(logits_at(tokens, at - 1)).copy()
+        before, counts = np.unique(tokens[0, :at]), np.bincount(np.asarray(expected, int), minlength=len(logits))
+        logits[before] = np.where(logits[before] > 0, logits[before] / 1.7, logits[before] * 1.7)
+        expected.append(int(np.argmax(logits - 0.3 * counts - 0.2 * (counts > 0))))
+    assert found[1].tokens.tolist() == expected != found[2].tokens.tolist()
+
+
+def test_logps_are_those_of_scoring(key):
+    model, params = tiny()
+    requests = asked(key)
+    found = engine().generate(params, requests)
+    tokens, mask, segments = np.zeros((7, 24), np.int32), np.zeros((7, 24), np.float32), np.zeros((7, 24), np.int32)
+    for n, (request, sample) in enumerate(zip(requests, found, strict=True)):
+        whole = np.concatenate([request.tokens, sample.tokens])
+        tokens[n, : len(whole)], mask[n, len(request.tokens) : len(whole)], segments[n, : len(whole)] = whole, 1, 1
+    positions = np.broadcast_to(np.arange(24, dtype=np.int32), tokens.shape)
+    scores = scoring.score(model, params, Batch(*map(jnp.asarray, (tokens, mask, positions, segments))))
+    for row, counted, sample in zip(scores.logps, mask, found, strict=True):
+        np.testing.assert_allclose(sample.logps, np.asarray(row)[counted > 0], atol=1e-5)
 
 
 def test_a_greedy_row_beside_drawn_ones_is_greedy(key):

@@ -22,3 +22,6 @@ def test_greedy_equals_transformers_token_for_token():
     completion = rollout.generate(found.model, found.params, *rollout.pad(prompts), max_tokens=32, eos_ids=encoder.eos_ids)
     rows = zip(completion.tokens.tolist(), completion.lengths.tolist(), strict=True)
     assert [tokens[:length] for tokens, length in rows] == [one["completion"] for one in golden]
+    engine = rollout.Engine(found.model, encoder.eos_ids, slots=2)  # fewer than prompts, so that some join later
+    samples = engine.generate(found.params, [rollout.Request(prompt, 32) for prompt in prompts])
+    assert [sample.tokens.tolist() for sample in samples] == [one["completion"] for one in golden]

@@ -1,0 +1,135 @@
+"""Beam search: the most likely completions that a few beams find, as one jitted program over the same cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ftjax import models
+from ftjax.types import Model, Params
+
+
+class Beams(NamedTuple):
+    """The completions found after each prompt, the best first."""
+
+    tokens: jax.Array
+    """int32 `[b, w, n]`, 0 after an end."""
+    scores: jax.Array
+    """float32 `[b, w]`: the log-probability divided by `length ** length_penalty`; -inf where fewer were found."""
+    lengths: jax.Array
+    """int32 `[b, w]`, the end-of-sequence token included."""
+
+
+def beam_search(
+    model: Model,
+    params: Params,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    num_beams: int,
+    max_tokens: int,
+    eos_ids: Sequence[int] = (),
+    length_penalty: float = 1.0,
+) -> Beams:
+    """Return the best completions by log p(completion) / length ** length_penalty.
+
+    Each step extends every beam by every token. Of the 2·w best candidates those that end are finished, and the w best others go on, until
+    none of them can beat the finished ones at its present length, or `max_tokens` are written: what `transformers` does with
+    `early_stopping=False`.
+
+    Args:
+      model: the architecture.
+      params: its parameters, attached without a key.
+      tokens: int `[b, t]`, padded on the left (see `rollout.pad`).
+      segment_ids: int `[b, t]`: 1 for the prompts' tokens, 0 for padding.
+      num_beams: w, at least 1.
+      max_tokens: the most tokens to write, at least 1.
+      eos_ids: the tokens that end a completion.
+      length_penalty: above 0 favours long completions, below 0 short ones.
+
+    Raises:
+      ValueError: a number is out of its range.
+    """
+    for name, value in (("num_beams", num_beams), ("max_tokens", max_tokens)):
+        if value < 1:
+            raise ValueError(f"beam_search: {name} is at least 1, not {value}.")
+    ends = jnp.asarray(tuple(eos_ids), jnp.int32)
+    return _search(model, params, tokens, segment_ids, ends, jnp.float32(length_penalty), num_beams=num_beams, max_tokens=max_tokens)
+
+
+class _State(NamedTuple):
+    step: jax.Array
+    cache: Any
+    hidden: jax.Array
+    """`[b·w, d]`: after the last token of each beam."""
+    going: Beams
+    """With plain sums of log-probabilities as scores."""
+    found: Beams
+
+
+@partial(jax.jit, static_argnames=("model", "num_beams", "max_tokens"))
+def _search(model, params, tokens, segment_ids, ends, length_penalty, *, num_beams: int, max_tokens: int) -> Beams:
+    (b, t), w = tokens.shape, num_beams
+    real = segment_ids > 0
+    positions = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
+    activations = jax.eval_shape(lambda: model.apply(params, tokens)[0]).dtype
+    cache = models.init_cache(model.config, b, t + max_tokens, activations)
+    hidden, cache = model.apply(params, tokens, positions=positions, segment_ids=segment_ids, cache=cache)
+    every = jnp.repeat(jnp.arange(b), w)
+    # At first all beams of a prompt are one and the same, so only one may be extended.
+    sums = jnp.broadcast_to(jnp.where(jnp.arange(w) == 0, 0.0, -jnp.inf)[None], (b, w))
+    none = Beams(jnp.zeros((b, w, max_tokens), jnp.int32), jnp.full((b, w), -jnp.inf), jnp.zeros((b, w), jnp.int32))
+    first = _State(jnp.zeros((), jnp.int32), _rows(cache, every), hidden[every, -1], none._replace(scores=sums), none)
+    lengths = jnp.sum(real, axis=1, dtype=jnp.int32)[every]
+
+    def can_improve(state: _State) -> jax.Array:
+        reachable = state.going.scores[:, 0] / jnp.maximum(state.step, 1).astype(jnp.float32) ** length_penalty
+        return reachable > state.found.scores[:, -1]
+
+    def body(state: _State) -> _State:
+        parents, going, found = _extend(model, params, state, ends, length_penalty, max_tokens)
+        found = jax.tree.map(partial(_where, can_improve(state)), found, state.found)  # not because a neighbour goes on
+        last = jnp.take_along_axis(going.tokens, jnp.full((b, w, 1), state.step), axis=2).reshape(b * w, 1)
+        cache = _rows(state.cache, (parents + w * jnp.arange(b)[:, None]).reshape(-1))
+        hidden, cache = model.apply(params, last, positions=(lengths + state.step)[:, None], cache=cache)
+        return _State(state.step + 1, cache, hidden[:, 0], going, found)
+
+    return jax.lax.while_loop(lambda state: (state.step < max_tokens) & jnp.any(can_improve(state)), body, first).found
+
+
+def _extend(model, params, state: _State, ends, length_penalty, max_tokens: int) -> tuple[jax.Array, Beams, Beams]:
+    """Return which beam each of the next ones goes on from `[b, w]`, these, and the best that are finished."""
+    b, w, _ = state.going.tokens.shape
+    logps = jax.nn.log_softmax(model.unembed(model.head(params), state.hidden), axis=-1).reshape(b, w, -1)
+    v = logps.shape[-1]
+    sums, places = jax.lax.top_k((state.going.scores[..., None] + logps).reshape(b, w * v), min(2 * w, w * v))
+    parents, ids = places // v, (places % v).astype(jnp.int32)
+    written = jnp.take_along_axis(state.going.tokens, parents[..., None], axis=1).at[:, :, state.step].set(ids)
+    count = jnp.full(sums.shape, state.step + 1)
+    ended = jnp.any(ids[..., None] == ends[None, None, :], axis=-1) | (state.step + 1 == max_tokens)
+    # Only what is among the w best may finish, as in transformers.
+    finished = jnp.where(ended & (jnp.arange(sums.shape[1]) < w)[None], sums / count.astype(jnp.float32) ** length_penalty, -jnp.inf)
+    candidates = Beams(written, finished, count)
+    found = _best(jax.tree.map(lambda one, two: jnp.concatenate([one, two], axis=1), state.found, candidates), w)[0]
+    going, chosen = _best(Beams(written, jnp.where(ended, -jnp.inf, sums), count), w)
+    return jnp.take_along_axis(parents, chosen, axis=1), going, found
+
+
+def _best(beams: Beams, w: int) -> tuple[Beams, jax.Array]:
+    """Return the `w` best of some beams, and their places."""
+    scores, places = jax.lax.top_k(beams.scores, w)
+    tokens = jnp.take_along_axis(beams.tokens, places[..., None], axis=1)
+    return Beams(tokens, scores, jnp.take_along_axis(beams.lengths, places, axis=1)), places
+
+
+def _where(rows: jax.Array, one: jax.Array, other: jax.Array) -> jax.Array:
+    return jnp.where(rows.reshape(-1, *(1,) * (one.ndim - 1)), one, other)
+
+
+def _rows(cache: Any, rows: jax.Array) -> Any:
+    """Return the cache with other rows."""
+    return jax.tree.map(lambda x: x if x.ndim == 0 else jnp.take(x, rows, axis=1 if x.ndim == 5 else 0), cache)

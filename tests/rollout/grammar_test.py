@@ -1,0 +1,58 @@
+"""Grammars: what is written is what they say, beside rows that have none."""
+
+import json
+import re
+
+import pytest
+
+from ftjax.hf.tokenizer import byte_tokenizer
+from ftjax.rollout import Request, grammar, settings
+from tests.rollout.engine_test import engine
+from tests.rollout.generate_test import complete, prompts, tiny
+
+TOKENIZER = byte_tokenizer()
+END = TOKENIZER.eos_token_id
+DRAWN = settings(temperature=2.0)
+
+
+def words(found):
+    return [TOKENIZER.decode(sample.tokens[:-1]) for sample in found]
+
+
+def test_completions_are_the_choices_and_rows_without_a_grammar_are_free(key):
+    texts = ["yes", "yesterday", "no"]
+    chosen = grammar.choice(texts, TOKENIZER, eos_id=END)
+    row, other = prompts(2, 5)
+    requests = [Request(row, 12, sampling=DRAWN, key=key, num_samples=12, grammar=chosen), Request(other, 12)]
+    *found, free = engine(eos_ids=(END,)).generate(tiny()[1], requests)
+    assert set(words(found)) <= set(texts) and len(set(words(found))) > 1
+    assert {sample.reason for sample in found} == {"eos"}
+    assert free.tokens.tolist() == complete(*tiny(), [other], eos_ids=(END,)).tokens[0, : len(free.tokens)].tolist()
+
+
+def test_grammars_share_their_beginnings_and_stand_behind_each_other_in_a_table():
+    one, two = (grammar.choice(texts, TOKENIZER, eos_id=END) for texts in (["ab", "ac"], ["b"]))
+    table = grammar.tabulate([one, two], 260)
+    assert grammar.starts([one, two]) == (1, 5) and table.shape == (8, 260) and not table[0].any()
+    a, b, c = TOKENIZER.encode("abc")
+    assert (table[1, a], table[2, b], table[2, c], table[5, b]) == (2, 3, 4, 6)
+    assert [int((row != grammar.NOTHING).sum()) for row in table[1:7]] == [1, 2, 1, 1, 1, 1]
+    assert table[3, END] == 3 and table[6, END] == 6
+
+
+@pytest.mark.parametrize("texts", [[], ["a", ""]], ids=["none", "empty"])
+def test_choices_that_are_none_are_refused(texts):
+    with pytest.raises(ValueError, match="texts that are not empty"):
+        grammar.choice(texts, TOKENIZER, eos_id=END)
+
+
+def test_completions_match_an_expression_and_a_schema(key):
+    pytest.importorskip("outlines_core")
+    pattern = "(ab|[0-9]{2})x*z"
+    schema = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
+    made = [grammar.regex(pattern, TOKENIZER, eos_id=END), grammar.json_schema(schema, TOKENIZER, eos_id=END)]
+    requests = [Request(prompts(1, 5)[0], 20, sampling=DRAWN, key=key, num_samples=4, grammar=one) for one in made]
+    found = [sample for sample in engine(eos_ids=(END,)).generate(tiny()[1], requests) if sample.finished]
+    texts = words(found)
+    assert any(re.fullmatch(pattern, text) for text in texts) and any(text.startswith("{") for text in texts)
+    assert all(re.fullmatch(pattern, text) or set(json.loads(text)) == {"a"} for text in texts)
