@@ -153,7 +153,9 @@ def from_config(flags: absl_flags.FlagValues) -> Setting:
     if flags.model:
         config.model.update({"name": flags.model, "random": False})
     if rollouts.used(config):  # what it was not shown while it learnt by rewards: the answers
-        config.algorithm = "sft"
+        with config.unlocked():
+            config.algorithm = "sft"
+            del config.rollout
     mesh = build.mesh(config)
     loaded = build.model(config, mesh)
     folder = pretrained.only_folder(flags.adapter)
@@ -164,7 +166,7 @@ def from_config(flags: absl_flags.FlagValues) -> Setting:
         name=_name(loaded.name, str(folder or "")),
         model=loaded.model,
         params=pretrained.attach(loaded.model, loaded.params, folder),
-        score=objective.score(config, loaded.model, mesh),
+        score=objective.score(config, loaded.model, mesh, ("logps", "greedy")),
         encoder=encoder,
         batches=(build.on_mesh(batch, mesh) for batch in itertools.islice(loader.epoch(), flags.batches or None)),
         examples=build.held_out_examples(config, asked.examples if flags.examples is None else flags.examples),

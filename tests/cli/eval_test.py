@@ -86,10 +86,10 @@ def test_an_answer_ends_where_the_template_of_the_encoder_ends_it(template, ends
     assert {tokenizer.decode([end]) for end in found[0] if end >= 256} == set(ends)
 
 
-def test_a_config_names_model_and_data(compiled, tmp_path):
+def test_a_config_names_model_and_data_and_its_teacher_is_not_asked(compiled, tmp_path):
     arguments = [
         "eval",
-        f"--config={CONFIG}:smoke",
+        f"--config={CONFIG.with_name('distill_smollm2.py')}:smoke",
         "--examples=0",
         "--batches=1",
         f"--compile_cache={compiled}",
