@@ -86,10 +86,11 @@ def test_an_answer_ends_where_the_template_of_the_encoder_ends_it(template, ends
     assert {tokenizer.decode([end]) for end in found[0] if end >= 256} == set(ends)
 
 
-def test_a_config_names_model_and_data_and_its_teacher_is_not_asked(compiled, tmp_path):
+@pytest.mark.parametrize("name", ["distill_smollm2", "grpo_smollm2_sums"])
+def test_a_config_names_model_and_data_and_neither_its_teacher_nor_its_rewards_are_asked(name, compiled, tmp_path):
     arguments = [
         "eval",
-        f"--config={CONFIG.with_name('distill_smollm2.py')}:smoke",
+        f"--config={CONFIG.with_name(name + '.py')}:smoke",
         "--examples=0",
         "--batches=1",
         f"--compile_cache={compiled}",
