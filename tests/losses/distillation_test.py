@@ -89,7 +89,7 @@ def models():
 
 
 def test_chunks_say_what_the_whole_logits_say(models):
-    """Divergence, its gradient in every parameter, agreement: of a teacher in the same program, with its own tokens, and of a stored one."""
+    """Divergence, its gradient and agreement: of a teacher in the same program, with its own tokens, and of a stored one."""
     student, teacher, batches = models
 
     @jax.jit
