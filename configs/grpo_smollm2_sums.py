@@ -2,7 +2,8 @@
 
 Command: ftjax train --config=configs/grpo_smollm2_sums.py --workdir=runs/grpo_smollm2_sums
 Data: python experiments/method_table/data.py data/sums
-Hardware: UNTESTED at full length.
+Hardware: 2 CPU cores beside other work, bfloat16, 25:15 min, 2.41 GB.
+Result: 41.4 % → 53.9 % of 256 held-out sums right (experiments/grpo_sums).
 """
 
 from configs import base
