@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -79,8 +80,13 @@ def test_an_answer_ends_where_the_template_of_the_encoder_ends_it(template, ends
     _, model, params = base
     tokenizer, found = byte_tokenizer(), []
     encoder = data.make_encoder(tokenizer, max_tokens=64, template=template)
-    monkeypatch.setattr("ftjax.rollout.text.start", lambda *_, eos_ids, **__: found.append(eos_ids))
-    monkeypatch.setattr("ftjax.rollout.text._finish", lambda *_: ["x"])
+
+    def engine(_, eos_ids, **__):
+        found.append(eos_ids)
+        return types.SimpleNamespace(generate=lambda *_: [])
+
+    monkeypatch.setattr("ftjax.rollout.text.Engine", engine)
+    monkeypatch.setattr("ftjax.cli.measure.MATCHES", {"exact_match": lambda *_, **__: []})
     examples = data.parse({"prompt": "a", "completion": "b"})
     evaluation.measure.answer(model, params, encoder, examples, max_tokens=2, batch_size=1)
     assert {tokenizer.decode([end]) for end in found[0] if end >= 256} == set(ends)
