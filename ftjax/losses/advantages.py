@@ -17,7 +17,8 @@ def group_relative(
     """Return (r - mean of its group) / (std + ε), `[p, g]`.
 
     Shao et al., 2024, arXiv 2402.03300: GRPO; without a scale: Dr. GRPO, Liu et al., 2025, arXiv 2503.20783; with that of
-    the batch: Liu et al., 2025, arXiv 2508.08221.
+    the batch: Liu et al., 2025, arXiv 2508.08221. With the scale "group" a KL term in the loss is held against rewards over their group's
+    deviation σ: its β is βσ, another one for each prompt, and smaller as the policy grows sure (`experiments/preference_frontier`).
 
     Args:
       rewards: `[p, g]`.
