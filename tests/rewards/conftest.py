@@ -5,14 +5,15 @@ import pytest
 
 from ftjax.rewards import sandbox
 
-UNSHARE = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--net", "--fork", "true"]
+NEW_ROOT = "mount -t tmpfs none /tmp && mkdir /tmp/old && cd /tmp && pivot_root . old"
+UNSHARE = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--net", "--fork", "sh", "-c", NEW_ROOT]
 
 
 @pytest.fixture(scope="session")
 def isolated():
     """A kernel that isolates processes; where it does not, running something must be refused, and the report says why nothing was run.
 
-    That the kernel does not is what util-linux has to say too: a jail that is broken is no reason to skip its tests.
+    That it does not is what util-linux has to say too, for namespaces and a root of its own: a jail that is broken is no reason to skip.
     """
     if why := sandbox.isolation():
         with pytest.raises(sandbox.NoIsolation):
