@@ -9,7 +9,7 @@ METHODS = {
     "loftq": ({"rank": 8, "alpha": 16.0}, (1e-3, 3e-3)),
     "dora": ({"rank": 8, "alpha": 16.0}, (1e-3, 3e-3)),
     "lora_fa": ({"rank": 16, "alpha": 32.0}, (1e-3, 3e-3)),
-    "adalora": ({"init_rank": 12, "target_rank": 8, "alpha": 16.0}, (1e-3, 3e-3)),
+    "adalora": ({"init_rank": 12, "target_rank": 8, "alpha": 16.0}, (3e-2, 1e-1)),
     "delta_lora": ({"rank": 8, "alpha": 16.0}, (1e-3, 3e-3)),
     "relora": ({"rank": 8, "alpha": 16.0, "every_steps": 12, "warmup_steps": 2}, (1e-3, 3e-3)),
     "vera": ({"rank": 256}, (1e-2, 3e-2)),
