@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ftjax.online.experience import Experience
+from ftjax.online.experience import Experience, informative
 from ftjax.types import Mean, Metrics
 
 NGRAM = 4
@@ -27,7 +27,7 @@ def summary(experience: Experience) -> Metrics:
         "reward": _mean(experience.rewards),
         **worth,
         "reward_std": _mean(deviations),
-        "zero_variance": _mean(np.where(np.isfinite(deviations), deviations == 0, np.nan)),
+        "zero_variance": _mean(np.where(np.isfinite(deviations), ~informative(experience.rewards), np.nan)),
         "length": _mean(lengths),
         "finished": _mean([sample.finished for sample in experience.samples]),
         "repetition": _mean([repetition(sample.tokens) for sample in experience.samples]),

@@ -28,6 +28,13 @@ def test_the_summary_of_three_groups_of_two():
     assert found == pytest.approx(expected)
 
 
+def test_rewards_that_are_all_equal_have_no_variance_however_their_mean_is_rounded():
+    rewards = np.full((2, 7), 0.7, np.float32)
+    rewards[1, 0] = 0.6
+    samples = [rollout.Sample(np.arange(3), np.zeros(3), np.zeros(3), "eos")] * 14
+    assert online.summary(online.Experience([], samples, [], rewards, {}, rewards, 1.0))["zero_variance"].value() == 0.5
+
+
 def test_repetition_is_the_share_of_phrases_that_were_there_before():
     assert repetition(np.array([7] * 9), size=4) == 5 / 6
     assert repetition(np.arange(9), size=4) == repetition(np.arange(3), size=4) == 0.0
