@@ -58,6 +58,11 @@ class Plan(NamedTuple):
     kind: str = ""
     """The method's name in `peft.METHODS` and `peft.FORMATS`, where the user may have given the transform another."""
 
+    @property
+    def known_as(self) -> str:
+        """The method's name in `peft.METHODS`, whatever the user calls it."""
+        return self.kind or self.method
+
 
 def _unchanged(optimizer: Any) -> Any:
     return optimizer

@@ -69,7 +69,7 @@ def batch(mesh: Mesh, config, *, rows: int | None = None) -> Batch:
     ids, mask = of(jnp.int32, *shape), of(jnp.float32, *shape)
     said_once, labels = (mask if wanted else None for wanted in (objective.asks_once(config), needs.data == data.STEPS))
     found = Batch(ids, mask, ids, ids, reference_logps=said_once, labels=labels)
-    if "divergence" in needs.outputs and config.teacher.file:
+    if objective.taught(config) and config.teacher.file:
         ids_of, logps_of = (of(dtype, *shape, said.count(config.teacher.file), time=False) for dtype in (jnp.int32, jnp.float32))
         found = dataclasses.replace(found, teacher_ids=ids_of, teacher_logps=logps_of)
     if packed:

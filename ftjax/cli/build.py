@@ -226,7 +226,7 @@ def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False)
 
 def check_rows(config, mesh: Mesh, *, accumulation: int) -> None:
     """Refuse micro-batches that do not divide over the mesh: every device would then compute all of their rows."""
-    parts = accumulation * math.prod(mesh.shape[name] for name in sharding.ROWS)
+    parts = accumulation * sharding.row_parts(mesh)
     if config.data.batch_size % parts:
         factors = {"data.accumulation": accumulation, **{f"mesh.{name}": mesh.shape[name] for name in sharding.ROWS}}
         product = " × ".join(f"{name}={value}" for name, value in factors.items())

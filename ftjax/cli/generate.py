@@ -138,8 +138,7 @@ def complete(
                 temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, min_p=flags.min_p, key=keys[window],
                 batch_size=flags.batch_size, stop=flags.stop, adapters=adapters and adapters[window],
             )  # fmt: skip
-            said = [_wrapped(one.prompt, encoders[one.adapter], flags) for one in asked[window]]
-            rewards = judge(said, texts) if judge else None
+            rewards = judge([_wrapped(one.prompt, encoders[one.adapter], flags) for one in asked[window]], texts) if judge else None
             for at in range(0, len(texts), count):
                 one, group = asked[first + at], slice(at, at + count)
                 kept = critic.best(texts[group], rewards[group]) if judge else {"completion": texts[at]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -49,6 +48,11 @@ def packs(config) -> bool:
     return needs(config).data in data.COMPARED and config.data.packing != "none"
 
 
+def taught(config) -> bool:
+    """Return whether the objective compares with a teacher."""
+    return "divergence" in needs(config).outputs
+
+
 REFERENCES = ("live", "cached")
 """When the reference is asked: in every step, or once before the training."""
 
@@ -89,7 +93,7 @@ def check_reference(config) -> None:
 
 def check_best_metric(config) -> None:
     """Refuse a `checkpoint.best_metric` that no evaluation will have; asked before anything is loaded."""
-    if "divergence" in needs(config).outputs:
+    if taught(config):
         divergence(config)
     responses = data.KINDS.get(needs(config).data, 1)
     shape = (1, responses, 2) if responses > 1 else (1, 2)
@@ -110,17 +114,16 @@ def _outputs(config) -> tuple[str, ...]:
     wanted = needs(config)
     more = {"messages": ("greedy",), data.ROLLOUTS: ("entropy",)}.get(wanted.data, ())
     smooth = ("mean_logps",) if wanted.data == "messages" and config.loss.get("label_smoothing") else ()
-    agree = ("agreement",) if "divergence" in wanted.outputs and teacher_block(config).divergence != "uld" else ()
+    agree = ("agreement",) if taught(config) and teacher_block(config).divergence != "uld" else ()
     return (*wanted.outputs, *more, *smooth, *agree)
 
 
 def score(config, model: Model, mesh: Mesh, outputs: tuple[str, ...] | None = None, *, teacher: Model | None = None) -> Score:
     """Return how tokens are scored: with what the objective and its metrics need, and no more."""
     outputs = outputs or _outputs(config)
-    options = {"batch_shards": math.prod(mesh.shape[name] for name in sharding.ROWS)}
+    options = {"batch_shards": sharding.row_parts(mesh)}
     if needs(config).data == data.ROLLOUTS:
         options |= {"temperature": config.rollout.temperature, "entropy_gradient": bool(config.loss.get("entropy_coef"))}
-        options["entropy_gradient"] = bool(config.loss.get("entropy_coef"))
     model = sharding.on_mesh(model, mesh)
     if "divergence" not in outputs:
         return partial(scoring.score, model, **options, outputs=outputs)

@@ -15,7 +15,7 @@ from ftjax.cli import critic, judging, rollouts, show
 from ftjax.cli.hindsight import Actor, Scorer
 from ftjax.cli.run import Lessons, Run
 from ftjax.rollout import Sample
-from ftjax.types import Batch, Metrics, Params, TrainState
+from ftjax.types import Batch, Metrics, TrainState
 
 ROLLOUTS = "rollouts.jsonl"
 """In the workdir: a line for each sample that was learnt from."""
@@ -99,11 +99,14 @@ class Experiences:
             found = online.filled(found, more)
         return found
 
-    def _answered(self, state: TrainState, prompts: Sequence[data.Prompt], key: jax.Array, *, per_prompt: int) -> online.Experience:
-        """Return samples of the policy and what they are worth; what they are worth beside each other is still to come."""
+    def _answered(
+        self, state: TrainState, prompts: Sequence[data.Prompt], key: jax.Array, *, per_prompt: int, greedy: bool = False
+    ) -> online.Experience:
+        """Return samples of the policy, or its likeliest answers, and what they are worth; beside each other, that is still to come."""
         keys = jax.random.split(key, (len(prompts), per_prompt))
         began = time.perf_counter()
-        samples = self._sample(self._params(state), [prompt.tokens for prompt in prompts], keys)
+        params = self._actor.method.attach(self._actor.frozen, state.trainable)
+        samples = self._sample(params, [prompt.tokens for prompt in prompts], keys, greedy=greedy)
         seconds = time.perf_counter() - began
         return self._judged(prompts, samples, seconds, per_prompt=per_prompt)
 
@@ -111,12 +114,7 @@ class Experiences:
         """Return what the most likely answer to each prompt is worth, `[p]`, where the estimator asks; 0 where no reward applies."""
         if not rollouts.estimator(self._run.config).greedy:
             return None
-        keys = jax.random.split(key, (len(prompts), 1))
-        samples = self._sample(self._params(state), [prompt.tokens for prompt in prompts], keys, greedy=True)
-        return np.nan_to_num(self._judged(prompts, samples, 1.0, per_prompt=1).rewards[:, 0])
-
-    def _params(self, state: TrainState) -> Params:
-        return self._actor.method.attach(self._actor.frozen, state.trainable)
+        return np.nan_to_num(self._answered(state, prompts, key, per_prompt=1, greedy=True).rewards[:, 0])
 
     def _judged(self, prompts: Sequence[data.Prompt], samples: Sequence[Sample], seconds: float, *, per_prompt: int) -> online.Experience:
         decode = self._lessons.encoder.tokenizer.decode

@@ -26,8 +26,7 @@ from jax.sharding import Mesh
 from ftjax import data, manifest
 from ftjax.cli import build, objective
 from ftjax.cli.run import Lessons, Run
-from ftjax.data.loader import assemble
-from ftjax.data.packing import make_plan
+from ftjax.data.loader import once
 from ftjax.types import Batch, Model, Params
 
 PART_TOKENS = 2**16
@@ -100,7 +99,7 @@ def recall(
       ValueError: what is on disk is damaged.
     """
     count = len(sequences.lengths)
-    about = {"model": asked.fingerprint, "data": _sha256(sequences.tokens, sequences.loss_mask, sequences.starts)}
+    about = {"model": asked.fingerprint, "data": sequences.sha256}
     place = folder / hashlib.sha256(json.dumps(about).encode()).hexdigest()[:32]
     whole = (place / manifest.MANIFEST).exists()
     if whole:
@@ -118,7 +117,7 @@ def recall(
                 say(f"{stopped()}: the reference has spoken of {first:,} of {count:,} responses; the same command goes on from there.")
                 return None
             place.mkdir(parents=True, exist_ok=True)
-            manifest.write_whole(path, _as_npy(_said(sequences, first, last, asked)))
+            manifest.write_whole(path, _as_npy(_said(sequences.part(first, last), asked)))
         parts.append(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
     if not whole:
         manifest.write_whole(place / ABOUT, json.dumps(about, indent=1).encode())
@@ -136,7 +135,7 @@ def fingerprint(model: Model, params: Params) -> str:
     for path, leaf in leaves:
         leaf = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype}{leaf.shape}".encode())
-        digest.update(_bytes(np.asarray(leaf)))
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
     return digest.hexdigest()
 
 
@@ -153,21 +152,13 @@ def _ranges(sequences: data.Sequences) -> Iterator[tuple[int, int]]:
     yield from zip(borders, borders[1:], strict=False)
 
 
-def _said(sequences: data.Sequences, first: int, last: int, asked: Asked) -> np.ndarray:
+def _said(part: data.Sequences, asked: Asked) -> np.ndarray:
     """Return the log-probabilities of the trained tokens of some sequences, which are asked for several in a row."""
-    order, settings = np.arange(first, last), {"packing": "best_fit", "generator": np.random.default_rng(0), "shuffle": False}
-    plan = make_plan(sequences.lengths[order], batch_size=asked.rows, max_tokens=asked.width, **settings)
-    bare = sequences._replace(known={})
-    found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(order)
-    for rows_of_batch in plan.batches:
-        logps = np.asarray(asked.look(assemble(bare, plan, rows_of_batch, order, width=asked.width)), np.float32)
-        for at, row in enumerate(rows_of_batch.tolist()):
-            column = 0
-            for sequence, begin, end in plan.rows.pieces[slice(*plan.rows.starts[[row, row + 1]])].tolist() if row >= 0 else ():
-                mask = sequences.loss_mask[slice(*sequences.starts[[first + sequence, first + sequence + 1]])] > 0
-                found[sequence] = logps[at, column : column + end - begin][mask]
-                column += end - begin
-    return np.concatenate(found)
+    found = np.zeros(len(part.tokens), np.float32)
+    for batch, at in once(part, rows=asked.rows, width=asked.width):
+        real = batch.segment_ids > 0
+        found[at[real]] = np.asarray(asked.look(batch), np.float32)[real]
+    return found[part.loss_mask > 0]
 
 
 def _kept(folder: epath.Path) -> list[dict[str, str]]:
@@ -187,15 +178,3 @@ def _as_npy(values: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, values)
     return buffer.getvalue()
-
-
-def _sha256(*arrays: np.ndarray) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(_bytes(array))
-    return digest.hexdigest()
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

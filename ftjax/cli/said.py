@@ -7,7 +7,6 @@ another teacher said, or what was said of other data, is never learnt from.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -21,8 +20,7 @@ from safetensors.numpy import save_file
 from ftjax import data
 from ftjax.cli import runtime
 from ftjax.cli.run import Lessons
-from ftjax.data.loader import assemble
-from ftjax.data.packing import make_plan
+from ftjax.data.loader import once
 from ftjax.types import Batch
 
 FORMAT = "ftjax teacher 1"
@@ -49,15 +47,10 @@ def ask(sequences: data.Sequences, look: Callable[[Batch], tuple[Any, Any]], *, 
       rows: of a batch, in which sequences share rows.
       width: tokens of a row.
     """
-    places, bare = _places(sequences), sequences._replace(known={})
-    numbered = bare._replace(tokens=np.arange(len(sequences.tokens), dtype=np.int32))
-    order, settings = np.arange(len(sequences.lengths)), {"packing": "best_fit", "generator": np.random.default_rng(0), "shuffle": False}
-    plan = make_plan(sequences.lengths, batch_size=rows, max_tokens=width, **settings)
-    ids = logps = None
-    for chosen in plan.batches:
-        batch = assemble(bare, plan, chosen, order, width=width)
+    places, ids, logps = _places(sequences), None, None
+    for batch, at in once(sequences, rows=rows, width=width):
         counted = batch.loss_mask > 0
-        at = places[assemble(numbered, plan, chosen, order, width=width).tokens[counted]]
+        at = places[at[counted]]
         found = [np.asarray(x)[counted] for x in look(batch)]
         if ids is None:
             ids, logps = (np.zeros((int(places.max()) + 1, x.shape[-1]), x.dtype) for x in found)
@@ -69,7 +62,7 @@ def write(path: Path, config, said: Mapping[str, tuple[data.Sequences, Said]], *
     """Write what the teacher of a config said of the sequences of each field; the file appears when it is complete."""
     tensors = {f"{field}/{name}": array for field, (_, one) in said.items() for name, array in one._asdict().items()}
     about = {"format": FORMAT, "teacher": json.dumps(_teacher(config)), "parameters": fingerprint}
-    about |= {f"{field}/sha256": _sha256(sequences) for field, (sequences, _) in said.items()}
+    about |= {f"{field}/sha256": sequences.sha256 for field, (sequences, _) in said.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
     save_file({name: np.ascontiguousarray(array) for name, array in tensors.items()}, partial, metadata=about)
@@ -106,7 +99,7 @@ def count(path: str) -> int:
 def _knowing(loader: data.Loader | None, field: str, file: Any, path: str) -> data.Loader | None:
     if loader is None:
         return None
-    if file.metadata().get(f"{field}/sha256") != _sha256(loader.sequences):
+    if file.metadata().get(f"{field}/sha256") != loader.sequences.sha256:
         raise ValueError(
             f"teacher.file: what {path} holds is not of data.{field} as it is now: rows, template, tokenizer or max_tokens are others. "
             "Ask the teacher again with `ftjax teach`."
@@ -137,11 +130,3 @@ def _open(path: str) -> Any:
 
 def _teacher(config) -> dict[str, Any]:
     return {name: config.teacher[name] for name in _TEACHER}
-
-
-def _sha256(sequences: data.Sequences) -> str:
-    digest = hashlib.sha256()
-    for array in (sequences.tokens, sequences.loss_mask, sequences.starts):
-        digest.update(f"{array.dtype}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    return digest.hexdigest()

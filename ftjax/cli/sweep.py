@@ -114,7 +114,7 @@ def best(config: ConfigDict, workdir: epath.Path) -> tuple[build.Loaded, Params]
 def _load(run: Run, members: Sequence[Member]) -> tuple[Cast, Params]:
     """Return the model with the members' methods, and what is trainable before the first step, stacked."""
     config, mesh, terminal = run.config, run.mesh, run.terminal
-    if "divergence" in objective.needs(config).outputs:
+    if objective.taught(config):
         raise ValueError(f"sweep: members of {config.algorithm!r} are not trained side by side yet; train them one after the other.")
     loaded = build.model(config, mesh)
     terminal.say(show.model(loaded, group_tokens=config.model.group_tokens))

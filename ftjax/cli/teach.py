@@ -10,7 +10,6 @@ for another teacher, or where rows, template, tokenizer or max_tokens have chang
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -50,9 +49,8 @@ def main(flags: absl_flags.FlagValues) -> None:
     if flags.top_k > teacher.model.config.vocab_size:
         raise ValueError(f"teach: --top_k={flags.top_k} is more than the {teacher.model.config.vocab_size:,} tokens that there are.")
     print(f"asking {show.model(teacher)}")
-    shards = math.prod(mesh.shape[name] for name in sharding.ROWS)
     model = sharding.on_mesh(teacher.model, mesh)
-    look = jax.jit(partial(scoring.likeliest, model, count=flags.top_k, batch_shards=shards))
+    look = jax.jit(partial(scoring.likeliest, model, count=flags.top_k, batch_shards=sharding.row_parts(mesh)))
     encoder, found = build.encoder(config, tokenizer), {}
     for field in said.FIELDS:
         if not config.data[field]:

@@ -98,9 +98,7 @@ def alone(config) -> ConfigDict:
 
 
 def _wanted(config) -> bool:
-    if "divergence" not in objective.needs(config).outputs:
-        return False
-    return not objective.teacher_block(config).file
+    return objective.taught(config) and not objective.teacher_block(config).file
 
 
 def check_tokens(config, tokenizer: Any, teacher: Loaded) -> None:

@@ -78,7 +78,7 @@ def read(spec: Mapping[str, Any], *, bad_rows: str = "raise", report: Report | N
       bad_rows: "raise", or "skip" and count.
       report: counts.
     """
-    return examples(_opened(spec), **_reading(spec), end_marker=spec.get("end_marker") or "", bad_rows=bad_rows, report=report)
+    return examples(_opened(spec), **_reading(spec), bad_rows=bad_rows, report=report)
 
 
 def load(
@@ -131,8 +131,7 @@ def load(
 
 def read_judged(spec: Mapping[str, Any], wanted: str, *, bad_rows: str = "raise", report: Report | None = None) -> Iterator[Judged]:
     """Yield the judged responses of one source: as `read`, of the formats of `judged.FORMATS`; `wanted` is one of `KINDS`."""
-    end_marker = spec.get("end_marker") or ""
-    return judged_rows(_opened(spec), wanted, **_reading(spec), end_marker=end_marker, bad_rows=bad_rows, report=report)
+    return judged_rows(_opened(spec), wanted, **_reading(spec), bad_rows=bad_rows, report=report)
 
 
 def load_judged(
@@ -179,7 +178,7 @@ def load_judged(
 
 def read_prompts(spec: Mapping[str, Any], *, bad_rows: str = "raise", report: Report | None = None) -> Iterator[Example]:
     """Yield the prompts of one source: as `read`, and rows of a `prompt` alone too."""
-    return prompt_rows(_opened(spec), **_reading(spec), end_marker=spec.get("end_marker") or "", bad_rows=bad_rows, report=report)
+    return prompt_rows(_opened(spec), **_reading(spec), bad_rows=bad_rows, report=report)
 
 
 def load_prompts(
@@ -225,7 +224,7 @@ def _opened(spec: Mapping[str, Any]) -> Source:
 
 
 def _reading(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return {"format": spec.get("format") or "auto", "columns": spec.get("columns")}
+    return {"format": spec.get("format") or "auto", "columns": spec.get("columns"), "end_marker": spec.get("end_marker") or ""}
 
 
 def _weights(sources: Mapping[str, Mapping[str, Any]]) -> tuple[float, ...] | None:

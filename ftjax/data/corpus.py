@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -39,6 +40,20 @@ class Sequences(NamedTuple):
         """int64 `[sequences]`."""
         return np.diff(self.starts)
 
+    @property
+    def sha256(self) -> str:
+        """Of tokens, masks and starts, in which rows, template, tokenizer and cuts all show."""
+        digest = hashlib.sha256()
+        for array in (self.tokens, self.loss_mask, self.starts):
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        return digest.hexdigest()
+
+    def part(self, first: int, last: int) -> Sequences:
+        """Return the sequences from `first` on, before `last`, without what else is known of them."""
+        tokens = slice(self.starts[first], self.starts[last])
+        return Sequences(self.tokens[tokens], self.loss_mask[tokens], self.starts[first : last + 1] - self.starts[first])
+
 
 @dataclasses.dataclass
 class Report:
@@ -62,6 +77,11 @@ class Report:
         self.skipped[reason] += 1
         if len(self.first_errors) < 5:
             self.first_errors.append(message)
+
+    def nothing(self, what: str) -> ValueError:
+        """Return the error that there is nothing to learn from: of so many `what`, and why."""
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in self.skipped.most_common(5)) or "there was none"
+        return ValueError(f"data: of {self.examples:,} {what}: {reasons}. First: {self.first_errors[:1]}")
 
     def __add__(self, other: Report) -> Report:
         return Report(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in dataclasses.fields(self)})
@@ -142,8 +162,7 @@ def encode(
             report.cut_responses += encoded.cut == "response"
             kept.append(encoded)
     if not kept:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in report.skipped.most_common(5)) or "there was none"
-        raise ValueError(f"data: of {report.examples:,} examples no token would be trained: {reasons}. First: {report.first_errors[:1]}")
+        raise report.nothing("examples no token would be trained")
     sequences = Sequences(
         np.concatenate([sequence.tokens for sequence in kept]),
         np.concatenate([sequence.loss_mask for sequence in kept]),

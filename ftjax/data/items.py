@@ -100,8 +100,7 @@ def encode(
                 kept.append(fitting)
                 numbers.append(item.numbers)
     if not kept:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in report.skipped.most_common(5)) or "there was none"
-        raise ValueError(f"data: of {report.examples:,} judged responses none can be used: {reasons}. First: {report.first_errors[:1]}")
+        raise report.nothing("judged responses none can be used")
     sequences = [one for item in kept for one in item]
     tokens, masks = (np.concatenate([getattr(one, name) for one in sequences]) for name in ("tokens", "loss_mask"))
     report.sequences += len(sequences)

@@ -284,3 +284,22 @@ def assemble(sequences: Sequences, plan: Plan, rows: np.ndarray, order: np.ndarr
                 known[name][at, target] = values[source]
             column = target.stop
     return Batch(tokens=tokens, loss_mask=loss_mask, positions=positions, segment_ids=segment_ids, **known)
+
+
+def once(sequences: Sequences, *, rows: int, width: int) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yield batches in which every sequence stands once, several in a row, and which of all tokens stands where, int `[rows, width]`.
+
+    Padding is told from tokens by `segment_ids` alone. What else is known of the tokens is left out.
+
+    Args:
+      sequences: each no longer than `width`.
+      rows: of a batch.
+      width: tokens of a row.
+    """
+    bare, order = sequences._replace(known={}), np.arange(len(sequences.lengths))
+    numbered = bare._replace(tokens=np.arange(len(sequences.tokens), dtype=np.int32))
+    settings = {"packing": "best_fit", "generator": np.random.default_rng(0), "shuffle": False}
+    plan = make_plan(sequences.lengths, batch_size=rows, max_tokens=width, **settings)
+    for chosen in plan.batches:
+        batch, at = (assemble(given, plan, chosen, order, width=width) for given in (bare, numbered))
+        yield batch, at.tokens

@@ -134,8 +134,7 @@ def encode(
         report.tokens += len(tokens)
         kept.append(Prompt(tokens, example))
     if not kept:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in report.skipped.most_common(5)) or "there was none"
-        raise ValueError(f"data: of {report.examples:,} prompts none can be used: {reasons}. First: {report.first_errors[:1]}")
+        raise report.nothing("prompts none can be used")
     return kept
 
 

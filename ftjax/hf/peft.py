@@ -20,7 +20,7 @@ from ftjax.hf.folder import file_tensors, read_json
 from ftjax.hf.lazy import LazyTensor
 from ftjax.hf.peft_config import check, kind_of
 from ftjax.hf.peft_read import leaves_and_options, sort
-from ftjax.hf.peft_write import contents, method_of, model_leaves
+from ftjax.hf.peft_write import contents, model_leaves
 from ftjax.hf.write import Entry, new_folder, write_json, write_safetensors, write_tokenizer
 from ftjax.types import Model, Params, Plan, Transform
 
@@ -57,7 +57,7 @@ class Adapter(NamedTuple):
 
 def exportable(plans: Iterable[Plan]) -> bool:
     """Return whether PEFT has a method among these."""
-    return any(method_of(row) in peft.FORMATS or method_of(row) in peft.SOFT_PROMPTS or token_rows.is_of(row) for row in plans)
+    return any(row.known_as in peft.FORMATS or row.known_as in peft.SOFT_PROMPTS or token_rows.is_of(row) for row in plans)
 
 
 def save_adapter(
@@ -86,7 +86,7 @@ def save_adapter(
       ValueError: the tree holds something for which PEFT's folders have no place; nothing is written.
     """
     plans = tuple(plans)
-    soft = any(method_of(row) in peft.SOFT_PROMPTS for row in plans)
+    soft = any(row.known_as in peft.SOFT_PROMPTS for row in plans)
     config, found = prompts.write(model.config, trainable, plans) if soft else contents(model, trainable, plans, frozen or {})
     config |= {"base_model_name_or_path": base_name or None}
     with new_folder(Path(folder)) as temporary:

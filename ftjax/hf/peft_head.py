@@ -26,7 +26,7 @@ _MODULES = ["classifier", "score"]
 
 def is_of(row: Plan) -> bool:
     """Return whether a rule is of a value head."""
-    return (row.kind or row.method) == KIND
+    return row.known_as == KIND
 
 
 def write(

@@ -42,10 +42,10 @@ def write(config: Config, trainable: Params, plans: Sequence[Plan]) -> tuple[dic
     Raises:
       ValueError: something else was trained too.
     """
-    row = next(row for row in plans if (row.kind or row.method) in peft.SOFT_PROMPTS)
+    row = next(row for row in plans if row.known_as in peft.SOFT_PROMPTS)
     if others := [name for name in trainable if name != row.method]:
         raise ValueError(f"peft: not yet: {row.method!r} and {others[0]!r} in one folder")
-    form = peft.SOFT_PROMPTS[row.kind or row.method]
+    form = peft.SOFT_PROMPTS[row.known_as]
     trained = {path.removeprefix(f"{form.slot}/"): jnp.asarray(x) for path, x in tree.flatten(trainable[row.method]).items()}
     fed = {field: np.asarray(x, np.float32) for field, x in form.feed(trained).items()}
     if form.slot == PREFIX:

@@ -55,7 +55,7 @@ class Rows(NamedTuple):
 
 def is_of(row: Plan) -> bool:
     """Return whether a rule is of trainable tokens."""
-    return (row.kind or row.method) == KIND
+    return row.known_as == KIND
 
 
 def write(trainable: Params, plans: Iterable[Plan], *, beside: str | None, tied: bool) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

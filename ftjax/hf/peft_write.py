@@ -26,7 +26,7 @@ def contents(model: Model, trainable: Params, plans: Sequence[Plan], frozen: Par
     """
     names = {row.method for row in plans if token_rows.is_of(row) or head.is_of(row)}
     others = [row for row in plans if row.method in trainable.keys() - names]
-    form = next((peft.FORMATS[method_of(row)].peft_type for row in others if method_of(row) in peft.FORMATS), None)
+    form = next((peft.FORMATS[row.known_as].peft_type for row in others if row.known_as in peft.FORMATS), None)
     beside = form or (others[0].method if others else None)
     fields, rows = token_rows.write(trainable, plans, beside=beside, tied="lm_head/kernel" not in model_leaves(model))
     if not others and rows:
@@ -42,11 +42,11 @@ def _on_matrices(model: Model, trainable: Params, plans: Sequence[Plan], frozen:
     flat = {name: tree.flatten(branch) for name, branch in trainable.items()}
     rows = [row for row in plans if row.method in trainable]
     full_rows = [row for row in rows if all(path in flat[row.method] for path in row.paths)]
-    adapter_rows = [row for row in rows if row not in full_rows and method_of(row) in peft.FORMATS]
+    adapter_rows = [row for row in rows if row not in full_rows and row.known_as in peft.FORMATS]
     full_paths = [path for row in full_rows for path in row.paths]
     leaves = model_leaves(model)
     _check_exportable(trainable, full_rows, adapter_rows, full_paths, leaves)
-    form, own = peft.FORMATS[method_of(adapter_rows[0])], tree.flatten(frozen.get(adapter_rows[0].method, {}))
+    form, own = peft.FORMATS[adapter_rows[0].known_as], tree.flatten(frozen.get(adapter_rows[0].method, {}))
     untrained = [
         f"{path}/{field}" for row in adapter_rows for path in row.paths for field, tensor in form.tensors.items() if not tensor.trained
     ]
@@ -67,11 +67,6 @@ def _on_matrices(model: Model, trainable: Params, plans: Sequence[Plan], frozen:
     return config, dict(sorted(found.items()))
 
 
-def method_of(row: Plan) -> str:
-    """Return the name in `peft.METHODS` of a rule's method."""
-    return row.kind or row.method
-
-
 def _check_exportable(
     trainable: Params, full_rows: list[Plan], adapter_rows: list[Plan], full_paths: list[str], leaves: Mapping[str, Any]
 ) -> None:
@@ -83,7 +78,7 @@ def _check_exportable(
     if "lm_head/kernel" not in leaves and tensors.EMBEDDING in touched:
         problems.append("not yet: an adapter on an embedding that is tied to the head; export the merged model instead")
     for row in adapter_rows:
-        form = peft.FORMATS[method_of(row)]
+        form = peft.FORMATS[row.known_as]
         if tensors.EMBEDDING in row.paths and not form.embeddings:
             problems.append(f"PEFT has no {form.peft_type} on embeddings")
         for option, value in form.only.items():

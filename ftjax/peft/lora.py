@@ -213,7 +213,7 @@ def _since_start(method: Transform, name: str) -> Transform:
 
 
 def _from_weight(row: Plan) -> bool:
-    return (row.kind or row.method) == "lora" and "init" in row.options
+    return row.known_as == "lora" and "init" in row.options
 
 
 def relative(frozen: Params, trainable: Params, name: str = "lora") -> Params:

@@ -30,7 +30,7 @@ def plain(frozen: Params, trainable: Params, plans: Sequence[Plan]) -> tuple[Par
     """
     joined = {}
     for name, row in {row.method: row for row in plans if row.method in trainable}.items():
-        kind = row.kind or row.method
+        kind = row.known_as
         if kind == "lora" and "init" in row.options:
             if name not in frozen:
                 raise ValueError(f"{name}: it started from the weights, and where is in the frozen tree: pass frozen=frozen.")

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ftjax import models
+from ftjax.rollout.generate import read_prompts
 from ftjax.types import Model, Params
 
 
@@ -73,18 +73,14 @@ class _State(NamedTuple):
 
 @partial(jax.jit, static_argnames=("model", "num_beams", "max_tokens"))
 def _search(model, params, tokens, segment_ids, ends, length_penalty, *, num_beams: int, max_tokens: int) -> Beams:
-    (b, t), w = tokens.shape, num_beams
-    real = segment_ids > 0
-    positions = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
-    activations = jax.eval_shape(lambda: model.apply(params, tokens)[0]).dtype
-    cache = models.init_cache(model.config, b, t + max_tokens, activations)
-    hidden, cache = model.apply(params, tokens, positions=positions, segment_ids=segment_ids, cache=cache)
+    b, w = tokens.shape[0], num_beams
+    hidden, cache = read_prompts(model, params, tokens, segment_ids, room=max_tokens)
     every = jnp.repeat(jnp.arange(b), w)
     # At first all beams of a prompt are one and the same, so only one may be extended.
     sums = jnp.broadcast_to(jnp.where(jnp.arange(w) == 0, 0.0, -jnp.inf)[None], (b, w))
     none = Beams(jnp.zeros((b, w, max_tokens), jnp.int32), jnp.full((b, w), -jnp.inf), jnp.zeros((b, w), jnp.int32))
     first = _State(jnp.zeros((), jnp.int32), _rows(cache, every), hidden[every, -1], none._replace(scores=sums), none)
-    lengths = jnp.sum(real, axis=1, dtype=jnp.int32)[every]
+    lengths = jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32)[every]
 
     def can_improve(state: _State) -> jax.Array:
         reachable = state.going.scores[:, 0] / jnp.maximum(state.step, 1).astype(jnp.float32) ** length_penalty

@@ -7,7 +7,6 @@ waiting prompts packed into rows, lays them into free slots, has all slots conti
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -20,11 +19,12 @@ from ftjax import weights
 from ftjax.peft.mixed import NONE, RowWise
 from ftjax.rollout import packing
 from ftjax.rollout import slots as programs
+from ftjax.rollout.generate import refuse_keys
 from ftjax.rollout.grammar import tabulate
 from ftjax.rollout.prompts import bucket
 from ftjax.rollout.requests import Request, Sample, check, form_of
 from ftjax.rollout.slots import NOTHING, Joining, Read, Written
-from ftjax.sharding import ROWS
+from ftjax.sharding import row_parts
 from ftjax.types import Model, Params
 
 
@@ -78,8 +78,7 @@ class Engine:
 
     def stream(self, params: Params, requests: Sequence[Request]) -> Iterator[tuple[int, Sample]]:
         """Yield `(place, sample)` as samples end, `place` being that in the list which `generate` returns."""
-        if any(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(params)):
-            raise ValueError("engine: the parameters hold a key, so dropout or noise would act: attach(frozen, trainable) without a key.")
+        refuse_keys("engine", params)
         longest = max((len(request.tokens) + request.max_tokens for request in requests), default=1)
         slot_tokens = self.slot_tokens or bucket(longest)
         leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, weights.Weight))
@@ -142,7 +141,7 @@ class _Run:
         """Read some of the prompts that wait."""
         prompts = [self.requests[at].tokens for at in self.waiting]
         adapters = [self.requests[at].adapter for at in self.waiting]
-        lengths, rows = list(map(len, prompts)), 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in ROWS)
+        lengths, rows = list(map(len, prompts)), 1 if self.mesh is None else row_parts(self.mesh)
         columns = packing.width(lengths, rows=rows, limit=self.engine.read_tokens)
         places = packing.place(lengths, adapters, rows=rows, columns=columns)
         owners = {place.row: adapters[place.prompt] for place in places}

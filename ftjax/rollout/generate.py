@@ -115,8 +115,7 @@ def start(
     """Read the prompts and write the first token of each row; the arguments and errors are those of `generate`."""
     if max_tokens < 1:
         raise ValueError(f"generate: max_tokens is at least 1, not {max_tokens}.")
-    if any(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(params)):
-        raise ValueError("generate: the parameters hold a key, so dropout or noise would act: attach(frozen, trainable) without a key.")
+    refuse_keys("generate", params)
     if key is None and sampling.temperature is not None:
         raise ValueError("generate: a temperature other than 0 needs a key; pass key=jax.random.key(seed).")
     key = jax.random.key(0) if key is None else key
@@ -131,14 +130,25 @@ def extend(model: Model, params: Params, state: Decoding, num_tokens: int, *, eo
     return _decode(model, params, state, num_tokens, _ids(eos_ids), sampling)
 
 
+def refuse_keys(who: str, params: Params) -> None:
+    """Refuse parameters in which something random is at work; `who` is asked to generate with them."""
+    if any(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(params)):
+        raise ValueError(f"{who}: the parameters hold a key, so dropout or noise would act: attach(frozen, trainable) without a key.")
+
+
+def read_prompts(model: Model, params: Params, tokens: jax.Array, segment_ids: jax.Array, *, room: int) -> tuple[jax.Array, Cache]:
+    """Return the hidden states `[b, t, d]` of prompts that are padded on the left, and a cache with room for so many tokens more."""
+    b, t = tokens.shape
+    positions = jnp.maximum(jnp.cumsum(segment_ids > 0, axis=1, dtype=jnp.int32) - 1, 0)
+    activations = jax.eval_shape(lambda: model.apply(params, tokens)[0]).dtype
+    cache = models.init_cache(model.config, b, t + room, activations)
+    return model.apply(params, tokens, positions=positions, segment_ids=segment_ids, cache=cache)
+
+
 @partial(jax.jit, static_argnames=("model", "max_tokens"))
 def _prefill(model: Model, params: Params, tokens, segment_ids, key, eos_ids, sampling, *, max_tokens: int) -> Decoding:
-    b, t = tokens.shape
-    real = segment_ids > 0
-    positions = jnp.maximum(jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
-    activations = jax.eval_shape(lambda: model.apply(params, tokens)[0]).dtype
-    cache = models.init_cache(model.config, b, t + max_tokens, activations)
-    hidden, cache = model.apply(params, tokens, positions=positions, segment_ids=segment_ids, cache=cache)
+    b, real = tokens.shape[0], segment_ids > 0
+    hidden, cache = read_prompts(model, params, tokens, segment_ids, room=max_tokens)
     keys = key if key.ndim else jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(b))
     state = Decoding(
         cache=cache,

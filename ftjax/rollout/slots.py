@@ -10,7 +10,6 @@ anywhere else. What a method puts before every row keeps the columns before the 
 from __future__ import annotations
 
 import dataclasses
-import math
 from functools import partial
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ from ftjax.models import virtual
 from ftjax.models.cache import Cache
 from ftjax.peft.mixed import NONE, assign_rows
 from ftjax.rollout.sampling import Sampling, Seen, penalized, sample
-from ftjax.sharding import ROWS
+from ftjax.sharding import ROWS, row_parts
 from ftjax.types import Model, Params, pytree
 
 NOTHING = -1
@@ -284,8 +283,7 @@ def _place(slots: Slots, mesh: Mesh | None) -> Slots:
     """Split the cache over the rows of the mesh, and have the rest on every device."""
     if mesh is None:
         return slots
-    rows = math.prod(mesh.shape[name] for name in ROWS)
-    split = P(None, ROWS) if slots.cache.k.shape[1] % rows == 0 else P()
+    split = P(None, ROWS) if slots.cache.k.shape[1] % row_parts(mesh) == 0 else P()
     where = NamedSharding(mesh, split)
     rest = _replicated(dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, k=None, v=None)), mesh)
     k, v = (jax.lax.with_sharding_constraint(x, where) for x in (slots.cache.k, slots.cache.v))

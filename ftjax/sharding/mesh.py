@@ -56,12 +56,17 @@ def batch_sharding(mesh: Mesh, *, ndim: int = 2, time: bool = True) -> NamedShar
     return NamedSharding(mesh, P(ROWS, *middle, *(["context"] if time else [])))
 
 
+def row_parts(mesh: Mesh) -> int:
+    """Return over how many parts of the mesh the rows of a batch are split."""
+    return math.prod(mesh.shape[name] for name in ROWS)
+
+
 def batch_share(mesh: Mesh) -> tuple[int, int]:
     """Return `(index, count)`: which of how many equal parts of a batch's rows this process has to load.
 
     Processes that hold the same rows (where `tensor` or `context` runs across hosts) have one index.
     """
-    rows = math.prod(mesh.shape[name] for name in ROWS)
+    rows = row_parts(mesh)
     blocks = batch_sharding(mesh, ndim=1, time=False).addressable_devices_indices_map((rows,)).values()
     mine = sorted({block[0].indices(rows)[0] for block in blocks})
     if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
@@ -80,7 +85,7 @@ def shard_batch(batch: Batch, mesh: Mesh) -> Batch:
       ValueError: the rows or tokens do not divide over the mesh.
     """
     count = batch_share(mesh)[1]
-    rows, parts = batch.tokens.shape[0] * count, math.prod(mesh.shape[name] for name in ROWS)
+    rows, parts = batch.tokens.shape[0] * count, row_parts(mesh)
     if rows % parts:
         raise ValueError(f"batch: {rows} rows do not divide over data*fsdp={parts} devices; choose a multiple of {parts}.")
     if batch.tokens.shape[-1] % mesh.shape["context"]:

@@ -105,7 +105,7 @@ def test_a_sampler_that_is_not_the_trainer_is_refused(train, tmp_path, monkeypat
 
     def other(*arguments):
         sample = sampler(*arguments)
-        return lambda params, prompts, keys: sample(jax.tree.map(lambda x: x * 1.1, params), prompts, keys)
+        return lambda params, prompts, keys, **options: sample(jax.tree.map(lambda x: x * 1.1, params), prompts, keys, **options)
 
     monkeypatch.setattr(online.rollouts, "sampler", other)
     assert train(tmp_path, *FEW) == 1
