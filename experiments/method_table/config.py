@@ -39,7 +39,7 @@ def get_config(arg: str = "lora"):
     config[config.methods[-1]].update(METHODS[arg][0])
     config.data.sources.train = base.source("data/sums/train.jsonl")
     config.data.eval_sources.test = base.source("data/sums/test.jsonl")
-    config.data.update({"max_tokens": 512, "batch_size": 2, "template": "none"})
+    config.data.update({"max_tokens": 512, "batch_size": 1, "template": "none"})
     config.optimizer.update({"learning_rate": METHODS[arg][1][0], "warmup_steps": 4})
     config.eval.update({"every_steps": 24, "batches": 0})
     config.eval.generate.update({"examples": 256, "max_tokens": 6, "batch_size": 64})
