@@ -4,8 +4,9 @@ from ftjax.rollout.beam import Beams, beam_search
 from ftjax.rollout.engine import Engine
 from ftjax.rollout.generate import Completion, Decoding, extend, generate, start
 from ftjax.rollout.grammar import Grammar
+from ftjax.rollout.mixture import both, geometric
 from ftjax.rollout.prompts import Encoder, Prompt, bucket, pad
-from ftjax.rollout.requests import Request, Sample
+from ftjax.rollout.requests import Episode, Request, Sample
 from ftjax.rollout.sampling import Draw, Sampling, Seen, sample, settings
 from ftjax.rollout.text import generate_text, stream_text
 
@@ -16,6 +17,7 @@ __all__ = [
     "Draw",
     "Encoder",
     "Engine",
+    "Episode",
     "Grammar",
     "Prompt",
     "Request",
@@ -23,10 +25,12 @@ __all__ = [
     "Sampling",
     "Seen",
     "beam_search",
+    "both",
     "bucket",
     "extend",
     "generate",
     "generate_text",
+    "geometric",
     "pad",
     "sample",
     "settings",
