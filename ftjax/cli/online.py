@@ -106,7 +106,7 @@ class Experiences:
         keys = jax.random.split(key, (len(prompts), per_prompt))
         began = time.perf_counter()
         params = self._actor.method.attach(self._actor.frozen, state.trainable)
-        samples = self._sample(params, [prompt.tokens for prompt in prompts], keys, greedy=greedy)
+        samples = self._sample(params, prompts, keys, greedy=greedy)
         seconds = time.perf_counter() - began
         return self._judged(prompts, samples, seconds, per_prompt=per_prompt)
 

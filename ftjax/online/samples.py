@@ -9,12 +9,13 @@ import jax
 import numpy as np
 
 from ftjax import rollout
+from ftjax.data import Prompt
 from ftjax.rollout import Engine, Request, Sample, Sampling
 from ftjax.types import Batch, Params
 
 Sampler = Callable[..., list[Sample]]
-"""`(params, prompts int [t] each, keys [p, g], *, greedy=False) -> samples`: g to each of p prompts, one prompt after the other; each
-depends on its own prompt and key alone."""
+"""`(params, prompts, keys [p, g], *, greedy=False) -> samples`: g to each of p `data.Prompt`s, one prompt after the other; each depends on
+its own prompt and key alone."""
 
 
 def sampler(engine: Engine, *, max_tokens: int, sampling: Sampling) -> Sampler:
@@ -26,9 +27,10 @@ def sampler(engine: Engine, *, max_tokens: int, sampling: Sampling) -> Sampler:
       sampling: from `rollout.settings`.
     """
 
-    def sample(params: Params, prompts: Sequence[np.ndarray], keys: jax.Array, *, greedy: bool = False) -> list[Sample]:
+    def sample(params: Params, prompts: Sequence[Prompt], keys: jax.Array, *, greedy: bool = False) -> list[Sample]:
         options = {"sampling": Sampling() if greedy else sampling, "num_samples": keys.shape[1]}
-        return engine.generate(params, [Request(prompt, max_tokens, key=key, **options) for prompt, key in zip(prompts, keys, strict=True)])
+        asked = zip(prompts, keys, strict=True)
+        return engine.generate(params, [Request(prompt.tokens, max_tokens, key=key, **options) for prompt, key in asked])
 
     return sample
 
@@ -36,7 +38,8 @@ def sampler(engine: Engine, *, max_tokens: int, sampling: Sampling) -> Sampler:
 def rows(prompts: Sequence[np.ndarray], samples: Sequence[Sample], *, max_tokens: int, mask_truncated: bool = False) -> Batch:
     """Return prompts with their completions as a batch `[n, t]` of NumPy arrays, padded on the right.
 
-    The width is a bucket (`rollout.bucket`) of the longest, so that few programs are compiled.
+    What a policy was told between its turns is there to be read, and counts nowhere. The width is a bucket (`rollout.bucket`) of the
+    longest, so that few programs are compiled.
 
     Args:
       prompts: int `[t]` each, one for each sample.
@@ -53,7 +56,7 @@ def rows(prompts: Sequence[np.ndarray], samples: Sequence[Sample], *, max_tokens
         tokens[row, :end] = np.concatenate([prompt, sample.tokens])
         positions[row, :end] = np.arange(end)
         segment_ids[row, :end] = 1
-        loss_mask[row, begin:end] = sample.finished or not mask_truncated
+        loss_mask[row, begin:end] = sample.drawn & (sample.finished or not mask_truncated)
     batch = Batch(tokens, loss_mask, positions, segment_ids)
     return dataclasses.replace(batch, behavior_logps=laid(batch, [sample.behavior_logps for sample in samples]))
 

@@ -17,10 +17,13 @@ def summary(experience: Experience) -> Metrics:
     """Return the metrics of an experience, as means that add up with those of other experiences.
 
     `reward` (weighted sum) and `rewards/NAME`; `reward_std`, the deviation within a group; `zero_variance`, the share of groups whose
-    samples are all worth the same; `length` in tokens and `finished`, the share that ended by itself; `repetition`, the share of phrases of
-    `NGRAM` tokens that were there before; `sampled_tokens_per_second` and `sampling_seconds`.
+    samples are all worth the same; `length` in tokens that the policy wrote and `finished`, the share that ended by itself; `repetition`,
+    the share of phrases of `NGRAM` tokens that were there before; `sampled_tokens_per_second` and `sampling_seconds`; where an environment
+    answered, `turns` of the policy.
     """
-    lengths = np.asarray([len(sample.tokens) for sample in experience.samples])
+    written = [sample.tokens[sample.drawn] for sample in experience.samples]
+    lengths = np.asarray(list(map(len, written)))
+    turns = [sum(one["role"] == "assistant" for one in sample.episode.messages) for sample in experience.samples if sample.episode]
     deviations = np.asarray([_deviation(group) for group in experience.rewards])
     worth = {f"rewards/{name}": _mean(values) for name, values in experience.each.items()}
     return {
@@ -30,9 +33,10 @@ def summary(experience: Experience) -> Metrics:
         "zero_variance": _mean(np.where(np.isfinite(deviations), ~informative(experience.rewards), np.nan)),
         "length": _mean(lengths),
         "finished": _mean([sample.finished for sample in experience.samples]),
-        "repetition": _mean([repetition(sample.tokens) for sample in experience.samples]),
+        "repetition": _mean(list(map(repetition, written))),
         "sampled_tokens_per_second": _quotient(lengths.sum(), experience.seconds),
         "sampling_seconds": _quotient(experience.seconds, 1.0),
+        **({"turns": _mean(turns)} if turns else {}),
     }
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -42,23 +42,44 @@ class Request:
     """The place of an adapter, -1 for none, where the parameters are those of `peft.stack_adapters`."""
 
 
+class Episode(NamedTuple):
+    """What there is to say beside its tokens of a sample between whose turns an environment spoke."""
+
+    drawn: np.ndarray
+    """bool `[n]`: which tokens the policy wrote; the others are what it was told."""
+    messages: tuple[Mapping[str, Any], ...]
+    """The turns in words, the policy's and what it was told, without the prompt."""
+    reward: float | None
+    """The sum of what the environment gave for each turn; None where it gave nothing."""
+    failure: str = ""
+    """What went wrong in the environment, if anything."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """What was written after a prompt."""
 
     tokens: np.ndarray
-    """int32 `[n]`, the one that ended it included."""
+    """int32 `[n]`, the one that ended it included; of several turns with what was said between them."""
     logps: np.ndarray
-    """float32 `[n]`: under the model at temperature 1, what `scoring.score` says of the same tokens."""
+    """float32 `[n]`: under the model at temperature 1, what `scoring.score` says of the same tokens; 0 where none was drawn."""
     behavior_logps: np.ndarray
-    """float32 `[n]`: under the distribution that was drawn from; 0 for greedy choices."""
+    """float32 `[n]`: under the distribution that was drawn from; 0 for greedy choices, and where none was drawn."""
     reason: str
-    """Why it ended: `"eos"`, `"stop"` (one of the request's texts or tokens) or `"length"`."""
+    """Why it ended: `"eos"`, `"stop"` (one of the request's texts or tokens) or `"length"`; of several turns also `"turns"`, it had no more
+    of them, or `"failure"`, of the environment."""
+    episode: Episode | None = None
+    """Where an environment answered."""
 
     @property
     def finished(self) -> bool:
-        """Whether it ended by itself, and was not cut at `max_tokens`."""
-        return self.reason != "length"
+        """Whether it ended by itself, and was not cut, at `max_tokens` or otherwise."""
+        return self.reason in ("eos", "stop")
+
+    @property
+    def drawn(self) -> np.ndarray:
+        """Bool `[n]`: which tokens the policy wrote."""
+        return np.ones(len(self.tokens), bool) if self.episode is None else self.episode.drawn
 
 
 def check(requests: Sequence[Request], *, slot_tokens: int, mixed: bool, decodes: bool) -> None:

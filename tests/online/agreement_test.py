@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from ftjax import online, rollout, scoring
+from ftjax import data, online, rollout, scoring
 from tests import tiny
 
 PROMPTS = [np.arange(1, 1 + n) for n in (3, 6, 1, 4)]
@@ -25,7 +25,7 @@ def sample(params):
 
     def draw(temperature=1.0, params=params):
         sampler = online.sampler(engine, max_tokens=8, sampling=rollout.settings(temperature=temperature))
-        return online.rows(PROMPTS, sampler(params, PROMPTS, keys), max_tokens=32)
+        return online.rows(PROMPTS, sampler(params, [data.Prompt(tokens, data.Example()) for tokens in PROMPTS], keys), max_tokens=32)
 
     return draw
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from ftjax import losses, online, peft, rollout, scoring, sharding
+from ftjax import data, losses, online, peft, rollout, scoring, sharding
 from ftjax.online import ESTIMATORS, Evidence
 from ftjax.train import init_state, make_train_step
 from tests import tiny
@@ -26,7 +26,8 @@ sample = online.sampler(
 
 def experience(params, key):
     """Samples whose reward is the share of one token among them; the rows of a batch, and the mean reward."""
-    samples = sample(params, ASKED[::SAMPLES], jax.random.split(key, (PROMPTS, SAMPLES)))
+    prompts = [data.Prompt(tokens, data.Example()) for tokens in ASKED[::SAMPLES]]
+    samples = sample(params, prompts, jax.random.split(key, (PROMPTS, SAMPLES)))
     rewards = np.array([np.mean(one.tokens == WANTED) for one in samples], np.float32).reshape(PROMPTS, SAMPLES)
     rows = online.rows(ASKED, samples, max_tokens=16)
     mask = rows.loss_mask.reshape(PROMPTS, SAMPLES, -1)

@@ -1,13 +1,16 @@
 """Samples are functions of prompt and key alone, and lie in rows as a trainer reads them."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from ftjax import online, rollout
+from ftjax import data, online, rollout
 from tests import tiny
 
 PROMPTS = [np.arange(1, 4), np.arange(2, 8), np.array([5]), np.arange(3, 7), np.array([9, 9])]
+ASKED = [data.Prompt(tokens, data.Example()) for tokens in PROMPTS]
 
 
 def sampler(slots: int, **settings) -> online.Sampler:
@@ -27,11 +30,11 @@ def keys():
 
 @pytest.fixture(scope="module")
 def samples(params, keys):
-    return sampler(5)(params, PROMPTS, keys)
+    return sampler(5)(params, ASKED, keys)
 
 
 def test_neither_neighbours_nor_slots_change_a_sample(params, keys, samples):
-    few = sampler(2)(params, PROMPTS, keys)
+    few = sampler(2)(params, ASKED, keys)
     for one, other in zip(samples, few, strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         np.testing.assert_allclose(one.behavior_logps, other.behavior_logps, atol=1e-5)
@@ -42,7 +45,7 @@ def test_neither_neighbours_nor_slots_change_a_sample(params, keys, samples):
 
 
 def test_a_group_has_its_prompt_and_keys_of_its_own(params, keys, samples):
-    pairs = sampler(5)(params, PROMPTS[:2], jax.numpy.concatenate([keys[:2], keys[2:4]], axis=1))
+    pairs = sampler(5)(params, ASKED[:2], jax.numpy.concatenate([keys[:2], keys[2:4]], axis=1))
     assert len(pairs) == 4
     for one, other in zip(pairs[::2], samples[:2], strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
@@ -67,3 +70,15 @@ def test_rows_are_no_wider_than_asked_and_leave_out_what_was_cut(samples):
     batch = online.rows(PROMPTS, samples, max_tokens=12, mask_truncated=True)
     assert batch.tokens.shape == (5, 12)
     assert [bool(row.any()) for row in batch.loss_mask] == [sample.finished for sample in samples]
+
+
+def test_what_a_policy_was_told_is_read_and_counts_nowhere():
+    drawn = np.array([True, True, False, False, False, True])
+    logps = np.where(drawn, -1.0, 0.0).astype(np.float32)
+    sample = rollout.Sample(np.arange(10, 16), logps, logps, "eos", rollout.Episode(drawn, (), None))
+    cut = dataclasses.replace(sample, reason="turns")
+    batch = online.rows([np.array([1, 2]), np.array([3])], [sample, cut], max_tokens=64, mask_truncated=True)
+    np.testing.assert_array_equal(batch.tokens[0, :9], [1, 2, 10, 11, 12, 13, 14, 15, 0])
+    np.testing.assert_array_equal(batch.loss_mask[0, :9], [0, 0, 1, 1, 0, 0, 0, 1, 0])
+    np.testing.assert_array_equal(batch.behavior_logps[0, :9], [0, 0, -1, -1, 0, 0, 0, -1, 0])
+    assert not batch.loss_mask[1].any() and batch.segment_ids[0].sum() == 8
