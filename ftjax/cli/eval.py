@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ftjax import data, losses, peft, scoring
+from ftjax import data, losses, peft, quant, scoring
 from ftjax.cli import build, measure, objective, preferences, pretrained, rollouts, runtime
 from ftjax.cli import config as configs
 from ftjax.train import Score, make_eval_step
@@ -158,6 +158,7 @@ def from_config(flags: absl_flags.FlagValues) -> Setting:
             del config.rollout
     mesh = build.mesh(config)
     loaded = build.model(config, mesh)
+    loaded = loaded._replace(params=quant.for_device(loaded.params, mesh))
     folder = pretrained.only_folder(flags.adapter)
     encoder = build.encoder(config, pretrained.tokenizer(folder, loaded.model, base=loaded.tokenizer))
     loader, _ = build.loader(config, encoder, mesh, held_out=True)

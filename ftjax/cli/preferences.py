@@ -25,7 +25,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ftjax import data, losses, scoring
+from ftjax import data, losses, quant, scoring
 from ftjax.cli import build, measure, objective, pretrained, runtime
 from ftjax.hf import load as hf_load
 from ftjax.train import Score
@@ -90,6 +90,7 @@ def from_config(flags: absl_flags.FlagValues) -> Setting:
         config.data.update({"packing": "none", "bad_rows": "skip"})
     mesh = build.mesh(config)
     loaded = build.model(config, mesh)
+    loaded = loaded._replace(params=quant.for_device(loaded.params, mesh))
     folder = pretrained.only_folder(flags.adapter)
     encoder = build.encoder(config, pretrained.tokenizer(folder, loaded.model, base=loaded.tokenizer))
     loader, reports = build.loader(config, encoder, mesh, held_out=True)

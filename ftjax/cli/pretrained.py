@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
-from ftjax import hub, peft, quant
+from ftjax import hub, peft, quant, sharding
 from ftjax.cli import build, runtime
 from ftjax.hf import adapter as hf_adapter
 from ftjax.hf import architecture
@@ -72,6 +73,7 @@ def load(flags: absl_flags.FlagValues) -> Adapted:
     quantizer = _quantizer(flags.quantize, list(folders.values()))
     change = partial(trained_in, list(folders.values()))
     found = hf_load.load(name, dtype=build.dtype(flags.dtype), change=change, quantizer=quantizer)
+    found = found._replace(params=quant.for_device(found.params, sharding.make_mesh(devices=jax.local_devices()[:1])))
     if set(folders) <= {""}:
         folder = folders.get("")
         params = attach(found.model, found.params, folder)

@@ -27,7 +27,7 @@ from ftjax.data import inspect
 from ftjax.hf import adapter as hf_adapter
 from ftjax.logs.terminal import megabytes
 from ftjax.logs.writers import read_jsonl
-from ftjax.quant import QuantizedWeight
+from ftjax.quant import PackedWeight
 
 
 def machine(mesh: Mesh) -> str:
@@ -42,7 +42,7 @@ def machine(mesh: Mesh) -> str:
 def model(loaded: Loaded, *, group_tokens: int = 0) -> str:
     """Return one line about the model, and one about its attention where that is not the plain one."""
     leaves = tree.flatten(loaded.params).values()
-    forms = sorted({leaf.format if isinstance(leaf, QuantizedWeight) else leaf.dtype.name for leaf in leaves})
+    forms = sorted({leaf.format if isinstance(leaf, PackedWeight) else leaf.dtype.name for leaf in leaves})
     size = f"{logs.parameters(loaded.params):,} parameters in {' and '.join(forms)}, {megabytes(tree.num_bytes(loaded.params))}"
     shape, rope = loaded.model.config, loaded.model.config.rope
     kind = "" if rope.rope_type == "default" else f", {rope.rope_type} RoPE × {rope.factor:g}: context {shape.max_position_embeddings:,}"
@@ -70,7 +70,7 @@ def products(frozen: Any, mesh: Mesh, *, rows: int, dtype: str) -> str:
     Raises:
       ValueError: the config asks for one that cannot; the message names the leaf.
     """
-    packed = {path: leaf for path, leaf in tree.flatten(frozen).items() if isinstance(leaf, QuantizedWeight)}
+    packed = {path: leaf for path, leaf in tree.flatten(frozen).items() if isinstance(leaf, PackedWeight)}
     placed = sharding.leaves_on_mesh(tree.unflatten(packed), mesh) if mesh.size > 1 else tree.unflatten(packed)
     platform = {"gpu": "cuda"}.get(mesh.devices.flat[0].platform, mesh.devices.flat[0].platform)
     found: dict[str, list[str]] = {}

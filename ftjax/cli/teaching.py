@@ -29,6 +29,7 @@ def load(config, mesh: Mesh, student: Loaded) -> Loaded | None:
     if not _wanted(config):
         return None
     teacher = build.model(alone(config), mesh)
+    teacher = teacher._replace(params=quant.for_device(teacher.params, mesh))
     if config.teacher.divergence == "uld":
         return teacher
     check_tokens(config, student.tokenizer, teacher)

@@ -24,7 +24,7 @@ from absl import flags as absl_flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from ftjax import checkpoint, logs, peft, sharding
+from ftjax import checkpoint, logs, peft, quant, sharding
 from ftjax.cli import adapter, beginning, build, measure, objective, online, reference, rollouts, runtime, said, show, sweep, teaching
 from ftjax.cli import config as configs
 from ftjax.cli.hindsight import Actor
@@ -88,7 +88,7 @@ def train(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_c
     with contextlib.closing(run.checkpoints):
         state, memory, start = _resume(run, state)
         meter = logs.Meter(logs.peak_flops(build.dtype(run.config.model.dtype)) * jax.process_count())
-        batch = _batches(run, policy, lessons, meter, start)
+        batch = _batches(run, policy, lessons, meter, memory, start)
         with contextlib.closing(open_writers(run, start)) as writers, contextlib.closing(batch):
             run.terminal.heading("Training")
             quiz = build.quiz(
@@ -134,6 +134,7 @@ def _load(run: Run) -> tuple[Policy, Params, Params | None]:
     loaded = build.model(config, mesh)
     terminal.say(show.model(loaded, group_tokens=config.model.group_tokens))
     method, frozen, trainable = beginning.method(config, loaded, mesh)
+    frozen = quant.for_device(frozen, mesh)
     plans = method.plan(loaded.params)
     anchor = peft.reference(frozen, loaded.params) if objective.asks_once(config) else None
     terminal.heading("What is trained")
@@ -167,12 +168,12 @@ def _resume(run: Run, state: TrainState) -> tuple[TrainState, Memory, int]:
     return state, Memory(**record.memory), record.step
 
 
-def _batches(run: Run, policy: Policy, lessons: Lessons, meter: logs.Meter, start: int) -> Stream | online.Experiences:
+def _batches(run: Run, policy: Policy, lessons: Lessons, meter: logs.Meter, memory: Memory, start: int) -> Stream | online.Experiences:
     """Return where the batches come from: from the data, or from the policy itself."""
     if not rollouts.used(run.config):
         return Stream(lessons.loader.iterate(start))
     actor = Actor(policy.loaded.model, policy.method, policy.frozen)
-    return online.Experiences(run, actor, lessons, start=start, meter=meter)
+    return online.Experiences(run, actor, lessons, start=start, meter=meter, memory=memory)
 
 
 def _loop(

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from ftjax.kernels import int4_matmul
 from ftjax.kernels.int4_matmul import Packed, decode, hopper
-from ftjax.quant.weight import SPECS, NestedScales, QuantizedWeight, packed
+from ftjax.quant.weight import SPECS, NestedScales, PackedWeight, QuantizedWeight, packed
 from ftjax.types import Params, pytree, static
-from ftjax.weights import Weight
 
 
 @pytree
-class HopperWeight(Weight):
+class HopperWeight(PackedWeight):
     """`by_rows()` is the `QuantizedWeight` that it was made of, bit for bit; it multiplies anywhere, and on a Hopper GPU fast."""
 
     codes: jax.Array
@@ -24,24 +22,15 @@ class HopperWeight(Weight):
     zeros: jax.Array | None = None
     format: str = static(default="nf4")
     dtype_name: str = static(default="bfloat16")
+    implementation: str = static(default="auto")
 
     @property
     def shape(self) -> tuple[int, ...]:
         *layers, o, words = self.codes.shape
         return (*layers, 8 * words, o)
 
-    @property
-    def dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.dtype_name)
-
     def materialize(self) -> Float[Array, "*l i o"]:
         return self.by_rows().materialize()
-
-    def dot(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        return int4_matmul.product(x, self._packed(), SPECS[self.format])
-
-    def dot_transposed(self, x: Float[Array, "*b o"]) -> Float[Array, "*b i"]:
-        return int4_matmul.product_transposed(x, self._packed(), SPECS[self.format])
 
     def embed(self, ids: jax.Array) -> jax.Array:
         return self.by_rows().embed(ids)
@@ -49,16 +38,17 @@ class HopperWeight(Weight):
     def by_rows(self) -> QuantizedWeight:
         """Return the matrix as it is on every other device."""
         codes = decode.by_rows(Packed(self.codes, self.codes)).codes
-        return QuantizedWeight(codes, self.scales, self.zeros, self.format, self.dtype_name)
+        return QuantizedWeight(codes, self.scales, self.zeros, self.format, self.dtype_name, self.implementation)
 
     def _packed(self) -> Packed:
         return packed(self.codes, self.scales, self.zeros)
 
 
 def for_hopper(params: Params) -> Params:
-    """Return a tree whose 4-bit matrices are laid out for Hopper's kernels; leaves of other formats and shapes stay as they are.
+    """Return a tree whose 4-bit matrices are laid out for Hopper's kernels.
 
-    Do it once, when the weights are where they run and before adapters ride on them, and not to a table that rows are looked up in.
+    Leaves of other formats and shapes, and those that ask for another implementation, stay as they are. Do it once, when the weights are
+    where they run, and not to a table that rows are looked up in.
 
     Example:
       >>> from ftjax.quant import quantize
@@ -68,12 +58,23 @@ def for_hopper(params: Params) -> Params:
     """
 
     def one(leaf):
-        if not isinstance(leaf, QuantizedWeight) or hopper.unfit_matrix(SPECS[leaf.format], *leaf.shape[-2:], _groups(leaf)):
+        if not isinstance(leaf, QuantizedWeight) or leaf.implementation not in ("auto", "gpu"):
+            return leaf
+        if hopper.unfit_matrix(SPECS[leaf.format], *leaf.shape[-2:], _groups(leaf)):
             return leaf
         codes = decode.by_outputs(Packed(leaf.codes, leaf.codes)).codes
-        return HopperWeight(codes, leaf.scales, leaf.zeros, leaf.format, leaf.dtype_name)
+        return HopperWeight(codes, leaf.scales, leaf.zeros, leaf.format, leaf.dtype_name, leaf.implementation)
 
     return jax.tree.map(one, params, is_leaf=lambda leaf: isinstance(leaf, QuantizedWeight))
+
+
+def for_device(params: Params, mesh: Mesh) -> Params:
+    """Return a tree laid out as the kernels of a mesh read it: for Hopper where that is its one device, otherwise as it is.
+
+    On several devices matrices stay by rows, which their sharding is written for. Until the first tree is let go of, both are there.
+    """
+    alone = mesh.size == 1 and mesh.devices.flat[0].platform == "gpu" and hopper.unfit_device() is None
+    return for_hopper(params) if alone else params
 
 
 def _groups(w: QuantizedWeight) -> int:

@@ -49,45 +49,27 @@ class NestedScales:
         return jnp.swapaxes(numbers * scales + self.mean[..., None, None], -1, -2)
 
 
-@pytree
-class QuantizedWeight(Weight):
-    """A matrix `[..., i, o]` of which only codes and scales exist; `ftjax.kernels.int4_matmul.decode` says what they stand for."""
+class PackedWeight(Weight):
+    """A matrix `[..., i, o]` that is multiplied as it is packed, in one layout of its codes or another."""
 
-    codes: jax.Array
-    """uint8 `[..., i/2, o]`, two 4-bit codes a byte, or int8 `[..., i, o]`."""
-    scales: jax.Array | NestedScales
-    """float32 `[..., n, o]`: of n groups of i/n rows."""
-    zeros: jax.Array | None = None
-    """float32 `[..., n, o]`: the number that stands for zero, of `uint4`."""
-    format: str = static(default="nf4")
+    format: str
     """Of `SPECS`."""
-    dtype_name: str = static(default="bfloat16")
+    dtype_name: str
     """Of what was quantised, and of `materialize`."""
-    implementation: str = static(default="auto")
+    implementation: str
     """Of the products: see `ftjax.kernels.int4_matmul.IMPLEMENTATIONS`."""
-    place: Place | None = static(default=None)
+    place: Place | None = None
     """Where it lies, on a mesh."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        *layers, rows, o = self.codes.shape
-        return (*layers, rows * 8 // self._spec.bits, o)
 
     @property
     def dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype_name)
-
-    def materialize(self) -> Float[Array, "*l i o"]:
-        return int4_matmul.dense(self._spec, self._packed(), self.dtype)
 
     def dot(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         return int4_matmul.product(x, self._packed(), self._spec, implementation=self.implementation, place=self.place)
 
     def dot_transposed(self, x: Float[Array, "*b o"]) -> Float[Array, "*b i"]:
         return int4_matmul.product_transposed(x, self._packed(), self._spec, implementation=self.implementation, place=self.place)
-
-    def on_mesh(self, mesh: Mesh, rows: tuple[str, ...], dense: tuple[Any, ...]) -> QuantizedWeight:
-        return dataclasses.replace(self, place=Place(mesh, rows, *dense[-2:]))
 
     def choice(self, rows: int, dtype: jnp.dtype, platform: str) -> Choice:
         """Return which implementation multiplies so many rows of a dtype on each device of a platform, and why not the others.
@@ -98,6 +80,40 @@ class QuantizedWeight(Weight):
         packed = jax.eval_shape(lambda w: jax.tree.map(lambda array: array.reshape(-1, *array.shape[-2:])[0], w._packed()), self)
         packed = packed if self.place is None else int4_matmul.part(self.place, self._spec, packed)
         return int4_matmul.choice(self._spec, rows, packed, dtype, platform=platform, implementation=self.implementation)
+
+    @property
+    def _spec(self) -> Spec:
+        return SPECS[self.format]
+
+    def _packed(self) -> Packed:
+        raise NotImplementedError
+
+
+@pytree
+class QuantizedWeight(PackedWeight):
+    """A matrix `[..., i, o]` of which only codes and scales exist; `ftjax.kernels.int4_matmul.decode` says what they stand for."""
+
+    codes: jax.Array
+    """uint8 `[..., i/2, o]`, two 4-bit codes a byte, or int8 `[..., i, o]`."""
+    scales: jax.Array | NestedScales
+    """float32 `[..., n, o]`: of n groups of i/n rows."""
+    zeros: jax.Array | None = None
+    """float32 `[..., n, o]`: the number that stands for zero, of `uint4`."""
+    format: str = static(default="nf4")
+    dtype_name: str = static(default="bfloat16")
+    implementation: str = static(default="auto")
+    place: Place | None = static(default=None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *layers, rows, o = self.codes.shape
+        return (*layers, rows * 8 // self._spec.bits, o)
+
+    def materialize(self) -> Float[Array, "*l i o"]:
+        return int4_matmul.dense(self._spec, self._packed(), self.dtype)
+
+    def on_mesh(self, mesh: Mesh, rows: tuple[str, ...], dense: tuple[Any, ...]) -> QuantizedWeight:
+        return dataclasses.replace(self, place=Place(mesh, rows, *dense[-2:]))
 
     def embed(self, ids: jax.Array) -> jax.Array:
         packed, spec, (i, _) = self._packed(), self._spec, self.shape
@@ -117,10 +133,6 @@ class QuantizedWeight(Weight):
     def nested(self) -> bool:
         """Whether its scales are quantised too."""
         return isinstance(self.scales, NestedScales)
-
-    @property
-    def _spec(self) -> Spec:
-        return SPECS[self.format]
 
     def _packed(self) -> Packed:
         return packed(self.codes, self.scales, self.zeros)

@@ -1,5 +1,6 @@
 """A run over a quantised base: it resumes, its adapter finds that base again, and it is merged into the dense one or quantised anew."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from ftjax import quant, tree, weights
+from ftjax import models, quant, tree, weights
 from ftjax.cli import export as cli_export
 from ftjax.cli import main, pretrained
-from ftjax.hf import load
+from ftjax.hf import export, load
+from ftjax.hf.tokenizer import byte_tokenizer
 from ftjax.logs.writers import read_jsonl
 
 UP = "layers/mlp/up_proj/kernel"
@@ -46,6 +48,30 @@ def test_a_run_over_a_packed_base_resumes_bit_for_bit(run, arguments, base, tmp_
     assert all(np.array_equal(one[name], two[name]) for name in one) and any(np.any(one[name]) for name in one if "lora_B" in name)
     losses = [[row["train/loss"] for row in read_jsonl(folder / "metrics.jsonl") if "train/loss" in row] for folder in (run, tmp_path)]
     assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_a_run_over_a_base_laid_out_for_hopper_learns_the_same(arguments, base, tmp_path, monkeypatch, capsys):
+    """On a CPU both layouts are multiplied by the reference, the codes of Hopper's in an order of their own."""
+    model = models.build(dataclasses.replace(models.preset("tiny-llama"), hidden_size=64, intermediate_size=64))
+    wide = tmp_path / "wide"
+    export.export_model(wide, model, jax.jit(model.init)(jax.random.key(1)), byte_tokenizer())
+    base, field, seen = base._replace(folder=wide), "--config.nf4.group=32", []
+    assert main.main(command(arguments, base, tmp_path / "rows", field)) == 0
+
+    def laid_out(params, mesh):
+        assert mesh.size == 1
+        laid = quant.for_hopper(params)
+        seen.extend(leaf for leaf in jax.tree.leaves(laid, is_leaf=lambda leaf: isinstance(leaf, quant.HopperWeight)))
+        return laid
+
+    monkeypatch.setattr(quant, "for_device", laid_out)
+    assert main.main(command(arguments, base, tmp_path / "outputs", field)) == 0
+    assert any(isinstance(leaf, quant.HopperWeight) for leaf in seen)
+    assert "1 packed matrices are multiplied by 'reference'" in capsys.readouterr().out
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("rows", "outputs"))
+    assert all(np.array_equal(one[name], two[name]) for name in one) and any(np.any(one[name]) for name in one if "lora_B" in name)
+    before = loaded(base, tmp_path / "outputs").params
+    assert isinstance(tree.flatten(before)[UP].base, quant.HopperWeight)
 
 
 def test_an_adapter_in_its_workdir_finds_the_base_that_it_was_trained_over(run, base, capsys):

@@ -1,6 +1,8 @@
 """Hopper's kernels: lowered for an H100 on any machine, run by the GPU interpreter of JAX 0.12, and on a GPU where there is one."""
 
+import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from ftjax.kernels import int4_matmul
 from ftjax.kernels.int4_matmul import Packed, decode, hopper, hopper_kernels, hopper_registers, hopper_tiles
 from ftjax.kernels.int4_matmul.hopper_tiles import Tile, forward_bytes, forward_tile, transposed_bytes, transposed_tile
 from ftjax.quant import SPECS, QuantizedWeight, quantize
-from ftjax.quant.hopper import HopperWeight, for_hopper
+from ftjax.quant.hopper import HopperWeight, for_device, for_hopper
 
 FORMATS = ["nf4", "fp4", "int4", "uint4"]
 H100, A100 = (jax.sharding.AbstractDevice(f"NVIDIA {name}", cores, "cuda") for name, cores in (("H100 80GB HBM3", 132), ("A100", 108)))
@@ -149,6 +151,18 @@ def test_a_matrix_laid_out_for_hopper_is_the_same_matrix(format, key):
     np.testing.assert_array_equal(weights.dot(x, laid), weights.dot(x, w))
     np.testing.assert_array_equal(weights.dot_transposed(y, laid), weights.dot_transposed(y, w))
     np.testing.assert_array_equal(weights.embed(jnp.arange(5), laid), weights.embed(jnp.arange(5), w))
+
+
+def test_only_a_single_hopper_gpu_has_its_own_layout(monkeypatch):
+    w = quantize(jnp.ones((64, 64)), "nf4", group=64)
+    mesh = lambda platform, size=1: SimpleNamespace(size=size, devices=np.array([SimpleNamespace(platform=platform)] * size))  # noqa: E731
+    assert for_device(w, mesh("gpu")) is w  # this machine has none
+    monkeypatch.setattr(hopper, "unfit_device", lambda: None)
+    assert isinstance(for_device(w, mesh("gpu")), HopperWeight)
+    assert for_device(w, mesh("cpu")) is w and for_device(w, mesh("gpu", size=2)) is w
+    for implementation, laid in (("gpu", HopperWeight), ("reference", QuantizedWeight)):
+        found = for_device(dataclasses.replace(w, implementation=implementation), mesh("gpu"))
+        assert isinstance(found, laid) and found.implementation == implementation
 
 
 def test_nested_scales_stay_nested():
