@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from ftjax import models, peft, quant, sharding, train, tree, weights
 from ftjax.hf.lazy import LazyTensor
-from ftjax.types import pytree
+from ftjax.types import Batch, pytree
 from tests import toy
 
 CUBE = dict(data=2, fsdp=2, tensor=2)
@@ -281,3 +281,13 @@ def test_a_leaf_that_no_rule_covers_is_named_when_the_model_runs(cube, key):
     without_norms = [rule for rule in sharding.RULES if "norm" not in rule[0]]
     with pytest.raises(ValueError, match="'norm/scale' .* has no rule that fits"):
         sharding.on_mesh(toy.MODEL, cube, without_norms).head(toy.init(key))
+
+
+def test_the_own_rows_of_all_processes_are_the_batch(monkeypatch):
+    batch = Batch(*(np.arange(24).reshape(6, 4) + n for n in range(4)), advantages=np.arange(6.0))
+    parts = []
+    for index in range(3):
+        monkeypatch.setattr("ftjax.sharding.mesh.batch_share", lambda mesh, index=index: (index, 3))
+        parts.append(sharding.own_rows(batch, None))
+    for whole, *own in zip(*map(jax.tree.leaves, (batch, *parts)), strict=True):
+        np.testing.assert_array_equal(np.concatenate(own), whole)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 
 from ftjax import data, rewards
+from ftjax.cli import runtime
 from ftjax.cli.config import plain
 from ftjax.rollout import Sample
 
@@ -43,6 +46,49 @@ def judge(config, *, load: Callable[[str], Callable] = lambda folder: lambda pro
             raise ValueError(f"{error} In a config: judging.on_error='skip'.") from error
 
     return judged
+
+
+def divided(
+    judge: Judge, prompts: Sequence[data.Prompt], texts: Sequence[str], samples: Sequence[Sample], *, per_prompt: int
+) -> rewards.Judged:
+    """Return what a judge says of all samples, which every process of a run has; each asks about its part, and all hear of every part.
+
+    The samples of a prompt stay together, for a reward may compare them.
+
+    Raises:
+      ValueError: the judge raised, in whichever process; it is raised in all of them, so that none waits for another.
+    """
+    if jax.process_count() == 1:
+        return judge(prompts, texts, samples)
+    mine = share(len(prompts) // per_prompt, jax.process_index(), jax.process_count(), per_prompt=per_prompt)
+    parts = runtime.gathered(_heard(partial(judge, prompts[mine], texts[mine], samples[mine]), mine))
+    if errors := [f"in process {process}: {part['error']}" for process, part in enumerate(parts) if "error" in part]:
+        raise ValueError(errors[0])
+    known = [part for part in parts if part]
+    scores = {name: np.concatenate([part["scores"][name] for part in known]) for name in known[0]["scores"]}
+    failures = tuple(rewards.Failure(*failure) for part in known for failure in part["failures"])
+    return rewards.Judged(scores, np.concatenate([part["rewards"] for part in known]), failures)
+
+
+def share(prompts: int, index: int, count: int, *, per_prompt: int) -> slice:
+    """Return which of the rows of so many prompts are those of part `index` of `count`: whole prompts, as evenly as they divide.
+
+    >>> [share(3, index, 2, per_prompt=4) for index in range(2)]
+    [slice(0, 4, None), slice(4, 12, None)]
+    """
+    return slice(prompts * index // count * per_prompt, prompts * (index + 1) // count * per_prompt)
+
+
+def _heard(judge: Callable[[], rewards.Judged], mine: slice) -> dict[str, Any]:
+    """Return what a judge says as plain data; nothing of no samples."""
+    if mine.start == mine.stop:
+        return {}
+    try:
+        judged = judge()
+    except Exception as error:  # for the others to hear; they wait
+        return {"error": str(error) if isinstance(error, ValueError) else repr(error)}
+    failures = [failure._replace(row=failure.row + mine.start) for failure in judged.failures]
+    return {"scores": {name: x.tolist() for name, x in judged.scores.items()}, "rewards": judged.rewards.tolist(), "failures": failures}
 
 
 def columns(prompts: Sequence[data.Prompt]) -> Mapping[str, list[Any]]:

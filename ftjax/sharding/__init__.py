@@ -2,7 +2,7 @@
 
 from ftjax.sharding.gather import Sharded, leaves_on_mesh, on_mesh
 from ftjax.sharding.layout import abstract, init_on_mesh, place, placement
-from ftjax.sharding.mesh import AXES, ROWS, batch_sharding, batch_share, make_mesh, row_parts, shard_batch
+from ftjax.sharding.mesh import AXES, ROWS, batch_sharding, batch_share, make_mesh, own_rows, row_parts, shard_batch, whole
 from ftjax.sharding.rules import REST, RULES, Placed, Row, Rules, placed, report, shardings, state_shardings
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "leaves_on_mesh",
     "make_mesh",
     "on_mesh",
+    "own_rows",
     "place",
     "placed",
     "placement",
@@ -29,4 +30,5 @@ __all__ = [
     "shard_batch",
     "shardings",
     "state_shardings",
+    "whole",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -72,6 +73,22 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
     if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
         raise ValueError(f"mesh: process {jax.process_index()} would hold rows {mine} of {rows}, which are no contiguous part of a batch.")
     return mine[0] // len(mine), rows // len(mine)
+
+
+def own_rows(batch: Batch, mesh: Mesh) -> Batch:
+    """Return this process's rows of a batch that every process has: what `shard_batch` takes."""
+    index, count = batch_share(mesh)
+    own = batch.tokens.shape[0] // count
+    return jax.tree.map(lambda x: x[index * own : (index + 1) * own], batch)
+
+
+def whole(tree: Any) -> Any:
+    """Return arrays that lie on devices of several processes as NumPy arrays, all of them in every process, which all have to ask."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def shard_batch(batch: Batch, mesh: Mesh) -> Batch:

@@ -1,11 +1,16 @@
 """The rewards of a config judge what they are shown, by their weights."""
 
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
 import numpy as np
 import pytest
 
-from ftjax import data, rollout
+from ftjax import data, rewards, rollout
 from ftjax.cli import config as configs
-from ftjax.cli import judging
+from ftjax.cli import judging, runtime
 from tests.cli.rollouts_test import CONFIG
 
 SAMPLES = [rollout.Sample(*[np.arange(n)] * 3, "eos") for n in (1, 4)]
@@ -49,3 +54,76 @@ def test_a_trained_reward_model_is_loaded_from_its_folder_and_shown_the_conversa
 def test_a_reward_that_fails_says_how_to_go_on_without_it():
     with pytest.raises(ValueError, match="'numeric_match' needs 'answer'|judging.on_error='skip'"):
         judge({"target_length": {"target_tokens": "four"}})([prompt("1 + 1?", "2")], ["2"], SAMPLES[:1])
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    """`processes(count, work) -> [work(), …]`: threads that stand for the processes of a run, and hear of each other as those do."""
+    mine = threading.local()
+
+    def run(count, work):
+        barrier, said = threading.Barrier(count, timeout=30), [None] * count
+
+        def gathered(value):
+            said[mine.index] = json.dumps(value)
+            barrier.wait()
+            found = list(map(json.loads, said))
+            barrier.wait()
+            return found
+
+        def begin(index):
+            mine.index = index
+            return work()
+
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+        monkeypatch.setattr(jax, "process_index", lambda: mine.index)
+        monkeypatch.setattr(runtime, "gathered", gathered)
+        with ThreadPoolExecutor(count) as pool:
+            return [found.result() for found in [pool.submit(begin, index) for index in range(count)]]
+
+    return run
+
+
+ASKED = [prompt(f"{n}?", answer=str(n)) for n in range(3) for _ in range(2)]
+TEXTS = ["0", "1", "1", "none", "2", "2"]
+
+
+@pytest.mark.parametrize(("count", "each"), [(1, [3]), (2, [1, 2]), (3, [1, 1, 1]), (4, [0, 1, 1, 1])])
+def test_every_process_judges_whole_prompts_and_hears_of_all(count, each, processes):
+    panel, seen = judge({"numeric_match": 2.0, "target_length": {"target_tokens": 4}}), []
+
+    def counted(prompts, texts, samples):
+        seen.append(len(prompts) // 2)
+        assert [p.asked for p in prompts[::2]] == [p.asked for p in prompts[1::2]]
+        return panel(prompts, texts, samples)
+
+    wanted = panel(ASKED, TEXTS, SAMPLES * 3)
+    found = processes(count, lambda: judging.divided(counted, ASKED, TEXTS, SAMPLES * 3, per_prompt=2))
+    assert sorted(seen) == [n for n in each if n] and len(found) == count
+    for judged in found:
+        np.testing.assert_array_equal(judged.rewards, wanted.rewards)
+        assert judged.scores.keys() == wanted.scores.keys()
+        for name, scores in wanted.scores.items():
+            np.testing.assert_array_equal(judged.scores[name], scores)
+
+
+def test_what_one_process_cannot_judge_is_known_to_all(processes):
+    def lenient(prompts, texts, samples):
+        scores = np.asarray([np.nan if text == "none" else 1.0 for text in texts])
+        failures = tuple(rewards.Failure("r", row, prompts[row].asked, "raised") for row in np.flatnonzero(np.isnan(scores)).tolist())
+        return rewards.Judged({"r": scores}, scores, failures)
+
+    for judged in processes(2, lambda: judging.divided(lenient, ASKED, TEXTS, SAMPLES * 3, per_prompt=2)):
+        assert np.flatnonzero(np.isnan(judged.rewards)).tolist() == [3] and judged.failures == (rewards.Failure("r", 3, "1?", "raised"),)
+
+    def strict(prompts, texts, samples):
+        if "none" in texts:
+            raise ValueError("reward 'r' raised OSError")
+        return lenient(prompts, texts, samples)
+
+    def heard():
+        with pytest.raises(ValueError, match="in process 1: reward 'r' raised OSError"):
+            judging.divided(strict, ASKED, TEXTS, SAMPLES * 3, per_prompt=2)
+        return True
+
+    assert processes(2, heard) == [True, True]

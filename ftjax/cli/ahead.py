@@ -1,0 +1,134 @@
+"""Experiences ahead of the training: each sampled by the weights as they were some experiences before, in a thread beside the steps.
+
+With W(i) for what is trained before experience i is learnt from, and a bound k, experience i is sampled by W(max(0, i - k)): k = 0 is
+on-policy, and nothing runs beside anything. Which weights sample which experience follows from its number alone, never from how fast a
+machine is. So a checkpoint needs no experience that is on its way, only the weights that sample it: it is sampled anew, with the same bits.
+One step off: Noukhovitch et al., 2024, arXiv 2410.18252; several, with a correction: Fu et al., 2025, arXiv 2505.24298.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ftjax.types import Params, TrainState
+
+SAMPLED_BY = "sampled_by"
+"""The name in `TrainState.carried` of a checkpoint under which the past stands."""
+
+Past = tuple[Params, ...]
+"""Before experience i is learnt from: W(i - k), …, W(i - 1), the oldest first; W(0) stands for what was before it."""
+
+_copy = jax.jit(partial(jax.tree.map, jnp.copy))
+
+
+class Ended(Exception):
+    """Nobody waits for the experience any more."""
+
+
+def with_past(state: TrainState, past: Past | None = None, *, bound: int) -> TrainState:
+    """Return what a checkpoint holds of a run: its state, and beside it the weights that sample what is on its way.
+
+    Args:
+      state: concrete, or shapes if the past is given.
+      past: copies of what is trained if None, as before the first step.
+      bound: k; the state as it is where it is 0.
+    """
+    if not bound:
+        return state
+    past = (_copy(state.trainable),) * bound if past is None else past
+    return dataclasses.replace(state, carried={**state.carried, SAMPLED_BY: past})
+
+
+def without_past(state: TrainState) -> tuple[TrainState, Past]:
+    """Return the two parts of what `with_past` made."""
+    carried = dict(state.carried)
+    past = tuple(carried.pop(SAMPLED_BY, ()))
+    return dataclasses.replace(state, carried=carried), past
+
+
+class Ahead:
+    """Samples experiences in their order, as many ahead of the training as the past is long.
+
+    Args:
+      sample: `(trainable, index) -> experience`; what it does on the devices it does inside `at_work`.
+      past: of the first experience that will be asked for, from `without_past`; empty: nothing is sampled ahead.
+      count: the experiences of the whole run; none beyond is sampled.
+    """
+
+    def __init__(self, sample: Callable[[Params, int], Any], past: Past, *, count: int):
+        self.past = past
+        """Those of the next experience that will be asked for."""
+        self._sample, self._count = sample, count
+        self._asked: queue.SimpleQueue[tuple[Future, Params, int] | None] = queue.SimpleQueue()
+        self._waiting: deque[Future] = deque()
+        self._thread: threading.Thread | None = None
+        self._devices, self._ended = threading.Lock(), False
+
+    def __call__(self, trainable: Params, index: int) -> Any:
+        """Return an experience, and have the one sampled that these weights are for.
+
+        Args:
+          trainable: W(index); a copy is taken, so that a step may overwrite it.
+          index: of the experience: one more each time.
+
+        Raises:
+          Exception: what `sample` raised for it.
+        """
+        if not self.past:
+            return self._sample(trainable, index)
+        if self._thread is None:
+            # A daemon: a judge that hangs does not keep the program from ending.
+            self._thread = threading.Thread(target=self._work, name="ahead", daemon=True)
+            self._thread.start()
+            for lead, by in enumerate(self.past):
+                self._ask(by, index + lead)
+        self.past = (*self.past[1:], _copy(trainable))
+        self._ask(self.past[-1], index + len(self.past))
+        return self._waiting.popleft().result()
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Hold the devices, for one sampling at a time.
+
+        Raises:
+          Ended: `close` was called.
+        """
+        with self._devices:
+            self.going()
+            yield
+
+    def going(self) -> None:
+        """Raise `Ended` once `close` was called."""
+        if self._ended:
+            raise Ended
+
+    def close(self) -> None:
+        """End the thread. It is waited for while it is at work on the devices, which the interpreter must not leave behind."""
+        self._ended = True
+        self._asked.put(None)
+        with self._devices:
+            pass
+
+    def _ask(self, by: Params, index: int) -> None:
+        if index < self._count:
+            future: Future = Future()
+            self._waiting.append(future)
+            self._asked.put((future, by, index))
+
+    def _work(self) -> None:
+        for future, by, index in iter(self._asked.get, None):
+            try:
+                future.set_result(self._sample(by, index))
+            except BaseException as error:  # raised where the experience is asked for
+                future.set_exception(error)
