@@ -102,7 +102,8 @@ def judged(algorithm: str = "dpo", **loss) -> ConfigDict:
     config = sft().unlock()
     config.algorithm = algorithm
     config.loss = ConfigDict(loss)
-    config.data.packing = "none" if algorithm == "kto" else "best_fit"  # rows of twice max_tokens, with as many pairs as fit
+    # Rows of twice max_tokens with as many pairs as fit, each prompt once; but KTO crosses prompts, and steps are single responses.
+    config.data.packing = {"kto": "none", "process_reward": "best_fit"}.get(algorithm, "shared")
     config.optimizer.learning_rate = 5e-5
     config.lock()
     for sources in (config.data.sources, config.data.eval_sources):
@@ -274,7 +275,7 @@ def data() -> ConfigDict:
     config.max_tokens = 512  # of a row
     config.batch_size = 8  # rows of an optimiser step
     config.accumulation = 1  # parts that a batch is split into, one after the other
-    config.packing = "best_fit"  # several examples a row; "none": one; "wrapped": all end to end, cut where a row is full
+    config.packing = "best_fit"  # several examples a row; "none": one; "wrapped": all end to end, cut where a row is full; see judged()
     config.shuffle = True
     config.bad_rows = "raise"  # or "skip": count the rows that cannot be read
     config.template = "auto"  # the tokenizer's chat template; or "chatml", "none", or the Jinja text itself

@@ -15,6 +15,8 @@ Params = dict[str, Any]
 Metrics = dict[str, "Mean"]
 TEACHER = "teacher"
 """The branch of the frozen parameters that holds another model's, for `scoring.score_against`; no method sees it."""
+BRANCH = 1 << 20
+"""Segment n + r · BRANCH, r = 1, 2, …, is a continuation of segment n, which it sees as if it stood before it: see `Batch.segment_ids`."""
 VALUE_HEAD = "value_head"
 """The branch of the parameters that makes values of hidden states, `{"kernel": [d, 1], "bias": [1]}`; `peft.value_head` adds it."""
 
@@ -103,7 +105,8 @@ class Batch:
     positions: jax.Array
     """int `[*b, t]`: the index within the segment, for RoPE."""
     segment_ids: jax.Array
-    """int `[*b, t]`: 1, 2, … for the documents packed into a row, 0 for padding."""
+    """int `[*b, t]`: 1, 2, … for the documents packed into a row, 0 for padding. What stands behind a document more than once has segments
+    of its own, n + `BRANCH`, n + 2 · `BRANCH`, … behind document n: they see it and themselves, and their positions go on from it."""
     reference_logps: jax.Array | None = None
     """float `[*b, t]`: what the frozen anchor says of `tokens`, as `Scores.logps`; `losses.with_reference` writes it."""
     behavior_logps: jax.Array | None = None

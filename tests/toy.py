@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax import weights
+from ftjax.kernels.attention import mask
 from ftjax.types import Batch, Model
 
 VOCAB, DIM, LAYERS = 17, 8, 3
@@ -26,8 +27,7 @@ def init(key):
 def apply(params, tokens, *, positions=None, segment_ids=None, cache=None):
     hidden = weights.embed(tokens, params["embed_tokens"]["kernel"])
     time = jnp.arange(tokens.shape[1])
-    past = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (time[None, :, None] >= time[None, None, :])
-    past = past.astype(jnp.float32)
+    past = mask.visible(time[None], time[None], segment_ids, segment_ids, None).astype(jnp.float32)
     past = past / jnp.sum(past, axis=-1, keepdims=True)
 
     def layer(hidden, params):

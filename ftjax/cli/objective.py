@@ -124,12 +124,23 @@ def score(config, model: Model, mesh: Mesh, outputs: tuple[str, ...] | None = No
     options = {"batch_shards": sharding.row_parts(mesh)}
     if needs(config).data == data.ROLLOUTS:
         options |= {"temperature": config.rollout.temperature, "entropy_gradient": bool(config.loss.get("entropy_coef"))}
+    _refuse_near_sight(config, model)
     model = sharding.on_mesh(model, mesh)
     if "divergence" not in outputs:
         return partial(scoring.score, model, **options, outputs=outputs)
     options["outputs"] = tuple(name for name in outputs if name != "divergence")
     other = None if teacher is None else sharding.on_mesh(teacher, mesh)
     return partial(scoring.score_against, model, other, **options, divergence=divergence(config))
+
+
+def _refuse_near_sight(config, model: Model) -> None:
+    """Refuse prompts that stand once where attention counts places of the row: a prompt may lie further back than its positions say."""
+    if not packs(config) or config.data.packing != "shared":
+        return
+    windows = set(model.config.windows)
+    if config.model.group_tokens or (len(windows) == 1 and None not in windows):
+        what = "model.group_tokens" if config.model.group_tokens else f"a model whose every layer sees {windows.pop():,} tokens"
+        raise ValueError(f"data.packing: 'shared' is not for {what}; set it to 'best_fit', where each response has its own prompt.")
 
 
 def teacher_block(config) -> Any:

@@ -155,14 +155,14 @@ def load_judged(
         `[batch_size, t]` with `desirable`; or `STEPS`: `[batch_size, t]` with `labels`, whose `loss_mask` is 1 at the end of each step.
       batch_size: items of a batch over all hosts, or packed rows.
       packing: "none", or "best_fit": rows as wide as all responses of an item may be, with as many items as fit; of what is `COMPARED`, for
-        `losses.unpacked`.
+        `losses.unpacked`. "shared": likewise, and the prompt of an item stands before its responses once (see `types.BRANCH`).
       seed: of the order.
       shuffle: False keeps the order of the rows.
       bad_rows: "raise" at a row that cannot be used, or "skip" and count.
       mismatched: beside single responses, each prompt with the response of another (KTO's baseline).
     """
     if packing == "wrapped":
-        raise ValueError("data: packing is 'wrapped', which cuts sequences; judged responses take 'best_fit' or 'none'.")
+        raise ValueError("data: packing is 'wrapped', which cuts sequences; judged responses take 'shared', 'best_fit' or 'none'.")
     weights = _weights(sources)
     parts, reports = [], {name: Report() for name in sources}
     for name, spec in sources.items():

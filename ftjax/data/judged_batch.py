@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ftjax.data.corpus import Sequences
-from ftjax.types import Batch
+from ftjax.types import BRANCH, Batch
 
 
 class _Row(NamedTuple):
@@ -60,6 +60,17 @@ class Room(NamedTuple):
     """Of a response, from its first trained token on."""
 
 
+def common(sequences: Sequences, responses: int) -> np.ndarray:
+    """Return int64 `[items]`: with how many untrained tokens all responses of an item begin, their prompt."""
+    found = []
+    for item in range(len(sequences.lengths) // responses):
+        rows = [sequences_row(sequences, item * responses + at) for at in range(responses)]
+        size = min(int(np.argmax(row.loss_mask)) for row in rows)
+        same = np.all([row.tokens[:size] == rows[0].tokens[:size] for row in rows], axis=0)
+        found.append(size if same.all() else int(np.argmin(same)))
+    return np.asarray(found, np.int64)
+
+
 def packed_batch(
     sequences: Sequences,
     rows: Sequence[Sequence[int]],
@@ -68,8 +79,11 @@ def packed_batch(
     *,
     width: int,
     room: Room,
+    stems: np.ndarray,
 ) -> Batch:
-    """Return the batch `[rows, width]` of several items a row, each response a document of its own, with `places`.
+    """Return the batch `[rows, width]` of several items a row, with `places`.
+
+    An item is its stem, the first tokens of all its responses, and after it each response without them, as a branch (`types.BRANCH`).
 
     Args:
       sequences: as in `judged_batch`.
@@ -78,6 +92,7 @@ def packed_batch(
       numbers: what is known of each item; in the batch `[rows, items]`.
       width: tokens of a row.
       room: at least what the fullest row of the run needs.
+      stems: int `[items]`: tokens of the stem of each item; 0 where every response has a prompt of its own.
     """
     tokens, positions, segment_ids = (np.zeros((len(rows), width), np.int32) for _ in range(3))
     loss_mask = np.zeros((len(rows), width), np.float32)
@@ -87,15 +102,20 @@ def packed_batch(
     for at, items in enumerate(rows):
         column = 0
         for n, item in enumerate(items):
+            stem = int(stems[item])
             for response in range(responses):
                 row = sequences_row(sequences, item * responses + response)
-                size, first = len(row.tokens), int(np.argmax(row.loss_mask))
+                if response == 0:
+                    where = slice(column, column + stem)
+                    tokens[at, where], positions[at, where], segment_ids[at, where] = row.tokens[:stem], np.arange(stem), n + 1
+                    column += stem
+                size, first = len(row.tokens) - stem, int(np.argmax(row.loss_mask)) - stem
                 where = slice(column, column + size)
-                tokens[at, where], loss_mask[at, where] = row.tokens, row.loss_mask
+                tokens[at, where], loss_mask[at, where] = row.tokens[stem:], row.loss_mask[stem:]
                 for name, values in row.known.items():
-                    of_tokens[name][at, where] = values
+                    of_tokens[name][at, where] = values[stem:]
                 loss_mask[at, column] = 0
-                positions[at, where], segment_ids[at, where] = np.arange(size), n * responses + response + 1
+                positions[at, where], segment_ids[at, where] = np.arange(stem, stem + size), n + 1 + (response + 1) * BRANCH
                 places[at, n, response, : size - first] = np.arange(column + first, column + size)
                 column += size
             for name, values in numbers.items():

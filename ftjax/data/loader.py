@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ftjax.data.corpus import Sequences
-from ftjax.data.judged_batch import Room, judged_batch, packed_batch, padded, sequences_row
+from ftjax.data.judged_batch import Room, common, judged_batch, packed_batch, padded, sequences_row
 from ftjax.data.mixture import Mixture
 from ftjax.data.packing import Plan, make_plan
 from ftjax.types import Batch
@@ -43,6 +43,8 @@ class Loader:
     """`{field of Batch: float32 [items]}`."""
     room: Room | None = None
     """Of packed rows of items."""
+    stems: np.ndarray | None = None
+    """int `[items]`: of packed rows of items, how many tokens stand once for all responses of an item."""
     heard: Sequences | None = None
     """The same texts in a teacher's own tokens."""
     mismatched: bool = False
@@ -75,9 +77,9 @@ class Loader:
 
     @property
     def lengths(self) -> np.ndarray:
-        """int64 `[items]`: tokens of an item: of all its sequences in a packed row, else of the longest."""
+        """int64 `[items]`: tokens of an item: those that it has in a packed row, else of its longest sequence."""
         each = self.sequences.lengths.reshape(-1, self.responses)
-        return each.max(axis=1) if self.room is None else each.sum(axis=1)
+        return each.max(axis=1) if self.stems is None else each.sum(axis=1) - (self.responses - 1) * self.stems
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the items of an epoch `[epoch_size]` in the order in which they are drawn."""
@@ -111,7 +113,8 @@ class Loader:
             return batch if self.heard is None else dataclasses.replace(batch, teacher=self._heard(plan, of_all[mine], order))
         if self.room:
             found = [order[plan.rows.pieces[slice(*plan.rows.starts[[row, row + 1]]), 0]] if row >= 0 else [] for row in of_all[mine]]
-            return packed_batch(self.sequences, found, self.responses, self.numbers, width=width, room=self.room)
+            options = {"width": width, "room": self.room, "stems": self.stems}
+            return packed_batch(self.sequences, found, self.responses, self.numbers, **options)
         items = np.where(of_all < 0, -1, order[plan.rows.pieces[of_all, 0]])
         return judged_batch(self.sequences, items, mine, self.responses, self.numbers, width=width, mismatched=self.mismatched)
 
@@ -226,7 +229,8 @@ def make_loader(
       sequences: all sources, one after the other.
       batch_size: rows of a batch, over all hosts.
       max_tokens: tokens of a row.
-      packing: "best_fit", "none" or "wrapped": see `packing.make_plan`.
+      packing: "best_fit", "none" or "wrapped": see `packing.make_plan`; of judged responses "shared" too, "best_fit" with a prompt once for
+        all responses to it.
       seed: of the order.
       sizes: sequences of each source; all are one source by default.
       weights: the share of each source, or None for all rows of all sources once an epoch.
@@ -241,15 +245,17 @@ def make_loader(
     if sum(sizes) != count:
         raise ValueError(f"data: sizes {sizes} do not add up to {count} sequences")
     judged = responses > 1 or bool(numbers)
-    if judged and packing not in ("none", "best_fit") or mismatched and packing != "none":
+    if judged and packing not in ("none", "best_fit", "shared") or mismatched and packing != "none":
         raise ValueError(f"data: packing is {packing!r}; judged responses {'of this objective ' if mismatched else ''}take 'none'.")
     if batch_size < 1:
         raise ValueError(f"data: batch_size is {batch_size}")
     first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     mixture = Mixture(tuple(sizes), weights, seed, shuffle)
     loader = Loader(sequences, mixture, first, batch_size, max_tokens, packing, buckets, (0, batch_size), responses, numbers)
-    if judged and packing == "best_fit":
-        return _with_room(dataclasses.replace(loader, max_tokens=max_tokens * responses))
+    if judged and packing != "none":
+        # A response's first trained token is predicted by the prompt's last one, which therefore stands before each of them.
+        stems = np.maximum(common(sequences, responses) - 1, 0) if packing == "shared" and responses > 1 else np.zeros(count, np.int64)
+        return _with_room(dataclasses.replace(loader, max_tokens=max_tokens * responses, packing="best_fit", stems=stems))
     return dataclasses.replace(loader, mismatched=mismatched)
 
 
@@ -257,8 +263,7 @@ def _with_room(loader: Loader) -> Loader:
     """Return the loader with packed rows: room for the longest response, and for as many of the shortest items as a row can hold."""
     sequences, starts = loader.sequences, loader.sequences.starts
     firsts = [int(np.argmax(sequences.loss_mask[a:b])) for a, b in zip(starts[:-1], starts[1:], strict=True)]
-    sizes = np.sort(sequences.lengths.reshape(-1, loader.responses).sum(axis=1))
-    items = int(np.searchsorted(np.cumsum(sizes), loader.max_tokens, side="right"))
+    items = int(np.searchsorted(np.cumsum(np.sort(loader.lengths)), loader.max_tokens, side="right"))
     return dataclasses.replace(loader, room=Room(max(1, items), int((sequences.lengths - firsts).max())))
 
 

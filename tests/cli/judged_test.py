@@ -1,5 +1,6 @@
 """Runs on judged responses: what a run and `ftjax inspect` say of them, and the kinds that no config of ours trains."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -9,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from ftjax import logs
-from ftjax.cli import build, main
+from ftjax.cli import build, main, objective
 from ftjax.cli import config as configs
 from ftjax.cli.run import Run, read
 from ftjax.logs.writers import read_jsonl
@@ -54,6 +55,19 @@ def test_pairs_are_shown_as_they_are_trained(tmp_path, capsys):
     assert main.main(["inspect", f"--config={FOLDER / 'dpo_smollm2_hh.py'}:smoke", "--rows=1", "--compile_cache=off"]) == 0
     out = capsys.readouterr().out
     assert "pair 1: chosen" in out and "pair 1: rejected" in out and "pair 2" not in out
+
+
+@pytest.mark.parametrize(("kind", "group_tokens"), [("sliding_attention", 0), ("full_attention", 4)])
+def test_prompts_stand_once_only_where_attention_goes_by_positions(kind, group_tokens):
+    config = configs.load(f"{FOLDER / 'dpo_smollm2_hh.py'}:smoke")
+    model = build.architecture(config)[0]
+    kinds = (kind,) * model.config.num_hidden_layers
+    near = model._replace(config=dataclasses.replace(model.config, sliding_window=8, layer_types=kinds))
+    config.model.group_tokens = group_tokens
+    with pytest.raises(ValueError, match="data.packing: 'shared' is not for .*; set it to 'best_fit'"):
+        objective.score(config, near, build.mesh(config))
+    config.data.packing = "best_fit"
+    objective.score(config, near, build.mesh(config))
 
 
 def test_single_responses_are_shown_with_what_was_judged(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 from ftjax.kernels import attention
 from ftjax.kernels.attention import banded, block
+from ftjax.types import BRANCH
 
 
 def inputs(key, *, b=2, t=200, s=None, h=4, k=2, c=8, dtype=jnp.float32):
@@ -147,6 +148,33 @@ def test_keys_of_everyone_are_seen_by_all_documents(options, key):
     assert_equal(value_and_gradients("blocked_vmap", arrays, ids, **options), expected, 2e-6)
     starts = ids["q_positions"] == 5  # of documents
     assert np.abs(expected["out"] - padded["out"])[starts].min() > 1e-4
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blocked_vmap"])
+def test_branches_see_their_stem_and_not_each_other(implementation, key):
+    """Stems of 60 and 20 tokens in one row, with branches of 50, 40 and 30: the same as each branch behind its own copy of the stem."""
+    sizes = [("stem", 1, 60), ("branch", 1, 50), ("branch", 1, 40), ("stem", 2, 20), ("branch", 2, 30)]
+    arrays, _ = inputs(key, b=1, t=sum(size for *_, size in sizes))
+    segments, positions, copies, trunk, start = [], [], [], [], 0
+    for at, (kind, stem, size) in enumerate(sizes):
+        before = next(size for kind, number, size in sizes if (kind, number) == ("stem", stem)) if kind == "branch" else 0
+        segments += [stem + at * BRANCH if before else stem] * size
+        positions += range(before, before + size)
+        places = list(range(start, start + size))
+        if before:
+            copies.append((trunk + places, places))
+        else:
+            trunk = places
+        start += size
+    ids = [jnp.asarray(x, jnp.int32)[None] for x in (positions, positions, segments, segments)]
+    names = ("q_positions", "kv_positions", "q_segment_ids", "kv_segment_ids")
+    shared = attention.attention(**arrays, **dict(zip(names, ids, strict=True)), scale=0.3, implementation=implementation)
+    for row, branch in copies:
+        alone = {name: x[:, np.asarray(row)] for name, x in arrays.items()}
+        order, ones = jnp.arange(len(row), dtype=jnp.int32)[None], jnp.ones((1, len(row)), jnp.int32)
+        ids = dict(zip(names, (order, order, ones, ones), strict=True))
+        out = attention.attention(**alone, **ids, scale=0.3, implementation=implementation)
+        np.testing.assert_allclose(shared[:, np.asarray(branch)], out[:, -len(branch) :], rtol=0, atol=2e-6)
 
 
 def test_blocks_behind_a_prefix_stop_at_the_diagonal(key):

@@ -9,7 +9,9 @@ import pytest
 
 from ftjax import losses, peft, scoring
 from ftjax.data.corpus import Sequences
+from ftjax.data.judged_batch import common
 from ftjax.data.loader import make_loader
+from ftjax.types import BRANCH
 from tests import toy
 
 SCORE = partial(scoring.score, toy.MODEL, chunk_tokens=8)
@@ -27,15 +29,18 @@ def loader(packing, responses, items=11, *, batch_size):
             masks += [np.zeros(len(prompt), np.uint8), np.ones(len(answer), np.uint8)]
             starts.append(starts[-1] + len(prompt) + len(answer))
     sequences = Sequences(np.concatenate(tokens).astype(np.int32), np.concatenate(masks), np.array(starts))
-    numbers = (
-        {"margins": draw.random(items).astype(np.float32)} if responses == 2 else {"desirable": np.arange(items, dtype=np.float32) % 2}
-    )
+    margins, labels = draw.random(items).astype(np.float32), np.arange(items, dtype=np.float32) % 2
+    numbers = {1: {"desirable": labels}, 2: {"margins": margins}, 3: {}}[responses]
     options = {"packing": packing, "responses": responses, "numbers": numbers, "buckets": 1}
     return make_loader(sequences, batch_size=batch_size, max_tokens=12, **options)
 
 
-@pytest.mark.parametrize(("name", "responses"), [("dpo", 2), ("ipo", 2), ("reward", 2), ("orpo", 2), ("apo_zero_unpaired", 1)])
-def test_packed_equals_unpacked_in_value_and_gradient(name, responses, key):
+CASES = [("dpo", 2, "best_fit"), ("ipo", 2, "best_fit"), ("reward", 2, "best_fit"), ("orpo", 2, "best_fit")]
+SHARED = [("dpo", 2, "shared"), ("reward", 2, "shared"), ("tpo", 3, "shared"), ("apo_zero_unpaired", 1, "shared")]
+
+
+@pytest.mark.parametrize(("name", "responses", "packing"), [*CASES, ("apo_zero_unpaired", 1, "best_fit"), *SHARED])
+def test_packed_equals_unpacked_in_value_and_gradient(name, responses, packing, key):
     frozen, trainable = METHOD.init(key, toy.init(key))
     trainable = jax.tree.map(lambda x: x + 0.1, trainable)
     outputs = ("logps", "values") if name == "reward" else ("logps",)
@@ -52,14 +57,14 @@ def test_packed_equals_unpacked_in_value_and_gradient(name, responses, key):
         return jax.grad(total, has_aux=True)(trainable)
 
     results = []
-    for packing, rows in (("none", 4), ("best_fit", 2)):
-        found = loader(packing, responses, batch_size=rows)
+    for kind, rows in (("none", 4), (packing, 2)):
+        found = loader(kind, responses, batch_size=rows)
         batches = [jax.tree.map(jnp.asarray, batch) for batch in found.epoch()]
         assert len({batch.tokens.shape for batch in batches}) == 1
-        if packing == "best_fit":
+        if kind == packing:
             in_a_row = np.concatenate([(batch.places[:, :, 0] >= 0).any(-1).sum(-1) for batch in batches])
             assert in_a_row.max() > 1 and in_a_row.sum() == 11
-        results.append(jax.tree.map(lambda *xs: sum(xs), *(summed(packing == "best_fit", batch) for batch in batches)))
+        results.append(jax.tree.map(lambda *xs: sum(xs), *(summed(kind == packing, batch) for batch in batches)))
     (gradient, (mean, metrics)), (other, (packed, described)) = results
     assert packed.value() == pytest.approx(mean.value(), rel=1e-5) and float(packed.weight) == 11
     assert {key: mean.value() for key, mean in described.items()} == pytest.approx(
@@ -68,6 +73,27 @@ def test_packed_equals_unpacked_in_value_and_gradient(name, responses, key):
     assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(gradient)) > 1e-3
     for one, two in zip(jax.tree.leaves(other), jax.tree.leaves(gradient), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_responses_share_their_prompt_and_nothing_else():
+    """By hand: prompt 5 6 7 with responses 1 2 and 3, prompt 8 with 4 and 4 4; the prompt's last token stands before each response."""
+    tokens, mask = [5, 6, 7, 1, 2, 5, 6, 7, 3, 8, 4, 8, 4, 4], [0, 0, 0, 1, 1, 0, 0, 0, 1, 0, 1, 0, 1, 1]
+    sequences = Sequences(np.array(tokens, np.int32), np.array(mask, np.uint8), np.array([0, 5, 9, 11, 14]))
+    found = make_loader(sequences, batch_size=1, max_tokens=7, packing="shared", responses=2, shuffle=False)
+    batch, b = found.batch(0), BRANCH
+    assert found.steps_per_epoch == 1
+    assert batch.tokens.tolist() == [[5, 6, 7, 1, 2, 7, 3, 8, 4, 8, 4, 4, 0, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 2, 3, 0, 1, 0, 1, 2, 0, 0]]
+    assert batch.segment_ids.tolist() == [[1, 1, *[1 + b] * 3, *[1 + 2 * b] * 2, *[2 + b] * 2, *[2 + 2 * b] * 3, 0, 0]]
+    assert batch.loss_mask.tolist() == [[0, 0, 0, 1, 1, 0, 1, 0, 1, 0, 1, 1, 0, 0]]
+    assert batch.places.tolist() == [[[[3, 4], [6, -1]], [[8, -1], [10, 11]]]]
+
+
+def test_a_stem_ends_where_prompts_differ():
+    """Responses whose prompts were rendered in different ways share what is the same."""
+    tokens, mask = [5, 6, 7, 1, 5, 9, 7, 3], [0, 0, 0, 1, 0, 0, 0, 1]
+    sequences = Sequences(np.array(tokens, np.int32), np.array(mask, np.uint8), np.array([0, 4, 8]))
+    assert common(sequences, 2).tolist() == [1]
 
 
 def test_a_batch_that_is_not_packed_is_named(key):

@@ -62,13 +62,13 @@ def attention(
     """Return causal attention, `softmax(cap(q kᵀ · scale)) v` over the visible keys, with the softmax in float32.
 
     A query sees a key of its own segment whose position is not later than its own and, with a window, less than `window` before it.
-    Every query also sees the keys of segment `mask.EVERYONE`, by the same rule of positions. Segment 0 is padding: no real token sees it,
-    and its outputs are finite and mean nothing.
+    A query of a segment that branches off another (`types.BRANCH`) sees that one too, and every query the keys of segment `mask.EVERYONE`,
+    by the same rule of positions. Segment 0 is padding: no real token sees it, and its outputs are finite and mean nothing.
 
     The queries must be tokens of the rows that the keys are of, in the same order, query i at key s - t + i or before (a cache has empty
     slots behind it), and positions must rise by at least one along a segment, so that a key later in the row is never visible: blocks of
-    queries then stop at the diagonal. A window given as an int also lets them begin at its start where `t == s`; keys of everyone's further
-    back need it as an array.
+    queries then stop at the diagonal. A window given as an int also lets them begin at its start where `t == s`; keys of everyone's, or of
+    a segment that others branch off, that lie further back in the row need it as an array, and groups want rows without branches.
 
     Args:
       q: `[b, t, h, c]`.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from ftjax.types import BRANCH
+
 MASKED = -2.0e38
 """The score of a key that may not be seen: finite, so that a row in which nothing is visible gives a mean and not NaN."""
 
@@ -15,13 +17,15 @@ EVERYONE = -1
 def visible(
     q_positions: jax.Array, kv_positions: jax.Array, q_segment_ids: jax.Array, kv_segment_ids: jax.Array, window: jax.Array | int | None
 ) -> jax.Array:
-    """Return bool `[*b, t, s]`: same segment or everyone's, not later than the query, and less than `window` positions before it.
+    """Return bool `[*b, t, s]`: of a segment that is seen, not later than the query, and less than `window` positions before it.
+
+    A query sees its own segment, the one that this branches off (`types.BRANCH`), and everyone's.
 
     The window is one for all, or an array `[*b, t]` with one for each query.
     """
     distance = q_positions[..., :, None] - kv_positions[..., None, :]
-    keys = kv_segment_ids[..., None, :]
-    seen = ((q_segment_ids[..., :, None] == keys) | (keys == EVERYONE)) & (distance >= 0)
+    queries, keys = q_segment_ids[..., :, None], kv_segment_ids[..., None, :]
+    seen = ((queries == keys) | (queries & (BRANCH - 1) == keys) | (keys == EVERYONE)) & (distance >= 0)
     if window is None:
         return seen
     return seen & (distance < (window[..., :, None] if jnp.ndim(window) else window))
