@@ -138,8 +138,10 @@ def distilled(divergence: str = "jsd") -> ConfigDict:
 def online(algorithm: str = "grpo", **loss) -> ConfigDict:
     """Learning with LoRA from what the policy writes itself: `algorithm` is a name of `ftjax.losses.LOSSES`, `loss` its options.
 
-    A loss of pairs (`dpo`) learns from the best and the worst sample of each prompt. `rewards` is `{name: weight}` of
-    `ftjax.rewards.REWARDS`, or a block of its options with a `weight`. A step has `data.batch_size` samples, or pairs.
+    A loss of pairs (`dpo`) learns from the best and the worst sample of each prompt, `xpo` and `nash_md` compare each with an opponent's,
+    `rejection_sampling` keeps good ones: `base.online("rejection_sampling")`, `config.rollout.keep_above = 1.0`. `rewards` is
+    `{name: weight}` of `ftjax.rewards.REWARDS`, or a block of its options with a `weight`. A step has `data.batch_size` rows: samples,
+    pairs, or the best of each prompt.
     """
     config = sft().unlock()
     config.algorithm = algorithm
@@ -162,6 +164,7 @@ def rollout() -> ConfigDict:
     config.samples_per_prompt = 8  # an experience is data.batch_size × minibatches samples, so of 1/8 as many prompts
     config.minibatches = 1  # steps that an experience is split into
     config.epochs = 1  # times that it is learnt from
+    config.staleness = 0  # experiences that the sampler may lag behind, in a thread beside the training; above 0 set loss.correction
     config.max_tokens = 256  # of a sample
     config.temperature = 1.0  # of the sampler, and of the policy that is trained
     config.top_k = 0  # 0: all; filters make the sampler another distribution than the trainer's
@@ -172,6 +175,11 @@ def rollout() -> ConfigDict:
     config.gamma = 1.0  # of advantages by values
     config.lam = 0.95
     config.kl_penalty = 0.0  # times the log-ratio to the reference, taken from the reward
+    config.kl_target = 0.0  # nats a sample: the penalty begins as kl_penalty and follows the divergence there; 0: it stays
+    config.kl_horizon = 10_000  # samples; the more, the slower it follows
+    config.mixture = 0.5  # nash_md: the share of the reference in the opponent
+    config.keep = "best"  # rejection_sampling: the best sample of each prompt, or "all" of them, as far as they are good enough
+    config.keep_above = config_dict.placeholder(float)  # what is good enough; empty: whatever it is worth
     config.dynamic_rounds = 0  # of further sampling for prompts whose samples are all worth the same (DAPO)
     config.unfinished_penalty = 0.0  # taken from the reward of a sample that was cut at max_tokens
     config.reward_bounds = config_dict.placeholder(object)  # (low, high) that rewards are cut to, before that penalty; empty: none

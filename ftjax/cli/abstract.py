@@ -80,7 +80,7 @@ def batch(mesh: Mesh, config, *, rows: int | None = None) -> Batch:
         values = mask if rollouts.estimator(config).values else None
         told = {"behavior_logps": mask, "old_logps": old, "old_values": values, "reference_logps": reference}
         return dataclasses.replace(found, **told, **worth)
-    if needs.data == data.LABELLED:
+    if needs.data == data.LABELLED or "desirable" in needs.fields:
         found = dataclasses.replace(found, desirable=of(jnp.float32, *((rows, 1) if packed else (rows,)), time=False))
     return dataclasses.replace(found, mismatched=Batch(ids, mask, ids, ids)) if needs.baseline else found
 

@@ -100,7 +100,7 @@ def check_best_metric(config) -> None:
     row, number = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
     of_items = ("desirable", "baseline", "margins")
     rows = ("tokens", "loss_mask", "positions", "segment_ids", "reference_logps", "labels", *needs(config).fields)
-    batch = Batch(**dict.fromkeys(rows, row), **dict.fromkeys(of_items, number))
+    batch = Batch(**dict.fromkeys(rows, row) | dict.fromkeys(of_items, number))
     scores = Scores(**{name: row for name in _outputs(config)})
     names = ("loss", *jax.eval_shape(loss(config), scores, batch)[1], "perplexity")
     if "rollout" in config:  # judged by what they are worth, and not by the loss of given rows

@@ -53,6 +53,7 @@ LOSSES = {
     "ppo": ppo,
     "nash_md": nash_md,
     "xpo": xpo,
+    "rejection_sampling": sft,  # of the samples that rewards select: see ftjax.online.selection
     # unlearning
     "npo": npo,
     "gradient_difference": gradient_difference,

@@ -68,6 +68,20 @@ def leave_one_out(rewards: jax.Array, counted: jax.Array | None = None) -> jax.A
     return jnp.where(others > 0, counted * (known - baseline), 0)
 
 
+def preferred(rewards: jax.Array, opponents: jax.Array, counted: jax.Array | None = None) -> jax.Array:
+    """Return σ(r - r') - ½, `[p, g]`: how much oftener than not a response beats an opponent's, by the model of Bradley and Terry.
+
+    Nash-MD's p - ½, Munos et al., 2023, arXiv 2312.00886, where a reward stands in for a judge of pairs, as in TRL.
+
+    Args:
+      rewards: `[p, g]`.
+      opponents: `[p, g]`: what the response that each is compared with is worth.
+      counted: `[p, g]`, 1 where there are both; all if None.
+    """
+    counted = _counted(rewards, counted)
+    return counted * (jax.nn.sigmoid(_known(rewards, counted) - _known(opponents, counted)) - 0.5)
+
+
 def optimal_baseline(rewards: jax.Array, lengths: jax.Array, counted: jax.Array | None = None) -> jax.Array:
     """Return r - Σ l r / Σ l over its group, `[p, g]`, l the responses' lengths in tokens: OPO, Hao et al., 2025, arXiv 2505.23585.
 

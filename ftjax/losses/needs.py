@@ -15,8 +15,7 @@ class Needs(NamedTuple):
     data: str = "pairs"
     """"messages": conversations, `[b, t]`; "pairs": a chosen and a rejected response, `[b, 2, t]`; "labelled": single responses with
     `desirable`, `[b, t]`; "triples": a pair and the best known response, `[b, 3, t]`; "steps": solutions with `labels` where `loss_mask`
-    is 1, `[b, t]`; "rollouts": the policy's own responses, `[b, t]`, with `fields`; or another word for what `ftjax train` cannot
-    read yet."""
+    is 1, `[b, t]`; "rollouts": the policy's own responses, `[b, t]`, with `fields`."""
     outputs: tuple[str, ...] = ("logps",)
     """Of `scoring.score`, without which the objective cannot be computed; with "divergence" of `scoring.score_against`."""
     reference: bool = False
@@ -26,7 +25,11 @@ class Needs(NamedTuple):
     running: str = ""
     """The metric whose mean over all steps before it reads as `baseline`."""
     fields: tuple[str, ...] = ()
-    """Of `Batch`, which an estimator of `losses.advantages` writes: "advantages" alone may be `[b]`, all others are `[b, t]`."""
+    """Of `Batch`, which what judges rollouts writes: "desirable" is `[b]`, "advantages" may be, all others are `[b, t]`."""
+    opponent: str = ""
+    """Whose sample each of the policy's is compared with: "reference", or "mixture" of that and the policy; "" for nobody's."""
+    selected: bool = False
+    """Whether it learns from those of the policy's samples that their rewards select."""
 
 
 _ANCHORED = Needs(reference=True)
@@ -44,8 +47,9 @@ NEEDS: Mapping[str, Needs] = {
     "distill": Needs("messages", outputs=("logps", "divergence")),
     **dict.fromkeys(POLICY_LOSSES, Needs("rollouts", fields=("advantages",))),
     "ppo": Needs("rollouts", outputs=("logps", "values"), fields=("advantages", "returns")),
-    "nash_md": Needs("rollouts", reference=True, fields=("advantages",)),
-    "xpo": Needs("responses of the policy and of its reference", reference=True, fields=("desirable",)),
+    "nash_md": Needs("rollouts", reference=True, fields=("advantages",), opponent="mixture"),
+    "xpo": Needs(reference=True, fields=("desirable",), opponent="reference"),
+    "rejection_sampling": Needs("messages", selected=True),
     "npo": Needs("labelled", reference=True),
     "gradient_difference": Needs("labelled"),
 }

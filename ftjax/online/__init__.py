@@ -3,7 +3,9 @@
 from ftjax.online.agreement import Disagreement, check_agreement, disagreement
 from ftjax.online.estimators import ESTIMATORS, Estimator, Evidence, Worth
 from ftjax.online.experience import Experience, filled, informative, minibatch, pairs, shaped, table
+from ftjax.online.opponents import contest, duels
 from ftjax.online.samples import Sampler, laid, rows, sampler
+from ftjax.online.selection import above, best
 from ftjax.online.summary import summary
 
 __all__ = [
@@ -14,8 +16,12 @@ __all__ = [
     "Experience",
     "Sampler",
     "Worth",
+    "above",
+    "best",
     "check_agreement",
+    "contest",
     "disagreement",
+    "duels",
     "filled",
     "informative",
     "laid",

@@ -31,6 +31,8 @@ class Evidence:
     """float `[p]`: what the most likely answer to each prompt is worth."""
     values: jax.Array | None = None
     """float `[p, g, t]`: `Scores.values` of the policy that sampled."""
+    opponents: jax.Array | None = None
+    """float `[p, g]`: what the opponent's sample is worth that each is compared with; where there is none, `counted` is 0."""
 
     @property
     def whole(self) -> jax.Array:
@@ -59,6 +61,8 @@ class Estimator(NamedTuple):
     """Whether it needs the most likely answer of each prompt."""
     values: bool = False
     """Whether it needs values."""
+    opponents: bool = False
+    """Whether it needs opponents."""
 
 
 def group_relative(evidence: Evidence, *, scale: str = "group") -> Worth:
@@ -103,6 +107,11 @@ def plain(evidence: Evidence) -> Worth:
     return {"advantages": jnp.where(evidence.counted > 0, evidence.whole, 0)}
 
 
+def preferred(evidence: Evidence) -> Worth:
+    """Nash-MD's."""
+    return {"advantages": advantages.preferred(evidence.rewards, evidence.opponents, evidence.counted)}
+
+
 ESTIMATORS: Mapping[str, Estimator] = {
     "group_relative": Estimator(group_relative, least=2),
     "group_centred": Estimator(partial(group_relative, scale="none"), least=2),
@@ -114,4 +123,5 @@ ESTIMATORS: Mapping[str, Estimator] = {
     "reinforce_plus_plus_baseline": Estimator(reinforce_plus_plus_baseline, least=2),
     "gae": Estimator(gae, values=True),
     "rewards": Estimator(plain),
+    "preferred": Estimator(preferred, opponents=True),
 }

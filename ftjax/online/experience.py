@@ -31,6 +31,8 @@ class Experience(NamedTuple):
     """float32 `[p, g]`, or `[p, g, t]` where tokens have their own."""
     seconds: float
     """That sampling took."""
+    opponents: Experience | None = None
+    """The samples of somebody else to the same prompts, with which these are compared, each with that in its place."""
 
 
 def shaped(experience: Experience, *, bounds: tuple[float, float] | None = None, unfinished_penalty: float = 0.0) -> np.ndarray:
@@ -119,6 +121,8 @@ def table(experience: Experience) -> list[dict[str, Any]]:
         worth = {"reward": _number(experience.rewards[i, j]), "advantage": _number(advantages[i, j])}
         size = {"length": len(sample.tokens), "finished": sample.finished}
         found.append({"prompt": experience.prompts[i].text, "completion": text, "rewards": each, **worth, **size})
+        if (others := experience.opponents) is not None:
+            found[-1]["opponent"] = {"completion": others.texts[row], "reward": _number(others.rewards[i, j])}
     return found
 
 

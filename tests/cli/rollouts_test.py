@@ -33,7 +33,16 @@ def test_sizes_follow_from_rows_and_minibatches():
         ({"rollout__minibatches": 2, "eval__every_steps": 25}, "eval.every_steps: 25 is no multiple"),
         ({"checkpoint__every_steps": 3, "rollout__epochs": 4, "eval__every_steps": 0}, "checkpoint.every_steps: 3 .* nearest: 4"),
         ({"rollout__samples_per_prompt": 1}, "samples_per_prompt: 'grpo' compares at least 2"),
-        ({"algorithm": "nash_md"}, "the opponents of 'nash_md' are not sampled"),
+        ({"rollout__advantages": "preferred"}, "'preferred' is for what has an opponent .*'grpo' has none: set it to 'auto'"),
+        ({"algorithm": "xpo", "rollout__advantages": "leave_one_out"}, "'xpo' has one: set it to 'auto'"),
+        ({"algorithm": "nash_md", "methods": ("prefix_tuning",)}, "methods: the reference has none of the virtual tokens"),
+        ({"algorithm": "nash_md", "rollout__mixture": 1.5}, "rollout.mixture: the share of the reference is in"),
+        ({"algorithm": "nash_md", "rollout__kl_penalty": 0.1}, "rollout.kl_penalty: .* hold it by loss.beta"),
+        ({"algorithm": "rejection_sampling", "rollout__keep": "al"}, "rollout.keep: there is no 'al'; nearest: 'all'"),
+        ({"algorithm": "rejection_sampling", "rollout__keep": "all"}, "rollout.keep_above: .* nothing is left out"),
+        ({"algorithm": "rejection_sampling", "rollout__samples_per_prompt": 1}, "rollout.keep_above: of 1 samples .* nothing is left out"),
+        ({"rollout__kl_target": 6.0}, "rollout.kl_target: 6.0 nats a sample need a rollout.kl_penalty above 0"),
+        ({"rollout__kl_target": 6.0, "rollout__kl_penalty": 0.1, "rollout__kl_horizon": 9}, "rollout.kl_horizon: at least the 64 samples"),
         ({"algorithm": "ppo"}, "methods: 'ppo' learns the values of states.*add 'value_head', as in methods=\\('lora', 'value_head'\\)"),
         ({"rollout__samples_per_prompt": 7}, "data.batch_size: 64 rows × 1 minibatches are no whole number of prompts with 7"),
         ({"rollout__temperature": 0.0}, "rollout.temperature: above 0"),
@@ -75,6 +84,29 @@ def test_an_entropy_bonus_has_a_gradient_and_the_sampler_s_temperature_is_the_tr
     assert objective.score(found, model, build.mesh(found)).keywords["entropy_gradient"]
 
 
+@pytest.mark.parametrize("name", ["dpo", "xpo", "nash_md", "rejection_sampling"])
+def test_what_compares_or_selects_samples_steps_on_what_becomes_of_them(name):
+    found = configs.load(f"{CONFIG}:smoke")
+    with found.unlocked():
+        found.algorithm, found.loss = name, {}
+    rollouts.check(found)
+    step = abstract.built(found, build.mesh(found))
+    _, metrics = jax.eval_shape(step.train_step, step.state, step.frozen, step.batch)
+    assert {"loss", {"dpo": "rewards/margin", "xpo": "wins", "nash_md": "kl"}.get(name, "nll")} <= set(metrics)
+    assert step.batch.tokens.ndim == 2 + (name in ("dpo", "xpo")) and len(step.batch.tokens) == found.data.batch_size
+
+
+def test_a_row_is_a_sample_or_what_is_chosen_of_those_of_a_prompt():
+    counts = {}
+    for name in ("grpo", "dpo", "xpo", "nash_md", "rejection_sampling"):
+        found = config(algorithm=name, data__batch_size=8, rollout__samples_per_prompt=4, rollout__keep_above=1.0)
+        rollouts.check(found)
+        counts[name] = rollouts.prompts(found), rollouts.samples(found)
+    assert counts == {"grpo": (2, 8), "dpo": (8, 32), "xpo": (2, 8), "nash_md": (2, 8), "rejection_sampling": (8, 32)}
+    found.rollout.keep = "all"
+    assert (rollouts.prompts(found), rollouts.samples(found)) == (2, 8)
+
+
 def test_pairs_are_of_as_many_prompts_as_a_step_has_rows():
     found = config(algorithm="dpo", data__batch_size=4, rollout__minibatches=2, rollout__samples_per_prompt=3)
     found.update({"steps": 100, "checkpoint": {"every_steps": 0}, "eval": {"every_steps": 0}})
@@ -88,8 +120,10 @@ def test_rollouts_and_what_learns_from_them_come_together():
     found = config()
     with found.unlocked():
         del found.rollout
-    with pytest.raises(ValueError, match="'grpo' needs a block config.rollout"):
-        rollouts.check(found)
+    for name in ("grpo", "xpo", "rejection_sampling"):
+        found.algorithm = name
+        with pytest.raises(ValueError, match=f"'{name}' needs a block config.rollout"):
+            rollouts.check(found)
     found.update({"algorithm": "sft", "steps": 101})
     rollouts.check(found)
     assert rollouts.stride(found) == 1

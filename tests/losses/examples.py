@@ -124,6 +124,7 @@ EXAMPLES = {
     ],
     "nash_md": [rollout("nash_md", "nash_md", beta=0.3, differentiable=False)],
     "xpo": pair("xpo", "xpo", alpha=0.1),
+    "rejection_sampling": [example("rejection_sampling", form="rows")],
     "npo": [unpaired("npo")],
     "gradient_difference": [example("gradient_difference", form="rows")],
 }

@@ -25,7 +25,8 @@ def test_an_objective_runs_with_what_it_needs_and_not_without(name):
     each = jax.ShapeDtypeStruct((3,), jnp.float32)
     given = {field: row for field in ("tokens", "loss_mask", "positions", "segment_ids")}
     given |= {"labelled": {"desirable": each}, "steps": {"labels": row}}.get(needs.data, {})
-    written = dict.fromkeys(needs.fields, row) | ({"reference_logps": row} if needs.reference else {})
+    written = {field: each if field == "desirable" else row for field in needs.fields}
+    written |= {"reference_logps": row} if needs.reference else {}
     written |= {"baseline": each} if needs.baseline or needs.running else {}
     scores = Scores(**dict.fromkeys(needs.outputs, row), **({} if "logps" in needs.outputs else {"logps": row}))
     loss, _ = jax.eval_shape(losses.LOSSES[name], scores, Batch(**given, **written))
