@@ -1,13 +1,15 @@
 """AdamW and Lion with moments of eight bits: optax transformations whose state is a quarter of the size.
 
-A moment is kept as the codes of a dynamic 8-bit number and one scale for each 256 of them, and is float32 only while a leaf is updated
-(Dettmers et al. 2021, arXiv:2110.02861). Blocks run along a leaf as it lies in memory, all layers of a stack one after another. Codes have
-the leaf's shape, so on a mesh they lie as the leaf does; the scales are replicated, and a step gathers the moments of one leaf after
-another to find its blocks.
+A moment is kept as the codes of a dynamic 8-bit number and one scale for each 256 of them, and is float32 only while a slab of a leaf is
+updated (Dettmers et al. 2021, arXiv:2110.02861). Blocks run along a leaf as it lies in memory, all layers of a stack one after another.
+Codes have the leaf's shape, so on a mesh they lie as the leaf does; the scales are replicated, and a step gathers the moments of one leaf
+after another to find its blocks.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +21,8 @@ from ftjax.quant import blockwise, codes
 
 MIN_SIZE = 4096
 """Leaves of fewer numbers keep float32 moments, as in bitsandbytes."""
+SLAB = 2**20
+"""About as many numbers are float32 at a time."""
 SIGNED, UNSIGNED = codes.dynamic(), codes.dynamic(signed=False)
 
 
@@ -68,12 +72,14 @@ def scale_by_adam8bit(*, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, 
     def update(updates: Any, state: Adam8bitState, params: Any = None) -> tuple[Any, Adam8bitState]:
         del params
         count = optax.safe_increment(state.count)
-        mu, nu = _read(state.mu, updates, SIGNED), _read(state.nu, updates, UNSIGNED)
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, mu, updates)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * jnp.square(g), nu, updates)
         correct1, correct2 = (1 - b ** count.astype(jnp.float32) for b in (b1, b2))
-        scaled = jax.tree.map(lambda m, v: m / correct1 / (jnp.sqrt(v / correct2) + eps), mu, nu)
-        return scaled, Adam8bitState(count, _write(mu, state.mu, SIGNED), _write(nu, state.nu, UNSIGNED))
+
+        def rule(g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * jnp.square(g)
+            return m / correct1 / (jnp.sqrt(v / correct2) + eps), m, v
+
+        scaled, mu, nu = _by_leaf(rule, updates, (state.mu, SIGNED), (state.nu, UNSIGNED))
+        return scaled, Adam8bitState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
 
@@ -94,10 +100,12 @@ def scale_by_lion8bit(*, b1: float = 0.9, b2: float = 0.99, min_size: int = MIN_
 
     def update(updates: Any, state: Lion8bitState, params: Any = None) -> tuple[Any, Lion8bitState]:
         del params
-        mu = _read(state.mu, updates, SIGNED)
-        signs = jax.tree.map(lambda m, g: jnp.sign(b1 * m + (1 - b1) * g), mu, updates)
-        mu = jax.tree.map(lambda m, g: b2 * m + (1 - b2) * g, mu, updates)
-        return signs, Lion8bitState(_write(mu, state.mu, SIGNED))
+
+        def rule(g: jax.Array, m: jax.Array) -> tuple[jax.Array, ...]:
+            return jnp.sign(b1 * m + (1 - b1) * g), b2 * m + (1 - b2) * g
+
+        signs, mu = _by_leaf(rule, updates, (state.mu, SIGNED))
+        return signs, Lion8bitState(mu)
 
     return optax.GradientTransformation(init, update)
 
@@ -114,16 +122,44 @@ def _zero(params: Any, min_size: int) -> Moment:
     return Moment(jax.tree.map(values, params), jax.tree.map(scales, params))
 
 
-def _write(moment: Any, like: Moment, book: np.ndarray) -> Moment:
-    """Return a tree of float32 numbers with those leaves in eight bits that were so before."""
-    leaves, structure = jax.tree.flatten(moment)
-    packed = structure.flatten_up_to(like.scales)
-    pairs = [(leaf, None) if scales is None else blockwise.pack(leaf, book) for leaf, scales in zip(leaves, packed, strict=True)]
-    return Moment(*(structure.unflatten([pair[n] for pair in pairs]) for n in range(2)))
+Rule = Callable[..., tuple[jax.Array, ...]]
+"""`(gradient, *moments) -> (update, *moments)`, number by number, in float32."""
 
 
-def _read(moment: Moment, like: Any, book: np.ndarray) -> Any:
-    """Return the tree of float32 numbers."""
-    return jax.tree.map(
-        lambda _, values, scales: values if scales is None else blockwise.unpack(values, scales, book), like, moment.values, moment.scales
-    )
+def _by_leaf(rule: Rule, updates: Any, *moments: tuple[Moment, np.ndarray]) -> tuple[Any, ...]:
+    """Return the updates and the moments after a rule; each moment comes with the book of its codes."""
+    leaves, structure = jax.tree.flatten(updates)
+    parts = [[structure.flatten_up_to(part) for part in moment] for moment, _ in moments]
+    books = [book for _, book in moments]
+    found = []
+    for at, g in enumerate(leaves):
+        values, scales = zip(*((part[0][at], part[1][at]) for part in parts), strict=True)
+        if scales[0] is None:
+            update, *after = rule(g, *values)
+            found.append((update, *((moment, None) for moment in after)))
+        else:
+            found.append(_by_slab(rule, books, g, values, scales))
+    updates, *after = zip(*found, strict=True)
+    return structure.unflatten(updates), *(Moment(*(structure.unflatten(part) for part in zip(*one, strict=True))) for one in after)
+
+
+def _by_slab(rule: Rule, books: Sequence[np.ndarray], g: jax.Array, values: Sequence[jax.Array], scales: Sequence[jax.Array]) -> tuple:
+    """Return the update of one leaf and `(codes, scales)` of each of its moments, a slab of whole blocks after another."""
+
+    def slab(parts: tuple) -> tuple:
+        g, values, scales = parts
+        update, *after = rule(g, *map(blockwise.unpack, values, scales, books))
+        return update, *map(blockwise.pack, after, books)
+
+    if (n := _slabs(g.shape)) == 1:
+        return slab((g, values, scales))
+    split = lambda x: x.reshape(n, x.shape[0] // n, *x.shape[1:])  # noqa: E731
+    joined = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+    return jax.tree.map(joined, jax.lax.map(slab, jax.tree.map(split, (g, tuple(values), tuple(scales)))))
+
+
+def _slabs(shape: tuple[int, ...]) -> int:
+    """Return into how many equal parts of whole blocks the first axis of a leaf is split: as many as leave `SLAB` numbers in each."""
+    rows, numbers = shape[0], math.prod(shape)
+    counts = (n for n in range(min(rows, max(1, numbers // SLAB)), 0, -1) if rows % n == 0 and numbers // n % blockwise.BLOCK == 0)
+    return next(counts, 1)
