@@ -1,8 +1,8 @@
 """Run every method: seed 0 of all at each learning rate, then seeds 1 and 2 at the better one. What is there is not done again.
 
 Usage: python -m experiments.method_table.run RUNS [--model MODEL] [METHOD …]
-Each core of this process has a run of its own. A run that was interrupted goes on. The better learning rate is the one with the lower
-held-out loss.
+Each core of this process has a run of its own. A run that was interrupted goes on; one that results.jsonl has is not done again. The better
+learning rate is the one with the lower held-out loss.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import queue
 import subprocess
 import sys
 
+from experiments.method_table import table
 from experiments.method_table.config import METHODS
 from ftjax.logs.writers import read_jsonl
 
@@ -43,6 +44,8 @@ def main() -> None:
 
 def finished(args, cores: queue.Queue[int], method: str, rate: float, seed: int) -> float:
     """Run on a core of its own if need be; return the held-out loss at the end, infinite for a run that failed."""
+    if (row := table.known().get((method, rate, seed))) is not None:
+        return row["loss"]
     workdir = args.runs / f"{method}-{rate:g}-{seed}"
     if not (workdir / "loss.png").exists():
         options = [f"--config.optimizer.learning_rate={rate}", f"--config.seed={seed}", f"--workdir={workdir}"]

@@ -1,6 +1,6 @@
-"""Print the table of the finished runs and draw exact match against what is trained.
+"""Add finished runs to results.jsonl, print the table of all of them and draw exact match against what is trained.
 
-Usage: python -m experiments.method_table.table RUNS [PLOT.png]
+Usage: python -m experiments.method_table.table [RUNS] [PLOT.png]
 """
 
 import json
@@ -9,54 +9,74 @@ import pathlib
 import re
 import statistics
 import sys
+from typing import Any
 
 from experiments.method_table.config import METHODS
 from ftjax.logs.writers import read_jsonl
 
+RESULTS = pathlib.Path(__file__).with_name("results.jsonl")
 # Two-sided 95 % quantiles of Student's t for one and two degrees of freedom.
 STUDENT = {1: 12.7, 2: 4.30}
 
+Row = dict[str, Any]
+
 
 def main() -> None:
-    runs = pathlib.Path(sys.argv[1])
-    rows = [row for method in METHODS if (row := summary(runs, method))]
+    plots = [argument for argument in sys.argv[1:] if argument.endswith(".png")]
+    results = known()
+    for runs in sys.argv[1 : len(sys.argv) - len(plots)]:
+        results |= {(row["method"], row["rate"], row["seed"]): row for row in map(numbers, finished(pathlib.Path(runs)))}
+    RESULTS.write_text("".join(json.dumps(results[key]) + "\n" for key in sorted(results)))
+    rows = [row for method in METHODS if (row := summary(list(results.values()), method))]
     print("| method | learning rate | trained | memory | tokens/s | held-out loss | exact match, % | seeds |")
     print("|---|---|---|---|---|---|---|---|")
-    for row in sorted(rows, key=lambda row: -statistics.mean(row["scores"])):
-        memory, speed, scores = max(row["memory"]), statistics.median(row["speed"]), [100 * score for score in row["scores"]]
+    for row in sorted(rows, key=lambda row: statistics.mean(row["loss"])):
+        memory, speed, scores = max(row["memory"]), statistics.median(row["speed"]), [100 * score for score in row["score"]]
         cells = (f"`{row['method']}`", f"{row['rate']:g}", f"{row['trained']:,}", f"{memory:.2f} GB", f"{speed:.0f}")
-        print("|", " | ".join((*cells, interval(row["losses"], 3), interval(scores, 1), str(len(scores)))), "|")
-    if len(sys.argv) > 2:
-        draw(rows, pathlib.Path(sys.argv[2]))
+        print("|", " | ".join((*cells, interval(row["loss"], 3), interval(scores, 1), str(len(scores)))), "|")
+    for plot in plots:
+        draw(rows, pathlib.Path(plot))
 
 
-def summary(runs: pathlib.Path, method: str) -> dict | None:
-    """Return what the runs of a method at its better learning rate gave; None if there is none."""
-    by_rate: dict[float, list[dict]] = {}
-    for rate in METHODS[method][1]:
-        found = [numbers(path) for path in sorted(runs.glob(f"{method}-{rate:g}-*")) if (path / "loss.png").exists()]
-        if found:
-            by_rate[rate] = found
-    if not by_rate:
-        return None
-    rate = min(by_rate, key=lambda rate: by_rate[rate][0]["losses"])
-    columns = {name: [run[name] for run in by_rate[rate]] for name in ("losses", "scores", "memory", "speed")}
-    return {"method": method, "rate": rate, "trained": by_rate[rate][0]["trained"], **columns}
+def known() -> dict[tuple[str, float, int], Row]:
+    """Return the runs of results.jsonl."""
+    rows = read_jsonl(RESULTS) if RESULTS.exists() else []
+    return {(row["method"], row["rate"], row["seed"]): row for row in rows}
 
 
-def numbers(workdir: pathlib.Path) -> dict:
+def finished(runs: pathlib.Path) -> list[pathlib.Path]:
+    """Return the workdirs of the runs that came to their end."""
+    return sorted(path for path in runs.iterdir() if (path / "loss.png").exists())
+
+
+def numbers(workdir: pathlib.Path) -> Row:
     """Return what one run gave."""
+    method, rate, seed = re.fullmatch(r"(.+?)-([0-9.e-]+)-(\d+)", workdir.name).groups()
     last = {name: row[name] for row in read_jsonl(workdir / "metrics.jsonl") for name in row}
     speeds = [row["train/tokens_per_second"] for row in read_jsonl(workdir / "metrics.jsonl") if "train/tokens_per_second" in row]
     record = json.loads(next((workdir / "checkpoints").glob("*/record.json")).read_text())
     sizes = [re.search(r"\[(.*)\]", leaf)[1] for path, leaf in record["leaves"].items() if "trainable" in path]
     return {
-        "losses": last["eval/loss"],
-        "scores": last["eval/score_after"],
-        "memory": last["train/memory_gb"],
-        "speed": statistics.median(speeds[1:] or speeds),
+        "method": method,
+        "rate": float(rate),
+        "seed": int(seed),
+        "loss": round(last["eval/loss"], 5),
+        "score": last["eval/score_after"],
+        "memory": round(last["train/memory_gb"], 3),
+        "speed": round(statistics.median(speeds[1:] or speeds), 1),
         "trained": sum(math.prod(int(n) for n in size.split(",") if n.strip()) for size in sizes),
     }
+
+
+def summary(results: list[Row], method: str) -> Row | None:
+    """Return what the runs of a method at its better learning rate gave, that of the first seed's lower loss; None if there is none."""
+    mine = [row for row in results if row["method"] == method]
+    if not mine:
+        return None
+    rate = min((row for row in mine if row["seed"] == 0), key=lambda row: row["loss"])["rate"]
+    chosen = [row for row in mine if row["rate"] == rate]
+    columns = {name: [row[name] for row in chosen] for name in ("loss", "score", "memory", "speed")}
+    return {"method": method, "rate": rate, "trained": chosen[0]["trained"], **columns}
 
 
 def interval(values: list[float], digits: int) -> str:
@@ -75,7 +95,7 @@ def draw(rows: list[dict], path: pathlib.Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for row in rows:
-        scores = [100 * score for score in row["scores"]]
+        scores = [100 * score for score in row["score"]]
         mean = statistics.mean(scores)
         axes.errorbar(row["trained"], mean, [[mean - min(scores)], [max(scores) - mean]], fmt="o", capsize=3)
         axes.annotate(row["method"], (row["trained"], mean), textcoords="offset points", xytext=(5, 3), fontsize=7)
