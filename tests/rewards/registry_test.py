@@ -6,7 +6,7 @@ import pytest
 from ftjax import rewards
 from ftjax.rewards import REWARDS, build, judge, sandbox
 
-README = pathlib.Path(__file__).parents[2] / "README.md"
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "online.md"
 
 
 @pytest.mark.parametrize("name", REWARDS)
@@ -20,8 +20,8 @@ def test_every_reward_has_the_signature_of_trl(name):
 
 
 @pytest.mark.parametrize("name", REWARDS)
-def test_every_reward_stands_in_the_readme(name):
-    assert f"`{name}`" in README.read_text(encoding="utf-8")
+def test_every_reward_stands_on_its_page(name):
+    assert f"`{name}`" in PAGE.read_text(encoding="utf-8")
 
 
 def test_a_config_becomes_rewards():
