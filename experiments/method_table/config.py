@@ -28,19 +28,25 @@ METHODS = {
     "prompt_tuning": ({"num_tokens": 32}, (1e-2, 1e-1)),
     "p_tuning": ({"num_tokens": 32}, (1e-3, 3e-3)),
     "prefix_tuning": ({"num_tokens": 32}, (1e-2, 3e-2)),
+    "lora@adamw8bit": ({"rank": 8, "alpha": 16.0}, (1e-3,)),
+    "full@adamw8bit": ({}, (1e-4,)),
 }
-"""`{method: (its options, the learning rates that are tried)}`; about the size of LoRA at rank 8 where the method has the choice."""
+"""`{method: (its options, the learning rates that are tried)}`; about the size of LoRA at rank 8 where the method has the choice.
+
+The last two have another optimiser, at the rate that is the better one with AdamW.
+"""
 
 
 def get_config(arg: str = "lora"):
     config = base.sft()
     config.steps = 24
-    config.methods = tuple(arg.split("+"))
+    methods, _, optimizer = arg.partition("@")
+    config.methods = tuple(methods.split("+"))
     config[config.methods[-1]].update(METHODS[arg][0])
     config.data.sources.train = base.source("data/sums/train.jsonl")
     config.data.eval_sources.test = base.source("data/sums/test.jsonl")
     config.data.update({"max_tokens": 512, "batch_size": 1, "template": "none"})
-    config.optimizer.update({"learning_rate": METHODS[arg][1][0], "warmup_steps": 4})
+    config.optimizer.update({"name": optimizer or "adamw", "learning_rate": METHODS[arg][1][0], "warmup_steps": 4})
     config.eval.update({"every_steps": 24, "batches": 0})
     config.eval.generate.update({"examples": 256, "max_tokens": 6, "batch_size": 64})
     config.checkpoint.update({"every_steps": 0, "keep": 1})

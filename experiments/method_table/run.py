@@ -6,17 +6,12 @@ learning rate is the one with the lower held-out loss.
 """
 
 import argparse
-import concurrent.futures
 import itertools
-import os
 import pathlib
-import queue
-import subprocess
-import sys
 
+from experiments import runs
 from experiments.method_table import table
 from experiments.method_table.config import METHODS
-from ftjax.logs.writers import read_jsonl
 
 HERE = pathlib.Path(__file__).parent
 SEEDS = (0, 1, 2)
@@ -29,37 +24,32 @@ def main() -> None:
     parser.add_argument("--model", default="")
     args = parser.parse_args()
     methods = args.methods or list(METHODS)
-    cores: queue.Queue[int] = queue.Queue()
-    for core in os.sched_getaffinity(0):
-        cores.put(core)
-
-    def losses(runs: list[tuple[str, float, int]]) -> dict[tuple[str, float, int], float]:
-        with concurrent.futures.ThreadPoolExecutor(cores.qsize()) as pool:
-            return dict(zip(runs, pool.map(lambda run: finished(args, cores, *run), runs), strict=True))
-
-    first = losses([(method, rate, SEEDS[0]) for method in methods for rate in METHODS[method][1]])
+    first = losses(args, [(method, rate, SEEDS[0]) for method in methods for rate in METHODS[method][1]])
     better = {method: min(METHODS[method][1], key=lambda rate, method=method: first[method, rate, SEEDS[0]]) for method in methods}
-    losses([(method, better[method], seed) for seed, method in itertools.product(SEEDS[1:], methods)])
+    losses(args, [(method, better[method], seed) for seed, method in itertools.product(SEEDS[1:], methods)])
 
 
-def finished(args, cores: queue.Queue[int], method: str, rate: float, seed: int) -> float:
-    """Run on a core of its own if need be; return the held-out loss at the end, infinite for a run that failed."""
-    if (row := table.known().get((method, rate, seed))) is not None:
-        return row["loss"]
-    workdir = args.runs / f"{method}-{rate:g}-{seed}"
-    if not (workdir / "loss.png").exists():
-        options = [f"--config.optimizer.learning_rate={rate}", f"--config.seed={seed}", f"--workdir={workdir}"]
-        options += [f"--config.model.name={args.model}"] if args.model else []
-        workdir.mkdir(parents=True, exist_ok=True)
-        core = cores.get()
-        with open(workdir / "log.txt", "a") as log:
-            command = [sys.executable, "-m", "ftjax", "train", f"--config={HERE / 'config.py'}:{method}", *options]
-            pinned = {"stdout": log, "stderr": subprocess.STDOUT, "preexec_fn": lambda: os.sched_setaffinity(0, {core})}
-            code = subprocess.run(command, **pinned).returncode
-        cores.put(core)
-        print(f"{workdir.name}: {'done' if code == 0 else f'exit code {code}, see log.txt'}", flush=True)
-    rows = read_jsonl(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
-    return next((row["eval/loss"] for row in reversed(rows) if "eval/loss" in row), float("inf"))
+def losses(args, wanted: list[tuple[str, float, int]]) -> dict[tuple[str, float, int], float]:
+    """Run what is not known yet; return the held-out losses at the end, infinite for a run that failed."""
+    known, new = table.known(), {}
+    for key in wanted:
+        if key not in known:
+            method, rate, seed = key
+            new[key] = args.runs / f"{method}-{rate:g}-{seed}"
+    model = [f"--config.model.name={args.model}"] if args.model else []
+    runs.finish(
+        {
+            workdir: [
+                f"--config={HERE / 'config.py'}:{method}",
+                f"--config.optimizer.learning_rate={rate}",
+                f"--config.seed={seed}",
+                *model,
+            ]
+            for (method, rate, seed), workdir in new.items()
+        }
+    )
+    ended = {key: table.numbers(workdir) for key, workdir in new.items() if (workdir / "loss.png").exists()}
+    return {key: (known | ended).get(key, {"loss": float("inf")})["loss"] for key in wanted}
 
 
 if __name__ == "__main__":
