@@ -27,6 +27,11 @@ from ftjax.rollout.slots import NOTHING, Joining, Read, Written
 from ftjax.sharding import row_parts
 from ftjax.types import Model, Params
 
+NARROWER = 4
+"""By how many times fewer slots the last samples are continued in: each size is a program of its own."""
+WORTH_IT = 32
+"""Tokens of a sample that must be left for that."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
@@ -118,6 +123,7 @@ class _Run:
         self.waiting = sorted(range(len(requests)), key=lambda at: (-requests[at].max_tokens, -len(requests[at].tokens)))
         self.ready: deque[_Wanted] = deque()
         self.begun: dict[int, _Begun] = {}
+        self.size = engine.slots
         self.free = list(range(engine.slots))[::-1]
         self.form = form_of(requests, engine.eos_ids)
         settings = self.form.settings([], engine.slots)
@@ -131,11 +137,12 @@ class _Run:
                 if not self.ready:
                     self._read()
                 self._join()
-            patience = engine.patience if self.waiting or self.ready else engine.slots
+            patience = engine.patience if self.waiting or self.ready else self.size
             self.slots, written = programs.write(
                 engine.model, self.params, self.slots, patience, self.table, impl=self.form.impl, num_tokens=engine.block, mesh=self.mesh
             )
             yield from self._ended(Written(*map(np.asarray, written)))
+            self._narrow()
 
     def _read(self) -> None:
         """Read some of the prompts that wait."""
@@ -179,7 +186,7 @@ class _Run:
 
     def _ended(self, written: Written) -> list[tuple[int, Sample]]:
         """Take in a block, and return what has ended with it."""
-        found, cut = [], np.zeros((self.engine.slots,), bool)
+        found, cut = [], np.zeros((self.size,), bool)
         for slot, begun in list(self.begun.items()):
             fresh = int(np.sum(written.tokens[:, slot] != NOTHING))
             begun.parts.append(tuple(x[:fresh, slot] for x in written))
@@ -192,6 +199,20 @@ class _Run:
         if cut.any():
             self.slots = programs.leave(self.slots, cut)
         return found
+
+    def _narrow(self) -> None:
+        """Go on with a quarter of the slots, as often as they are enough, once nothing waits and there is much left to write."""
+        if self.waiting or self.ready or not self.begun or self.mesh is not None:
+            return
+        left = max(begun.request.max_tokens - sum(len(part[0]) for part in begun.parts) for begun in self.begun.values())
+        size = self.size
+        while len(self.begun) <= size // NARROWER:
+            size //= NARROWER
+        if size == self.size or left < WORTH_IT:
+            return
+        chosen = [*self.begun, *(slot for slot in range(self.size) if slot not in self.begun)][:size]
+        self.slots, self.size = programs.keep(self.slots, np.asarray(chosen, np.int32)), size
+        self.begun = {chosen.index(slot): begun for slot, begun in self.begun.items()}
 
     def _sample(self, begun: _Begun, fresh: int) -> Sample | None:
         """Return the sample if it has ended; `fresh` of its tokens are new."""

@@ -187,6 +187,16 @@ def leave(slots: Slots, ended: jax.Array) -> Slots:
     return dataclasses.replace(slots, live=slots.live & ~ended)
 
 
+@jax.jit
+def keep(slots: Slots, chosen: jax.Array) -> Slots:
+    """Return the slots `chosen` `[m]` alone."""
+    cache = slots.cache
+    rows = {name: getattr(slots, name) for name in ("tokens", "positions", "written", "live", "settings", "seen")}
+    ids = {"positions": cache.positions[chosen], "segment_ids": cache.segment_ids[chosen]}
+    kept = dataclasses.replace(cache, k=cache.k[:, chosen], v=cache.v[:, chosen], **ids)
+    return dataclasses.replace(slots, cache=kept, **jax.tree.map(lambda x: x[chosen], rows))
+
+
 def _step(model: Model, params: Params, slots: Slots, table: jax.Array | None, impl: str) -> tuple[Slots, Written]:
     settings, live = slots.settings, slots.live
     cache = dataclasses.replace(slots.cache, index=slots.cache.virtual + slots.clock % columns(slots))

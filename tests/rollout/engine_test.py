@@ -57,6 +57,22 @@ def test_slots_order_and_neighbours_change_nothing(key):
     assert tokens(engine(slots=5, read_tokens=64, block=3, patience=2).generate(params, requests)) == found
 
 
+def test_the_last_samples_go_on_in_fewer_slots(key, monkeypatch):
+    params, sizes = tiny()[1], []
+    monkeypatch.setattr(
+        programs,
+        "write",
+        lambda *arguments, write_=programs.write, **rest: sizes.append(arguments[2].live.size) or write_(*arguments, **rest),
+    )
+    requests = [Request(row, 40 if n in (2, 5) else 2, sampling=DRAWN, key=key[None]) for n, row in enumerate(prompts(9, 3))]
+    found = tokens(engine(slots=8).generate(params, requests))
+    assert set(sizes) == {8, 2} and sizes == sorted(sizes, reverse=True)
+    assert tokens(engine(slots=3).generate(params, requests)) == found and list(map(len, found)) == [2, 2, 40, 2, 2, 40, 2, 2, 2]
+    sizes.clear()
+    assert len(engine(slots=8).generate(params, [dataclasses.replace(requests[2], max_tokens=9)])) == 1
+    assert set(sizes) == {8}  # too little is left
+
+
 def test_samples_of_a_group_are_those_of_requests_alone(key):
     params = tiny()[1]
     first, second = prompts(2, 5)
