@@ -112,7 +112,10 @@ def judged(algorithm: str = "dpo", **loss) -> ConfigDict:
 
 
 def distilled(divergence: str = "jsd") -> ConfigDict:
-    """Learning from a teacher's distributions, every weight: the student is `config.model`, perhaps with some of the teacher's layers."""
+    """Learning from a teacher's distributions, every weight: the student is `config.model`, perhaps with some of the teacher's layers.
+
+    On-policy (GKD): `config.student.on_policy = 0.5`.
+    """
     config = sft().unlock()
     config.algorithm = "distill"
     config.methods = ("full",)
@@ -128,6 +131,12 @@ def distilled(divergence: str = "jsd") -> ConfigDict:
     config.teacher.beta = 0.5  # of jsd
     config.teacher.temperature = 1.0  # of both
     config.teacher.file = ""  # what `ftjax teach` wrote: then no teacher is loaded, and divergence is "forward_kl"
+    config.student = ConfigDict()
+    config.student.on_policy = 0.0  # GKD's lambda: the share of steps that learn from what the student answers to the prompts of the data
+    config.student.max_tokens = 128  # of such an answer
+    config.student.temperature = 1.0
+    config.student.top_k = 0  # 0: all
+    config.student.top_p = 1.0
     config.checkpoint.best_metric = "divergence"
     config.lock()
     for sources in (config.data.sources, config.data.eval_sources):
@@ -348,6 +357,7 @@ def _shrink(config: ConfigDict, tiny: str) -> None:
     config.model.layers = None if config.model.layers is None else (0,)
     if "teacher" in config:
         config.teacher.update({"preset": tiny, "random": True, "dtype": "float32"})
+        config.student.max_tokens = 8
     config.tokenizer = "bytes"
     config.data.update({"max_tokens": 128, "batch_size": 4, "accumulation": min(2, config.data.accumulation)})
     for sources, split in ((config.data.sources, "train[:64]"), (config.data.eval_sources, "test[:8]")):

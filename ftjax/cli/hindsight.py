@@ -40,7 +40,8 @@ class Scorer:
 
     def __init__(self, run: Run, actor: Actor):
         config, self._run, self._actor = run.config, run, actor
-        self._filtered, self._several = rollouts.filtered(config), rollouts.stride(config) > 1 and not rollouts.paired(config)
+        ratios = not rollouts.paired(config) and not rollouts.selected(config)  # of the policy to itself when it sampled
+        self._filtered, self._several = rollouts.filtered(config), rollouts.stride(config) > 1 and ratios
         self._valued, self._penalised = rollouts.estimator(config).values, bool(config.rollout.kl_penalty)
         self._policies = {
             temperature: rollouts.scorer(config, actor.model, actor.method, run.mesh, temperature=temperature)

@@ -43,6 +43,8 @@ class Memory:
     """What was measured before the first step."""
     first: dict[str, float] = dataclasses.field(default_factory=dict)
     """The first report of the run."""
+    kl_coefs: dict[str, float] = dataclasses.field(default_factory=dict)
+    """`{experience: coefficient}` of an adaptive KL penalty: see `ftjax.cli.leash`."""
     advised: list[str] = dataclasses.field(default_factory=list)
     """The patterns that were pointed out already: each once."""
 
@@ -207,6 +209,9 @@ class Readings:
         memory, most = self._loop.memory, self._loop.config.max_skipped_steps
         if not means["skipped"].total:
             memory.skipped_in_a_row = 0
+            return
+        if not means["tokens"].total:  # as where no sample of an experience was good enough
+            self._loop.terminal.say(f"[yellow]step {step} taught nothing[/]: no token of its batch counts", markup=True)
             return
         memory.skipped += 1
         memory.skipped_in_a_row += 1

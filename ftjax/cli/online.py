@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import numpy as np
 from rich.markup import escape
 
 from ftjax import data, logs, online
-from ftjax.cli import critic, judging, rollouts, show
+from ftjax.cli import critic, judging, opponents, rollouts, show
 from ftjax.cli.hindsight import Actor, Scorer
+from ftjax.cli.leash import Leash
+from ftjax.cli.loop import Memory
 from ftjax.cli.run import Lessons, Run
 from ftjax.rollout import Sample
 from ftjax.types import Batch, Metrics, TrainState
@@ -28,11 +31,13 @@ class Experiences:
     of the seed and the number of the experience, so that a resumed run goes on with the same bits.
     """
 
-    def __init__(self, run: Run, actor: Actor, lessons: Lessons, *, start: int, meter: logs.Meter):
+    def __init__(self, run: Run, actor: Actor, lessons: Lessons, *, start: int, meter: logs.Meter, memory: Memory):
         config = run.config
         self._run, self._actor, self._lessons, self._meter, self._asked = run, actor, lessons, meter, config.rollout
         self._sample = rollouts.sampler(config, actor.model, run.mesh, lessons.encoder)
         self._judge, self._score, self._worth = judging.judge(config, load=critic.load), Scorer(run, actor), rollouts.advantages(config)
+        self._opponent, self._leash = opponents.opponent(config, actor, run.mesh, lessons.encoder), Leash(config, memory.kl_coefs)
+        self._rows_of = rollouts.rows_of(config)
         self._file = logs.Jsonl(run.workdir / ROLLOUTS, resume_step=start)
         self._rows: Batch | None = None
 
@@ -64,27 +69,37 @@ class Experiences:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._run.config.seed), 2), index)
         found = self._answered(state, self._lessons.loader.at(index), key, per_prompt=self._asked.samples_per_prompt)
         told = online.summary(found)  # of what the policy does; what it learns from may be chosen
-        found = self._filled(state, found, key, index)
+        found = self._opposed(state, self._filled(state, found, key, index), key)
         p, g = found.rewards.shape
         options = {"max_tokens": self._run.config.data.max_tokens, "mask_truncated": self._asked.mask_truncated}
-        rows = online.rows([prompt.tokens for prompt in found.prompts for _ in range(g)], found.samples, **options)
+        asked = [prompt.tokens for prompt in found.prompts for _ in range(g)]
+        rows = online.rows(asked, found.samples, **options)
         seen = self._score(state, rows, found.samples)
-        rewards = online.shaped(found, bounds=self._asked.reward_bounds, unfinished_penalty=self._asked.unfinished_penalty)
+        shaped = partial(online.shaped, bounds=self._asked.reward_bounds, unfinished_penalty=self._asked.unfinished_penalty)
+        rewards, opposed = shaped(found), found.opponents and shaped(found.opponents)
         groups = lambda x: None if x is None else x.reshape(p, g, -1)  # noqa: E731
         evidence = online.Evidence(
             rewards=np.nan_to_num(rewards),
-            counted=np.isfinite(rewards).astype(np.float32),
+            counted=(np.isfinite(rewards) & (opposed is None or np.isfinite(opposed))).astype(np.float32),
             mask=groups(rows.loss_mask),
             kl=groups(seen.kl),
-            kl_coef=np.float32(self._asked.kl_penalty),
+            kl_coef=np.float32(self._leash.coef(index)),
             greedy=self._greedy(state, found.prompts, key),
             values=groups(seen.rows.old_values),
+            opponents=None if opposed is None else np.nan_to_num(opposed),
         )
         worth = jax.device_get(self._worth(evidence))
         self._show(found._replace(advantages=worth["advantages"]), done)
         told |= seen.metrics
+        if self._asked.kl_penalty:
+            told |= self._leash.follow(index, seen.kl.sum(axis=1))
+        if found.opponents is not None:
+            told |= online.contest(found)
+        if self._rows_of is not None:
+            rows = self._rows_of(rows, np.where(np.isfinite(rewards), np.asarray(evidence.whole), np.nan))
+            return rows, told | {"kept": online.kept(rows)}
         if rollouts.paired(self._run.config):
-            return online.pairs(rows, rewards), told
+            return online.duels(rows, online.rows(asked, found.opponents.samples, **options), rewards, opposed), told
         fields = {name: x.reshape(p * g, *x.shape[2:]) for name, x in worth.items()}
         return dataclasses.replace(seen.rows, **fields), told
 
@@ -98,6 +113,16 @@ class Experiences:
             more = self._answered(state, others, jax.random.fold_in(key, round), per_prompt=self._asked.samples_per_prompt)
             found = online.filled(found, more)
         return found
+
+    def _opposed(self, state: TrainState, found: online.Experience, key: jax.Array) -> online.Experience:
+        """Return the experience with what the opponent wrote to its prompts, where there is one."""
+        if self._opponent is None:
+            return found
+        keys = jax.random.split(jax.random.fold_in(key, 0), found.rewards.shape)
+        began = time.perf_counter()
+        samples = self._opponent(state.trainable, found.prompts, keys)
+        others = self._judged(found.prompts, samples, time.perf_counter() - began, per_prompt=found.rewards.shape[1])
+        return found._replace(opponents=others)
 
     def _answered(
         self, state: TrainState, prompts: Sequence[data.Prompt], key: jax.Array, *, per_prompt: int, greedy: bool = False

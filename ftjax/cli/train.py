@@ -31,8 +31,12 @@ from ftjax.cli.hindsight import Actor
 from ftjax.cli.loop import EARLY, FINISHED, Evaluate, Loop, Memory, Stream, take_steps
 from ftjax.cli.run import Lessons, Run, ask, begin, open_writers, read
 from ftjax.cli.stop import Stop
+from ftjax.cli.students import Students
 from ftjax.train import init_state
 from ftjax.types import Params, Plan, TrainState, Transform
+
+Batches = Stream | Students | online.Experiences
+"""From the data, from a student and the data, or from the policy."""
 
 
 def define_flags(flags: absl_flags.FlagValues, argv) -> None:
@@ -168,11 +172,13 @@ def _resume(run: Run, state: TrainState) -> tuple[TrainState, Memory, int]:
     return state, Memory(**record.memory), record.step
 
 
-def _batches(run: Run, policy: Policy, lessons: Lessons, meter: logs.Meter, memory: Memory, start: int) -> Stream | online.Experiences:
+def _batches(run: Run, policy: Policy, lessons: Lessons, meter: logs.Meter, memory: Memory, start: int) -> Batches:
     """Return where the batches come from: from the data, or from the policy itself."""
+    actor = Actor(policy.loaded.model, policy.method, policy.frozen)
+    if objective.on_policy(run.config):
+        return Students(run, actor, lessons, start=start, meter=meter)
     if not rollouts.used(run.config):
         return Stream(lessons.loader.iterate(start))
-    actor = Actor(policy.loaded.model, policy.method, policy.frozen)
     return online.Experiences(run, actor, lessons, start=start, meter=meter, memory=memory)
 
 
@@ -181,7 +187,7 @@ def _loop(
     policy: Policy,
     lessons: Lessons,
     state: TrainState,
-    batch: Stream | online.Experiences,
+    batch: Batches,
     meter: logs.Meter,
     memory: Memory,
     writers: logs.Writers,
@@ -213,9 +219,7 @@ def _loop(
     )
 
 
-def _examination(
-    run: Run, policy: Policy, lessons: Lessons, quiz: measure.Quiz, batch: Stream | online.Experiences, writers: logs.Writers
-) -> Evaluate | None:
+def _examination(run: Run, policy: Policy, lessons: Lessons, quiz: measure.Quiz, batch: Batches, writers: logs.Writers) -> Evaluate | None:
     """Return what is done at each evaluation; None where the config asks for none."""
     config, held_out = run.config, lessons.held_out
     if held_out is None or not config.eval.every_steps:

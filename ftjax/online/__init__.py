@@ -5,7 +5,7 @@ from ftjax.online.estimators import ESTIMATORS, Estimator, Evidence, Worth
 from ftjax.online.experience import Experience, filled, informative, minibatch, pairs, shaped, table
 from ftjax.online.opponents import contest, duels
 from ftjax.online.samples import Sampler, laid, rows, sampler
-from ftjax.online.selection import above, best
+from ftjax.online.selection import above, best, kept
 from ftjax.online.summary import summary
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "duels",
     "filled",
     "informative",
+    "kept",
     "laid",
     "minibatch",
     "pairs",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ftjax.types import Batch
+from ftjax.types import Batch, Mean
 
 
 def best(batch: Batch, rewards: np.ndarray, *, least: float | None = None) -> Batch:
@@ -27,6 +27,12 @@ def best(batch: Batch, rewards: np.ndarray, *, least: float | None = None) -> Ba
 def above(batch: Batch, rewards: np.ndarray, *, least: float) -> Batch:
     """Return all samples, `[p · g, t]`, of which those count that are worth at least so much; arguments as of `best`."""
     return _kept(batch, np.arange(rewards.size), rewards, least)
+
+
+def kept(batch: Batch) -> Mean:
+    """Return the share of the rows, or pairs, from which something is learnt."""
+    counted = (batch.loss_mask > 0).reshape(len(batch.loss_mask), -1).any(axis=1)
+    return Mean(np.float32(counted.sum()), np.float32(len(counted)))
 
 
 def _kept(batch: Batch, at: np.ndarray, rewards: np.ndarray, least: float | None) -> Batch:

@@ -21,3 +21,4 @@ def test_all_samples_that_are_good_enough_are_kept():
     found = online.above(ROWS, REWARDS, least=0.0)
     np.testing.assert_array_equal(found.tokens, ROWS.tokens)
     np.testing.assert_array_equal(found.loss_mask[:, 0], [1, 1, 0, 0, 0, 0])
+    assert online.kept(found).value() == 2 / 6
