@@ -27,9 +27,9 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(2)
     work = json.loads(args.work.read_text())
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        args.model.parent, gguf_file=args.model.name, dtype=getattr(torch, args.dtype)
-    )
+    source = {"pretrained_model_name_or_path": args.model.parent, "gguf_file": args.model.name}
+    unpacked = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=getattr(torch, args.dtype), quantization_config=unpacked)
     model.eval()
     seconds = []
     for _ in range(1 + args.repeats):
