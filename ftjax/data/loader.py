@@ -263,8 +263,10 @@ def _with_room(loader: Loader) -> Loader:
     """Return the loader with packed rows: room for the longest response, and for as many of the shortest items as a row can hold."""
     sequences, starts = loader.sequences, loader.sequences.starts
     firsts = [int(np.argmax(sequences.loss_mask[a:b])) for a, b in zip(starts[:-1], starts[1:], strict=True)]
-    items = int(np.searchsorted(np.cumsum(np.sort(loader.lengths)), loader.max_tokens, side="right"))
-    return dataclasses.replace(loader, room=Room(max(1, items), int((sequences.lengths - firsts).max())))
+    items = max(1, int(np.searchsorted(np.cumsum(np.sort(loader.lengths)), loader.max_tokens, side="right")))
+    # Where no two fit into a row, none is wider than the longest.
+    width = loader.max_tokens if items > 1 else min(loader.max_tokens, -(-int(loader.lengths.max()) // 16) * 16)
+    return dataclasses.replace(loader, max_tokens=width, room=Room(items, int((sequences.lengths - firsts).max())))
 
 
 def assemble(sequences: Sequences, plan: Plan, rows: np.ndarray, order: np.ndarray, *, width: int) -> Batch:

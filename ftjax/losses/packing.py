@@ -11,8 +11,19 @@ import jax.numpy as jnp
 
 from ftjax.types import Batch, LossFn, Mean, Metrics, Scores
 
-OF_TOKENS = ("tokens", "loss_mask", "positions", "reference_logps", "behavior_logps", "old_logps", "advantages", "returns", "labels")
-"""Fields of `Batch` that speak of tokens; the others speak of items, `[b, k]`."""
+OF_TOKENS = (
+    "tokens",
+    "loss_mask",
+    "positions",
+    "reference_logps",
+    "behavior_logps",
+    "old_logps",
+    "old_values",
+    "advantages",
+    "returns",
+    "labels",
+)
+"""Fields of `Batch` that speak of tokens; the others speak of items, `[b, k]`, as advantages do where all tokens of a response have one."""
 OF_ITEMS = ("desirable", "baseline", "density_ratios", "margins")
 
 
@@ -50,7 +61,9 @@ def unpack(scores: Scores, batch: Batch) -> tuple[Scores, Batch]:
     def each(source: Any, names: tuple[str, ...], change) -> dict[str, jax.Array]:
         return {name: change(value) for name in names if (value := getattr(source, name)) is not None}
 
-    of_tokens = each(batch, OF_TOKENS, taken) | {"segment_ids": there.astype(batch.segment_ids.dtype).reshape(shape)}
-    of_items = each(batch, OF_ITEMS, lambda value: value.reshape(-1))
+    single = () if batch.advantages is None or batch.advantages.shape == batch.tokens.shape else ("advantages",)
+    of_tokens = each(batch, tuple(name for name in OF_TOKENS if name not in single), taken)
+    of_tokens |= {"segment_ids": there.astype(batch.segment_ids.dtype).reshape(shape)}
+    of_items = each(batch, (*OF_ITEMS, *single), lambda value: value.reshape(-1))
     names = tuple(field.name for field in dataclasses.fields(Scores))
     return Scores(**each(scores, names, taken)), Batch(**of_tokens, **of_items)

@@ -89,6 +89,16 @@ def test_responses_share_their_prompt_and_nothing_else():
     assert batch.places.tolist() == [[[[3, 4], [6, -1]], [[8, -1], [10, 11]]]]
 
 
+def test_rows_in_which_no_two_items_fit_are_as_wide_as_the_longest():
+    tokens, mask = [*range(40)] * 2, ([0] * 30 + [1] * 10) * 2
+    sequences = Sequences(np.array(tokens, np.int32), np.array(mask, np.uint8), np.array([0, 40, 80]))
+    widths = {
+        packing: make_loader(sequences, batch_size=1, max_tokens=40, packing=packing, responses=2).batch(0).tokens.shape[1]
+        for packing in ("best_fit", "shared")
+    }
+    assert widths == {"best_fit": 80, "shared": 64}  # 29 + 2 · 11 tokens
+
+
 def test_a_stem_ends_where_prompts_differ():
     """Responses whose prompts were rendered in different ways share what is the same."""
     tokens, mask = [5, 6, 7, 1, 5, 9, 7, 3], [0, 0, 0, 1, 0, 0, 0, 1]
