@@ -193,8 +193,22 @@ def rollout() -> ConfigDict:
     config.unfinished_penalty = 0.0  # taken from the reward of a sample that was cut at max_tokens
     config.reward_bounds = config_dict.placeholder(object)  # (low, high) that rewards are cut to, before that penalty; empty: none
     config.mask_truncated = False  # nothing is learnt from a sample that was cut at max_tokens
+    config.environment = environment()
     config.log = 0  # samples of each experience in rollouts.jsonl; 0: all
     config.show = 2  # on the terminal, at each report
+    return config
+
+
+def environment() -> ConfigDict:
+    """Who answers the policy between its turns: see `ftjax.cli.environments`. Nobody, while neither a name nor tools are given."""
+    config = ConfigDict()
+    config.name = ""  # of ftjax.rollout.ENVIRONMENTS, or a class of your own: "FILE.py:NAME" or "MODULE:NAME"
+    config.tools = ()  # instead: functions that the policy may call, of ftjax.rollout.TOOLS or your own
+    config.parser = "hermes"  # finds the calls in a turn: of ftjax.rollout.PARSERS, or your own
+    config.prompt = ""  # what a system message says of {tools}, where the chat template does not show them; empty: what Hermes says
+    config.seconds = 10.0  # that a call may take
+    config.max_turns = 4  # of the policy; what it is told counts within rollout.max_tokens too
+    config.stop = ()  # texts that end a turn, beside its end-of-turn token
     return config
 
 

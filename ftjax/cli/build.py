@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ftjax import data, hub, models, optimizers, peft, quant, sharding
-from ftjax.cli import measure, objective, rollouts
+from ftjax.cli import environments, measure, objective, rollouts
 from ftjax.cli.config import named, plain
 from ftjax.hf import load as hf_load
 from ftjax.hf import tokenizer as hf_tokenizer
@@ -214,7 +214,7 @@ def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False)
     if rollouts.used(config):
         del options["packing"], options["batch_size"]
         options |= {"count": rollouts.samples(config) if held_out else rollouts.prompts(config), "max_tokens": config.rollout.max_tokens}
-        return data.load_prompts(specs, encoder, **options)
+        return data.load_prompts(specs, encoder, change=environments.opened(config, encoder), **options)
     if wanted.data == "messages":
         found, reports = data.load(specs, encoder, **options)
     elif wanted.data in data.KINDS:

@@ -38,12 +38,17 @@ def judge(config, *, load: Callable[[str], Callable] = lambda folder: lambda pro
     options = plain(config.judging)
 
     def judged(prompts: Sequence[data.Prompt], texts: Sequence[str], samples: Sequence[Sample]) -> rewards.Judged:
-        shown = {**columns(prompts), "completion_ids": [sample.tokens.tolist() for sample in samples]}
+        shown = {**columns(prompts), "completion_ids": [sample.tokens[sample.drawn].tolist() for sample in samples]}
+        if all(sample.episode for sample in samples):
+            shown["episode_rewards"] = [sample.episode.reward for sample in samples]
+        completions = [list(sample.episode.messages) if sample.episode else text for sample, text in zip(samples, texts, strict=True)]
         asked = [prompt.asked for prompt in prompts]
         try:
-            return rewards.judge(panel, weights, asked, texts, shown, **options)
+            failed = _failures(samples, asked, strict=options["on_error"] == "raise")
+            found = rewards.judge(panel, weights, asked, completions, shown, **options)
         except rewards.RewardError as error:
             raise ValueError(f"{error} In a config: judging.on_error='skip'.") from error
+        return found._replace(failures=(*failed, *found.failures))
 
     return judged
 
@@ -89,6 +94,15 @@ def _heard(judge: Callable[[], rewards.Judged], mine: slice) -> dict[str, Any]:
         return {"error": str(error) if isinstance(error, ValueError) else repr(error)}
     failures = [failure._replace(row=failure.row + mine.start) for failure in judged.failures]
     return {"scores": {name: x.tolist() for name, x in judged.scores.items()}, "rewards": judged.rewards.tolist(), "failures": failures}
+
+
+def _failures(samples: Sequence[Sample], asked: Sequence[Any], *, strict: bool) -> list[rewards.Failure]:
+    """Return the episodes that ended because their environment failed; if it must not, raise `RewardError`."""
+    failed = [(row, sample.episode.failure) for row, sample in enumerate(samples) if sample.episode and sample.episode.failure]
+    found = [rewards.Failure("environment", row, asked[row], f"ended an episode by {failure}") for row, failure in failed]
+    if found and strict:
+        raise rewards.RewardError(f"{found[0]} ({len(found)} in all).")
+    return found
 
 
 def columns(prompts: Sequence[data.Prompt]) -> Mapping[str, list[Any]]:

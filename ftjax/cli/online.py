@@ -143,7 +143,7 @@ class Experiences:
 
     def _judged(self, prompts: Sequence[data.Prompt], samples: Sequence[Sample], seconds: float, *, per_prompt: int) -> online.Experience:
         decode = self._lessons.encoder.tokenizer.decode
-        texts = [decode(sample.tokens.tolist(), skip_special_tokens=True) for sample in samples]
+        texts = [online.words(sample, decode) for sample in samples]
         judged = self._judge([prompt for prompt in prompts for _ in range(per_prompt)], texts, samples)
         for failure in judged.failures[:2]:
             self._run.terminal.say(f"[yellow]not judged[/]: {escape(str(failure))} ({len(judged.failures)} in all)", markup=True)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ftjax import data, losses, online, peft, rollout, sharding
-from ftjax.cli import judging, objective
+from ftjax.cli import environments, judging, objective
 from ftjax.losses.correction import CORRECTIONS
 from ftjax.online.estimators import ESTIMATORS, Estimator
 from ftjax.tree import nearest
@@ -114,6 +114,7 @@ def check(config) -> None:
     if config.sweep:
         raise ValueError(f"sweep: members of {config.algorithm!r} would each sample their own; train them one after the other.")
     judging.judge(config)
+    environments.check(config)
     asked, steps, chosen = config.rollout, stride(config), estimator(config)
     sampling(config)
     for name in ("epochs", "minibatches", "samples_per_prompt", "max_tokens"):
@@ -242,8 +243,11 @@ def sampler(config, model: Model, mesh: Mesh, encoder: data.Encoder, *, mixture:
         model,
         rollout.Encoder(model, encoder.tokenizer, template=template).eos_ids,
         slots=config.rollout.slots or samples(config),
+        tokenizer=encoder.tokenizer,
         slot_tokens=config.data.max_tokens,
     )
+    if environments.used(config):
+        return environments.sampler(config, engine, encoder, sampling(config))
     return online.sampler(engine, max_tokens=config.rollout.max_tokens, sampling=sampling(config))
 
 

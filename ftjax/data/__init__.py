@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -187,6 +187,7 @@ def load_prompts(
     *,
     count: int,
     max_tokens: int,
+    change: Callable[[Example], Example] = lambda example: example,
     seed: int = 0,
     shuffle: bool = True,
     bad_rows: str = "raise",
@@ -198,13 +199,14 @@ def load_prompts(
       encoder: its `max_tokens` holds for a prompt with its answer.
       count: prompts at a time.
       max_tokens: of an answer.
+      change: what is done to each before it is encoded: tools or an environment's first words are added.
       seed: of the order.
       shuffle: False keeps the order of the rows.
       bad_rows: "raise" at a row that cannot be used, or "skip" and count.
     """
     weights, parts, reports = _weights(sources), [], {name: Report() for name in sources}
     for name, spec in sources.items():
-        found = read_prompts(spec, bad_rows=bad_rows, report=reports[name])
+        found = map(change, read_prompts(spec, bad_rows=bad_rows, report=reports[name]))
         parts.append(encode_prompts(found, encoder, max_tokens=max_tokens, bad_rows=bad_rows, report=reports[name]))
     sizes = tuple(map(len, parts))
     first = np.cumsum([0, *sizes[:-1]])

@@ -4,7 +4,7 @@ from ftjax.online.agreement import Disagreement, check_agreement, disagreement
 from ftjax.online.estimators import ESTIMATORS, Estimator, Evidence, Worth
 from ftjax.online.experience import Experience, filled, informative, minibatch, pairs, shaped, table
 from ftjax.online.opponents import contest, duels
-from ftjax.online.samples import Sampler, laid, rows, sampler
+from ftjax.online.samples import Sampler, laid, player, rows, sampler, words
 from ftjax.online.selection import above, best, kept
 from ftjax.online.summary import summary
 from ftjax.online.together import together
@@ -29,10 +29,12 @@ __all__ = [
     "laid",
     "minibatch",
     "pairs",
+    "player",
     "rows",
     "sampler",
     "shaped",
     "summary",
     "table",
     "together",
+    "words",
 ]

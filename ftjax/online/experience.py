@@ -112,14 +112,16 @@ def pairs(batch: Batch, rewards: np.ndarray) -> Batch:
 
 
 def table(experience: Experience) -> list[dict[str, Any]]:
-    """Return a row of plain data for each sample: prompt, completion, each reward, their sum and the (mean) advantage."""
+    """Return a row of plain data for each sample: prompt, completion, each reward, their sum, the (mean) advantage, turns of an episode."""
     g, found = experience.rewards.shape[1], []
     advantages = experience.advantages.reshape(*experience.rewards.shape, -1).mean(axis=2)
     for row, (sample, text) in enumerate(zip(experience.samples, experience.texts, strict=True)):
         i, j = divmod(row, g)
         each = {name: _number(values[i, j]) for name, values in experience.each.items()}
         worth = {"reward": _number(experience.rewards[i, j]), "advantage": _number(advantages[i, j])}
-        size = {"length": len(sample.tokens), "finished": sample.finished}
+        size = {"length": int(sample.drawn.sum()), "finished": sample.finished}
+        if sample.episode is not None:
+            size["turns"] = [dict(message) for message in sample.episode.messages]
         found.append({"prompt": experience.prompts[i].text, "completion": text, "rewards": each, **worth, **size})
         if (others := experience.opponents) is not None:
             found[-1]["opponent"] = {"completion": others.texts[row], "reward": _number(others.rewards[i, j])}

@@ -10,7 +10,7 @@ import numpy as np
 
 from ftjax import rollout
 from ftjax.data import Prompt
-from ftjax.rollout import Engine, Request, Sample, Sampling
+from ftjax.rollout import Engine, Request, Sample, Sampling, Stage
 from ftjax.types import Batch, Params
 
 Sampler = Callable[..., list[Sample]]
@@ -33,6 +33,23 @@ def sampler(engine: Engine, *, max_tokens: int, sampling: Sampling) -> Sampler:
         return engine.generate(params, [Request(prompt.tokens, max_tokens, key=key, **options) for prompt, key in asked])
 
     return sample
+
+
+def player(stage: Stage, *, sampling: Sampling) -> Sampler:
+    """Return how prompts are answered in turns with an environment: see `rollout.play`."""
+
+    def sample(params: Params, prompts: Sequence[Prompt], keys: jax.Array, *, greedy: bool = False) -> list[Sample]:
+        return rollout.play(stage, params, prompts, keys, sampling=Sampling() if greedy else sampling)
+
+    return sample
+
+
+def words(sample: Sample, decode: Callable[..., str]) -> str:
+    """Return a sample in words; of an episode with what the policy was told, each a line with its role."""
+    if sample.episode is None:
+        return decode(sample.tokens.tolist(), skip_special_tokens=True)
+    said = sample.episode.messages
+    return "\n".join(one["content"] if one["role"] == "assistant" else f"[{one['role']}] {one['content']}" for one in said)
 
 
 def rows(prompts: Sequence[np.ndarray], samples: Sequence[Sample], *, max_tokens: int, mask_truncated: bool = False) -> Batch:

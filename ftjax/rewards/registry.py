@@ -11,6 +11,7 @@ from ftjax.rewards import sandbox
 from ftjax.rewards.choice import choice
 from ftjax.rewards.code import code
 from ftjax.rewards.completion import Completion, Reward
+from ftjax.rewards.environment import environment
 from ftjax.rewards.exact import exact_match
 from ftjax.rewards.extras import check
 from ftjax.rewards.json_schema import json_schema
@@ -47,6 +48,7 @@ REWARDS: dict[str, Reward] = {
         reward_model,
         judge_model,
         endpoint_judge,
+        environment,
     )
 }
 
