@@ -167,6 +167,10 @@ def _check_choice(config) -> None:
             f"rollout.advantages: 'preferred' is for what has an opponent (nash_md, xpo), and only that; {config.algorithm!r} has "
             f"{'one' if opposed(config) else 'none'}: set it to 'auto'."
         )
+    if objective.asks_once(config):
+        raise ValueError("reference.logps: what the policy will write is not known before the run: nothing is 'cached'; set it to 'live'.")
+    if opposed(config) and config.reference.every_steps:
+        raise ValueError(f"reference.every_steps: the opponent of {config.algorithm!r} is where the run began; set it to 0.")
     virtual = [name for name in config.methods if name in peft.SOFT_PROMPTS]
     if objective.needs(config).opponent == "mixture" and virtual:
         raise ValueError(f"methods: the reference has none of the virtual tokens of {virtual[0]!r}, so it cannot be mixed with the policy.")

@@ -15,11 +15,12 @@ def best(batch: Batch, rewards: np.ndarray, *, least: float | None = None) -> Ba
     """Return the best sample of each prompt, `[p, t]`, the first of equals; one that is not good enough counts nowhere.
 
     Args:
-      batch: the samples `[p · g, t]`.
+      batch: the samples `[p · g, t]`; one of which no token counts, as it was cut, is no prompt's best.
       rewards: `[p, g]`; NaN where none applies.
       least: what a sample must be worth; None for whatever it is worth.
     """
-    known, (p, g) = np.isfinite(rewards), rewards.shape
+    p, g = rewards.shape
+    known = np.isfinite(rewards) & (batch.loss_mask > 0).any(axis=1).reshape(p, g)
     at = np.arange(p) * g + np.argmax(np.where(known, rewards, -np.inf), axis=1)
     return _kept(batch, at, rewards, least)
 

@@ -36,6 +36,8 @@ def test_sizes_follow_from_rows_and_minibatches():
         ({"rollout__advantages": "preferred"}, "'preferred' is for what has an opponent .*'grpo' has none: set it to 'auto'"),
         ({"algorithm": "xpo", "rollout__advantages": "leave_one_out"}, "'xpo' has one: set it to 'auto'"),
         ({"algorithm": "nash_md", "methods": ("prefix_tuning",)}, "methods: the reference has none of the virtual tokens"),
+        ({"algorithm": "dpo", "reference__logps": "cached"}, "reference.logps: what the policy will write is not known before the run"),
+        ({"algorithm": "xpo", "reference__every_steps": 5}, "reference.every_steps: the opponent of 'xpo' is where the run began"),
         ({"algorithm": "nash_md", "rollout__mixture": 1.5}, "rollout.mixture: the share of the reference is in"),
         ({"algorithm": "nash_md", "rollout__kl_penalty": 0.1}, "rollout.kl_penalty: .* hold it by loss.beta"),
         ({"algorithm": "rejection_sampling", "rollout__keep": "al"}, "rollout.keep: there is no 'al'; nearest: 'all'"),

@@ -1,5 +1,7 @@
 """What is kept of the samples of three prompts, by hand."""
 
+import dataclasses
+
 import numpy as np
 
 from ftjax import online
@@ -15,6 +17,8 @@ def test_the_best_of_each_prompt_is_kept_if_it_is_good_enough():
     np.testing.assert_array_equal(found.loss_mask, [[1, 1], [0, 0], [1, 1]])
     np.testing.assert_array_equal(online.best(ROWS, REWARDS, least=1.0).loss_mask, [[1, 1], [0, 0], [0, 0]])
     assert not online.best(ROWS, REWARDS, least=1.5).loss_mask.any()
+    cut = dataclasses.replace(ROWS, loss_mask=ROWS.loss_mask * (np.arange(6) != 1)[:, None])
+    np.testing.assert_array_equal(online.best(cut, REWARDS).tokens[0], ROWS.tokens[0])
 
 
 def test_all_samples_that_are_good_enough_are_kept():
