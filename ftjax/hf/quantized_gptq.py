@@ -1,12 +1,12 @@
-"""GPTQ's files (Frantar et al. 2022, arXiv:2210.17323): four bits with a scale and a zero for a group of rows of `[i, o]`.
+"""GPTQ's files (Frantar et al. 2022, arXiv:2210.17323): 4 or 8 bits, with a scale and a zero for a group of rows of `[i, o]`.
 
-    qweight int32 [i / 8, o]  eight rows a number, the first in the lowest bits
-    qzeros int32 [n, o / 8]   eight columns a number; less one, modulo 16, in the format "gptq", as they are in "gptq_v2"
+    qweight int32 [i / 8, o]  eight rows a number (of 8 bits four), the first in the lowest bits
+    qzeros int32 [n, o / 8]   as many columns a number; less one, modulo 16 (256), in the format "gptq", as they are in "gptq_v2"
     scales float16 [n, o]
     g_idx int32 [i]           the group of each row, where "desc_act" sorted them
 
 W[r, c] = (code[r, c] - zero[g, c]) · scale[g, c]. Values are those of AutoGPTQ in float16 bit for bit: the product is exact in float32 and
-rounded once. Symmetric files, whose zeros are all 8, are read as `int4` without zeros, others as `uint4`.
+rounded once. Symmetric files, whose zeros are all 8 (128), are read as `int4` or as `uint8` without zeros, others as `uint4` or `uint8`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import numpy as np
 from ftjax.hf.lazy import Index, LazyTensor, cast, from_array
 from ftjax.hf.quantized_parts import Parts, made, mapped, plain, require, spans
 from ftjax.kernels.int4_matmul import pack
-from ftjax.quant import QuantizedWeight
+from ftjax.quant import SPECS, QuantizedWeight
 from ftjax.quant.permuted import PermutedWeight
 
 PARTS = re.compile(r"(.+)\.(qweight|qzeros|scales|g_idx)")
 OPTIONS: Mapping[str, tuple[Any, ...] | None] = {
-    "bits": (4,),
+    "bits": (4, 8),
     "group_size": None,
     "sym": (True, False),
     "desc_act": (True, False),
@@ -46,7 +46,6 @@ OPTIONS: Mapping[str, tuple[Any, ...] | None] = {
     ),
 }
 
-_SYMMETRIC = 8
 _LITTLE = np.dtype("<i4")
 
 
@@ -56,17 +55,23 @@ def read(parts: Parts) -> QuantizedWeight | PermutedWeight:
     Raises:
       ValueError: a tensor is missing, misshapen or not what it should hold, or the rows do not divide into groups.
     """
-    qweight = parts.take("qweight", None, [np.int32])
-    if len(qweight.shape) != 2 or qweight.shape[1] % 8:
-        raise parts.error("qweight", f"is {list(qweight.shape)}, expected [inputs / 8, outputs] with outputs divisible by 8")
-    i, o = 8 * qweight.shape[0], qweight.shape[1]
+    qweight, bits = parts.take("qweight", None, [np.int32]), parts.settings.get("bits", 4)
+    each = 32 // bits
+    if len(qweight.shape) != 2 or qweight.shape[1] % each:
+        raise parts.error("qweight", f"is {list(qweight.shape)}, expected [inputs / {each}, outputs] with outputs divisible by {each}")
+    i, o = each * qweight.shape[0], qweight.shape[1]
     group = group_of(parts, "qweight", i)
     n = i // group
     scales = parts.numbers("scales", [n, o])
-    codes, zeros, format = _codes(qweight), _zeros(parts, n, o), "uint4"
-    if parts.settings.get("sym", True):
-        if not np.all(zeros.read() == _SYMMETRIC):
-            raise parts.error("qzeros", f"are not all {_SYMMETRIC}, as sym=true says: the file is damaged, or checkpoint_format is another")
+    codes, zeros, format = _codes(qweight), _zeros(parts, n, o, bits), "uint4"
+    if symmetric := parts.settings.get("sym", True):
+        middle = 1 << (bits - 1)
+        if not np.all(zeros.read() == middle):
+            raise parts.error("qzeros", f"are not all {middle}, as sym=true says: the file is damaged, or checkpoint_format is another")
+    if bits == 8:
+        codes, format = mapped(_signed, codes, np.int8), "uint8"
+        zeros = None if symmetric else mapped(lambda array: array - np.float32(128), zeros)
+    elif symmetric:
         codes, zeros, format = mapped(_toggled, codes), None, "int4"
     weight = QuantizedWeight(codes, scales, zeros, format, parts.tensors["scales"].dtype.name)
     order = _order(parts, i, group) if "g_idx" in parts.tensors else None
@@ -89,8 +94,13 @@ def _toggled(codes: np.ndarray) -> np.ndarray:
     return codes ^ np.uint8(0x88)
 
 
+def _signed(codes: np.ndarray) -> np.ndarray:
+    """Return bytes less 128."""
+    return (codes ^ np.uint8(0x80)).view(np.int8)
+
+
 def _codes(qweight: LazyTensor) -> LazyTensor:
-    """Return uint8 `[i/2, o]`: the bytes of a number are four of our rows, in order."""
+    """Return uint8 `[i/2, o]`, of 8 bits `[i, o]`: the bytes of a number are four of our rows, in order."""
     shape = (4 * qweight.shape[0], qweight.shape[1])
 
     def fetch(index: Index) -> np.ndarray:
@@ -102,14 +112,14 @@ def _codes(qweight: LazyTensor) -> LazyTensor:
     return LazyTensor(shape, np.dtype(np.uint8), fetch)
 
 
-def _zeros(parts: Parts, n: int, o: int) -> LazyTensor:
+def _zeros(parts: Parts, n: int, o: int, bits: int) -> LazyTensor:
     """Return float32 `[n, o]`."""
-    tensor = parts.take("qzeros", [n, o // 8], [np.int32])
+    tensor = parts.take("qzeros", [n, o * bits // 32], [np.int32])
     format = parts.settings.get("checkpoint_format") or parts.settings.get("format") or "gptq"
 
     def whole() -> np.ndarray:
-        numbers = tensor.read()[..., None] >> np.arange(0, 32, 4, dtype=np.int32)
-        return ((numbers.reshape(n, o) + (format == "gptq")) & 15).astype(np.float32)
+        numbers = tensor.read()[..., None] >> np.arange(0, 32, bits, dtype=np.int32)
+        return ((numbers.reshape(n, o) + (format == "gptq")) & ((1 << bits) - 1)).astype(np.float32)
 
     return made((n, o), np.float32, whole)
 
@@ -124,10 +134,11 @@ def _order(parts: Parts, i: int, group: int) -> np.ndarray | None:
 
 
 def _sorted(codes: LazyTensor, order: np.ndarray) -> LazyTensor:
-    """Return the packed rows in another order."""
+    """Return rows in another order, packed ones or those of signed bytes."""
 
     def fetch(index: Index) -> np.ndarray:
-        return pack(unpack(codes.read((slice(None), index[1])))[order])[index[0]]
+        block = codes.read((slice(None), index[1]))
+        return (block[order] if block.dtype == np.int8 else pack(unpack(block)[order]))[index[0]]
 
     return LazyTensor(codes.shape, codes.dtype, fetch)
 
@@ -141,13 +152,15 @@ def settings(weights: Mapping[str, QuantizedWeight | PermutedWeight], dense: Ite
     """Return the `quantization_config` of a folder with these matrices; `dense` are the modules left as they are."""
     formats, matrices = {plain(weight).format for weight in weights.values()}, [plain(weight) for weight in weights.values()]
     require(len(formats) == 1, f"GPTQ has one format in a model, not {' and '.join(sorted(formats))}")
-    groups = {weight.group for weight in matrices}
+    format, groups = formats.pop(), {weight.group for weight in matrices}
     whole = all(weight.group == weight.shape[-2] for weight in matrices)
     require(len(groups) == 1 or whole, f"GPTQ has one group_size in a model, not {', '.join(map(str, sorted(groups)))}")
-    symmetric = formats == {"int4"}
+    zeros = {weight.zeros is not None for weight in matrices}
+    require(len(zeros) == 1, "GPTQ has zeros in all matrices of a model, or in none")
+    symmetric = zeros == {False}
     return {
         "quant_method": "gptq",
-        "bits": 4,
+        "bits": SPECS[format].bits,
         "group_size": -1 if whole else groups.pop(),
         "sym": symmetric,
         "desc_act": any(isinstance(weight, PermutedWeight) for weight in weights.values()),
@@ -164,34 +177,38 @@ def write(weight: QuantizedWeight | PermutedWeight) -> dict[str, LazyTensor]:
       Unfit: the layout has no place for it.
     """
     base = plain(weight)
-    require(base.format in ("int4", "uint4"), f"GPTQ has int4 and uint4, not {base.format}")
+    require(base.format in ("int4", "uint4", "uint8"), f"GPTQ has int4, uint4 and uint8, not {base.format}")
+    bits = SPECS[base.format].bits
+    each = 32 // bits
     require(not base.nested, "GPTQ has no nested scales")
     (i, o), n = base.shape, base.shape[-2] // base.group
-    require(i % 8 == 0 and o % 8 == 0, f"GPTQ packs eight rows and eight columns a number, and {i} x {o} do not divide")
+    require(i % each == 0 and o % each == 0, f"GPTQ packs {each} rows and {each} columns a number, and {i} x {o} do not divide")
     scales = base.scales.read()
     dtype = np.float16 if np.array_equal(scales.astype(np.float16).astype(np.float32), scales) else np.float32
     order = weight.order.read() if isinstance(weight, PermutedWeight) else np.arange(i)
     return {
-        "qweight": made((i // 8, o), np.int32, lambda: _qweight(base, order)),
-        "qzeros": made((n, o // 8), np.int32, lambda: _qzeros(base)),
+        "qweight": made((i // each, o), np.int32, lambda: _qweight(base, order)),
+        "qzeros": made((n, o // each), np.int32, lambda: _qzeros(base, bits)),
         "scales": cast(base.scales, dtype),
         "g_idx": from_array((np.argsort(order) // base.group).astype(np.int32)),
     }
 
 
 def _qweight(base: QuantizedWeight, order: np.ndarray) -> np.ndarray:
-    packed = base.codes.read()
-    packed = _toggled(packed) if base.format == "int4" else packed
-    packed = pack(unpack(packed)[np.argsort(order)])
+    packed, rows = base.codes.read(), np.argsort(order)
+    if base.format == "uint8":
+        packed = packed.view(np.uint8)[rows] ^ np.uint8(0x80)
+    else:
+        packed = pack(unpack(_toggled(packed) if base.format == "int4" else packed)[rows])
     rows = np.moveaxis(packed.reshape(-1, 4, packed.shape[1]), 1, 2)
     return np.ascontiguousarray(rows).view(_LITTLE)[..., 0].astype(np.int32)
 
 
-def _qzeros(base: QuantizedWeight) -> np.ndarray:
-    """Return zeros as "gptq_v2" packs them, or all 8 as "gptq" does."""
+def _qzeros(base: QuantizedWeight, bits: int) -> np.ndarray:
+    """Return zeros as "gptq_v2" packs them, or all in the middle as "gptq" does."""
     if base.zeros is None:
-        shape = (base.scales.shape[-2], base.scales.shape[-1] // 8)
-        return np.full(shape, 0x77777777, np.int32)
-    zeros = base.zeros.read()
-    zeros = zeros.astype(np.uint32).reshape(len(zeros), -1, 8) << np.arange(0, 32, 4, dtype=np.uint32)
+        shape = (base.scales.shape[-2], base.scales.shape[-1] * bits // 32)
+        return np.full(shape, {4: 0x77777777, 8: 0x7F7F7F7F}[bits], np.int32)
+    zeros = base.zeros.read() + (128 if bits == 8 else 0)
+    zeros = zeros.astype(np.uint32).reshape(len(zeros), -1, 32 // bits) << np.arange(0, 32, bits, dtype=np.uint32)
     return np.bitwise_or.reduce(zeros, axis=-1).view(np.int32)

@@ -100,9 +100,9 @@ def grid(flat: LazyTensor, rows: int, columns: int, dtype: Any = None) -> LazyTe
     return LazyTensor((rows, columns), dtype, fetch)
 
 
-def mapped(function: Callable[[np.ndarray], np.ndarray], tensor: LazyTensor) -> LazyTensor:
-    """Return `function(tensor)`, number by number, in its dtype."""
-    return LazyTensor(tensor.shape, tensor.dtype, lambda index: function(tensor.read(index)))
+def mapped(function: Callable[[np.ndarray], np.ndarray], tensor: LazyTensor, dtype: Any = None) -> LazyTensor:
+    """Return `function(tensor)`, number by number, in its dtype or the one that the function returns."""
+    return LazyTensor(tensor.shape, np.dtype(dtype or tensor.dtype), lambda index: function(tensor.read(index)))
 
 
 def made(shape: Sequence[int], dtype: Any, whole: Callable[[], np.ndarray]) -> LazyTensor:

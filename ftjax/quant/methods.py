@@ -37,7 +37,7 @@ def quantized(
     Bits of a number: those of its code, 32 / group for its scale (nested: 8 / group + 32 / (256 group)), and as many again for zeros.
 
     Args:
-      format: "nf4", "fp4", "int4", "uint4" (with zero points) or "int8".
+      format: "nf4", "fp4", "int4", "int8", or with zero points "uint4" or "uint8".
       targets: which matrices (see `ftjax.tree`).
       group: consecutive rows (of `[i, o]`) that share a scale; None: all.
       nested: quantise the scales too (QLoRA's double quantisation).

@@ -56,12 +56,13 @@ def _quantize(w: jax.Array, format: str, group: int, nested: bool) -> QuantizedW
     i, o = w.shape
     grouped = w.reshape(i // group, group, o)
     zeros = None
-    if format == "uint4":
+    if format in ("uint4", "uint8"):
+        (least, most), dtype = {"uint4": ((0, 15), jnp.uint8), "uint8": ((-128, 127), jnp.int8)}[format]
         low, high = jnp.minimum(jnp.min(grouped, axis=1), 0), jnp.maximum(jnp.max(grouped, axis=1), 0)
-        scales = (high - low) / 15
-        zeros = jnp.round(-low / jnp.maximum(scales, TINY))
+        scales = (high - low) / (most - least)
+        zeros = jnp.round(-low / jnp.maximum(scales, TINY)) + least
         found = jnp.round(grouped / jnp.maximum(scales, TINY)[:, None]) + zeros[:, None]
-        found = jnp.clip(found, 0, 15).astype(jnp.uint8)
+        found = jnp.clip(found, least, most).astype(dtype)
     else:
         scales = jnp.max(jnp.abs(grouped), axis=1)
         if format == "int4":
@@ -74,7 +75,7 @@ def _quantize(w: jax.Array, format: str, group: int, nested: bool) -> QuantizedW
             found = codes.nearest(scaled, codes.NF4 if format == "nf4" else codes.FP4)
     found = found.reshape(i, o)
     return QuantizedWeight(
-        found if format == "int8" else int4_matmul.pack(found), _nest(scales) if nested else scales, zeros, format, "float32"
+        found if SPECS[format].bits == 8 else int4_matmul.pack(found), _nest(scales) if nested else scales, zeros, format, "float32"
     )
 
 

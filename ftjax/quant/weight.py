@@ -23,8 +23,9 @@ SPECS: Mapping[str, Spec] = {
     "int4": Spec(4, (*map(float, range(8)), *map(float, range(-8, 0)))),  # two's complement
     "uint4": Spec(4, tuple(map(float, range(16)))),
     "int8": Spec(8, None, 1 / 127),
+    "uint8": Spec(8, None),  # codes and zeros less 128
 }
-"""How the codes of each format are read. The scale is the group's largest magnitude, of the integers of four bits the size of a step."""
+"""How the codes of each format are read. The scale is the group's largest magnitude, of int4, uint4 and uint8 the size of a step."""
 
 NESTED_BLOCK = 256
 """Scales that share a scale, where they are quantised themselves."""
@@ -98,7 +99,7 @@ class QuantizedWeight(PackedWeight):
     scales: jax.Array | NestedScales
     """float32 `[..., n, o]`: of n groups of i/n rows."""
     zeros: jax.Array | None = None
-    """float32 `[..., n, o]`: the number that stands for zero, of `uint4`."""
+    """float32 `[..., n, o]`: the number that stands for zero, of `uint4` and `uint8`."""
     format: str = static(default="nf4")
     dtype_name: str = static(default="bfloat16")
     implementation: str = static(default="auto")

@@ -22,7 +22,7 @@ def model():
     return models.build(models.config_from_hf(models.PRESETS["tiny-qwen2"] | SIZES | {"tie_word_embeddings": False}))
 
 
-def random_packed(shape, format, group, *, nested=False, permuted=False, seed=0):
+def random_packed(shape, format, group, *, nested=False, permuted=False, zeroed=True, seed=0):
     """A matrix of random codes and scales, in memory of the host."""
     rng = np.random.default_rng(seed)
     (layers, i, o), bits = shape, SPECS[format].bits
@@ -32,7 +32,8 @@ def random_packed(shape, format, group, *, nested=False, permuted=False, seed=0)
     if nested:
         large, mean = rng.uniform(0.01, 1, (layers, -(-o * n // 256))), rng.uniform(0.01, 1, layers)
         scales = NestedScales(rng.integers(0, 256, (layers, o, n), np.uint8), large.astype(np.float32), mean.astype(np.float32))
-    zeros = rng.integers(0, 16, (layers, n, o)).astype(np.float32) if format == "uint4" else None
+    low, high = {"uint4": (0, 16), "uint8": (-128, 128)}.get(format, (0, 1))
+    zeros = rng.integers(low, high, (layers, n, o)).astype(np.float32) if format in ("uint4", "uint8") and zeroed else None
     weight = QuantizedWeight(codes.view(np.int8) if bits == 8 else codes, scales, zeros, format, "bfloat16")
     order = np.argsort(rng.permuted(np.tile(np.arange(i) // (group or i), (layers, 1)), axis=1), axis=1, kind="stable")
     return PermutedWeight(weight, order.astype(np.int32)) if permuted else weight
@@ -70,6 +71,8 @@ def assert_equal(found, expected):
         ("gptq", "int4", None, {}, "gptq"),
         ("gptq", "uint4", 32, {}, "gptq"),
         ("gptq", "uint4", 32, {"permuted": True}, "gptq"),
+        ("gptq", "uint8", 32, {"permuted": True}, "gptq"),
+        ("gptq", "uint8", 32, {"zeroed": False}, "gptq"),
         ("auto", "uint4", 32, {"permuted": True}, "ftjax"),
         ("auto", "int4", 32, {"nested": True}, "ftjax"),
         ("auto", "nf4", 32, {}, "ftjax"),
@@ -130,7 +133,7 @@ def test_nf4_with_nested_scales_takes_4_127_bits_a_number_on_disk():
         ("bitsandbytes", random_packed((1, 64, 8), "nf4", 32), "blocks of 64, 128, .* not of 32"),
         ("bitsandbytes", random_packed((1, 64, 8), "int8", 32), "one plain scale for an output"),
         ("bitsandbytes", random_packed((1, 64, 8), "uint4", 32, permuted=True), "lie side by side only"),
-        ("gptq", random_packed((1, 64, 8), "nf4", 32), "int4 and uint4, not nf4"),
+        ("gptq", random_packed((1, 64, 8), "nf4", 32), "int4, uint4 and uint8, not nf4"),
         ("gptq", random_packed((1, 64, 8), "int4", 32, nested=True), "no nested scales"),
         ("gptq", random_packed((1, 64, 12), "int4", 32), "64 x 12 do not divide"),
         ("awq", random_packed((1, 64, 8), "uint4", 32), "cannot be written as 'awq'; nearest: "),

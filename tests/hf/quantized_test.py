@@ -21,8 +21,8 @@ from ftjax.quant import QuantizedWeight
 from ftjax.quant.permuted import PermutedWeight
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "quantized"  # third_party/{bitsandbytes/folder_golden,gptq/golden,awq/golden}.py
-KINDS = ("nf4", "fp4", "int8", "gptq", "gptq_sorted", "awq")
-FORMATS = {"gptq": "int4", "gptq_sorted": "uint4", "awq": "uint4"}
+KINDS = ("nf4", "fp4", "int8", "gptq", "gptq_sorted", "gptq_8bit", "gptq_8bit_sorted", "awq")
+FORMATS = {"gptq": "int4", "gptq_sorted": "uint4", "gptq_8bit": "uint8", "gptq_8bit_sorted": "uint8", "awq": "uint4"}
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 
 
@@ -67,8 +67,8 @@ def test_matrices_stay_packed_and_the_rest_is_dense(loaded, kind):
     leaves = tree.flatten(loaded[kind][1])
     for path, leaf in leaves.items():
         if path.endswith("_proj/kernel"):
-            base = leaf.base if kind == "gptq_sorted" else leaf
-            assert isinstance(leaf, PermutedWeight if kind == "gptq_sorted" else QuantizedWeight)
+            base = leaf.base if kind.endswith("sorted") else leaf
+            assert isinstance(leaf, PermutedWeight if kind.endswith("sorted") else QuantizedWeight)
             assert base.format == FORMATS.get(kind, kind) and base.codes.shape[0] == 2 and base.codes.dtype.itemsize == 1
         else:
             assert not isinstance(leaf, weights.Weight) and leaf.dtype == jnp.float32
@@ -196,7 +196,7 @@ def test_an_embedding_is_not_packed():
         ("nf4", {"quant_method": "bitsandbite"}, "quant_method 'bitsandbite' is not implemented; nearest: 'bitsandbytes'"),
         ("nf4", {"quant_method": "bitsandbytes", "bnb_4bit_blocksize": 64}, "'bnb_4bit_blocksize' is not a known option; nearest: "),
         ("int8", {"llm_int8_has_fp16_weight": True}, "llm_int8_has_fp16_weight=True is not implemented, only False"),
-        ("gptq", {"bits": 8, "dynamic": {"+:q": {}}}, r"bits=8 is not implemented, only 4 is; dynamic=\{'\+:q': \{\}\} is not"),
+        ("gptq", {"bits": 3, "dynamic": {"+:q": {}}}, r"bits=3 is not implemented, only 4 or 8 is; dynamic=\{'\+:q': \{\}\} is not"),
         ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format='marlin' is not"),
         ("awq", {"version": "gemv"}, "version='gemv' is not implemented, only 'gemm'"),
         ("awq", {"zero_point": False}, "zero_point=False is not"),
@@ -269,6 +269,8 @@ DAMAGE = [
     ("gptq", replaced("scales", lambda x: put(x, np.inf)), f"{Q}.scales holds numbers that are not finite"),
     ("gptq", replaced("scales", lambda x: x[:1]), f"{Q}.scales is [1, 64], expected [2, 64]"),
     ("gptq", replaced("qzeros", lambda x: put(x, 0)), f"{Q}.qzeros are not all 8, as sym=true says"),
+    ("gptq_8bit", replaced("qzeros", lambda x: put(x, 0)), f"{Q}.qzeros are not all 128, as sym=true says"),
+    ("gptq_8bit", replaced("qzeros", lambda x: x[:, :4]), f"{Q}.qzeros is [2, 4], expected [2, 16]"),
     ("gptq", replaced("qzeros", lambda x: x[:, :4]), f"{Q}.qzeros is [2, 4], expected [2, 8]"),
     ("gptq", replaced("qweight", lambda x: x[:-1]), f"{Q}.qweight has 56 rows, which do not divide into groups of group_size=32"),
     ("gptq", replaced("qweight", lambda x: x.astype(np.int64)), f"{Q}.qweight is int64, expected int32"),

@@ -51,7 +51,9 @@ def test_eight_bits_are_theirs():
     np.testing.assert_array_equal(ours.materialize().T[:ROWS], GOLDEN["int8/values"])
 
 
-@pytest.mark.parametrize(("format", "error"), [("nf4", 0.0922), ("fp4", 0.1219), ("int4", 0.1076), ("uint4", 0.0911), ("int8", 0.0059)])
+@pytest.mark.parametrize(
+    ("format", "error"), [("nf4", 0.0922), ("fp4", 0.1219), ("int4", 0.1076), ("uint4", 0.0911), ("int8", 0.0059), ("uint8", 0.0053)]
+)
 def test_the_error_on_normal_numbers_is_the_formats(format, error, key):
     w = jax.random.normal(key, (3, 256, 192))
     assert float(jnp.sqrt(jnp.mean(jnp.square(quantize(w, format).materialize() - w)))) == pytest.approx(error, rel=0.02)

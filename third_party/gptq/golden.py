@@ -4,9 +4,10 @@ Environment: Python 3.11, torch==2.13.0 (CPU), transformers==5.23.0, numpy, and 
 `pip download --no-deps auto-gptq==0.7.1` and unpack the wheel.
 Usage: python third_party/gptq/golden.py WHEEL_FOLDER tests/goldens/quantized
 
-gptq: symmetric, group 32. gptq_sorted: with zeros, group 32, its rows grouped in a random order, as desc_act=true leaves them. Numbers are
-rounded to nearest; how a code was chosen is nothing to a reader. `expected.json` holds the SHA-256 of each matrix `[o, i]` in float16, -0
-as 0: the product of AutoGPTQ's module with the identity; and transformers' logits with the matrices in float32.
+gptq: symmetric, group 32. gptq_sorted: with zeros, group 32, its rows grouped in a random order, as desc_act=true leaves them. In 8 bits
+gptq_8bit and gptq_8bit_sorted. Numbers are rounded to nearest; how a code was chosen is nothing to a reader. `expected.json` holds the
+SHA-256 of each matrix `[o, i]` in float16, -0 as 0: the product of AutoGPTQ's module with the identity; and transformers' logits with the
+matrices in float32.
 """
 
 import hashlib
@@ -46,33 +47,33 @@ def model() -> torch.nn.Module:
     return LlamaForCausalLM(config).half()
 
 
-def packed(linear: torch.nn.Linear, QuantLinear, symmetric: bool, ordered: bool):
+def packed(linear: torch.nn.Linear, QuantLinear, symmetric: bool, ordered: bool, bits: int):
     o, i = linear.weight.shape
-    n = i // GROUP
+    n, most = i // GROUP, 2**bits - 1
     groups = torch.arange(i) // GROUP if ordered else (torch.randperm(i) // GROUP)
     rows = linear.weight.data.float()[:, torch.argsort(groups, stable=True)].reshape(o, n, GROUP)
     if symmetric:
-        scales = rows.abs().amax(-1) / 7
-        zeros = torch.full_like(scales, 8)
+        scales = rows.abs().amax(-1) / (most // 2)
+        zeros = torch.full_like(scales, (most + 1) // 2)
     else:
-        scales = (rows.amax(-1) - rows.amin(-1)) / 15
-        zeros = torch.round(-rows.amin(-1) / scales).clamp(1, 15)
+        scales = (rows.amax(-1) - rows.amin(-1)) / most
+        zeros = torch.round(-rows.amin(-1) / scales).clamp(1, most)
     scales = scales.half().float()
-    rows = (torch.round(rows / scales[..., None] + zeros[..., None]).clamp(0, 15) - zeros[..., None]) * scales[..., None]
+    rows = (torch.round(rows / scales[..., None] + zeros[..., None]).clamp(0, most) - zeros[..., None]) * scales[..., None]
     linear.weight.data = rows.reshape(o, i)[:, torch.argsort(torch.argsort(groups, stable=True))]
-    module = QuantLinear(4, GROUP, i, o, False)
+    module = QuantLinear(bits, GROUP, i, o, False)
     module.pack(linear, scales, zeros.clone(), groups.to(torch.int32))
     module.scales = module.scales.half()
     return module
 
 
-def write(folder: pathlib.Path, QuantLinear, symmetric: bool, ordered: bool) -> None:
+def write(folder: pathlib.Path, QuantLinear, symmetric: bool, ordered: bool, bits: int = 4) -> None:
     dense = model()
     tensors = {name: tensor for name, tensor in dense.state_dict().items() if name != "lm_head.weight"}
     found = {}
     for name, linear in dense.named_modules():
         if isinstance(linear, torch.nn.Linear) and name != "lm_head":
-            module = packed(linear, QuantLinear, symmetric, ordered)
+            module = packed(linear, QuantLinear, symmetric, ordered, bits)
             del tensors[f"{name}.weight"]
             tensors |= {f"{name}.{part}": getattr(module, part) for part in ("qweight", "qzeros", "scales", "g_idx")}
             tensors[f"{name}.bias"] = torch.zeros(linear.out_features, dtype=torch.float16)  # as AutoGPTQ saves it
@@ -82,7 +83,7 @@ def write(folder: pathlib.Path, QuantLinear, symmetric: bool, ordered: bool) -> 
             found[name] = hashlib.sha256((matrix + 0).contiguous().numpy().tobytes()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    settings = {"bits": 4, "group_size": GROUP, "damp_percent": 0.01, "desc_act": not ordered, "static_groups": False, "sym": symmetric}
+    settings = {"bits": bits, "group_size": GROUP, "damp_percent": 0.01, "desc_act": not ordered, "static_groups": False, "sym": symmetric}
     settings |= {"true_sequential": True, "model_name_or_path": None, "model_file_base_name": "model", "quant_method": "gptq"}
     config = dense.config.to_dict() | {"quantization_config": settings | {"checkpoint_format": "gptq"}}
     (folder / "config.json").write_text(json.dumps(config, indent=1, default=str) + "\n")
@@ -98,6 +99,8 @@ def main() -> None:
     out, QuantLinear = pathlib.Path(sys.argv[2]), quant_linear(sys.argv[1])
     write(out / "gptq", QuantLinear, symmetric=True, ordered=True)
     write(out / "gptq_sorted", QuantLinear, symmetric=False, ordered=False)
+    write(out / "gptq_8bit", QuantLinear, symmetric=True, ordered=True, bits=8)
+    write(out / "gptq_8bit_sorted", QuantLinear, symmetric=False, ordered=False, bits=8)
 
 
 if __name__ == "__main__":
