@@ -48,9 +48,9 @@ def export_model(
       dtype: of all dense tensors in the files; each leaf's own if None.
       shard_bytes: the size that a safetensors file may have, if more than one tensor is in it.
       base_name: the model that this one was trained from, for the model card.
-      layout: of quantised matrices: "dense", or packed as "bitsandbytes" (nf4, fp4, int8), "gptq" (int4, uint4, uint8) or "ftjax" (all) has them,
-        bit for bit what is in the tree, with a checksum of each tensor; "auto" is bitsandbytes' if that has a place for all of them, else
-        ftjax's own.
+      layout: of quantised matrices: "dense", or packed as "bitsandbytes" (nf4, fp4, int8), "gptq" (int4, uint4, uint8) or "ftjax" (all) has
+        them, bit for bit what is in the tree, with a checksum of each tensor; "auto" is bitsandbytes' if that has a place for all of them,
+        else ftjax's own.
 
     Returns:
       The folder.
