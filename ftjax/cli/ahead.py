@@ -8,12 +8,11 @@ One step off: Noukhovitch et al., 2024, arXiv 2410.18252; several, with a correc
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -34,6 +33,29 @@ _copy = jax.jit(partial(jax.tree.map, jnp.copy))
 
 class Ended(Exception):
     """Nobody waits for the experience any more."""
+
+
+class Devices:
+    """Held by whoever samples, one at a time; once closed, by nobody."""
+
+    def __init__(self):
+        self._lock, self._closed = threading.Lock(), False
+
+    def __enter__(self) -> Devices:
+        self._lock.acquire()
+        if self._closed:
+            self._lock.release()
+            raise Ended
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._lock.release()
+
+    def close(self) -> None:
+        """Wait for who holds them; whoever comes later gets `Ended`."""
+        self._closed = True
+        with self._lock:
+            pass
 
 
 def with_past(state: TrainState, past: Past | None = None, *, bound: int) -> TrainState:
@@ -61,19 +83,20 @@ class Ahead:
     """Samples experiences in their order, as many ahead of the training as the past is long.
 
     Args:
-      sample: `(trainable, index) -> experience`; what it does on the devices it does inside `at_work`.
+      sample: `(trainable, index) -> experience`; it samples while it holds `devices`.
       past: of the first experience that will be asked for, from `without_past`; empty: nothing is sampled ahead.
       count: the experiences of the whole run; none beyond is sampled.
+      devices: closed with this.
     """
 
-    def __init__(self, sample: Callable[[Params, int], Any], past: Past, *, count: int):
+    def __init__(self, sample: Callable[[Params, int], Any], past: Past, *, count: int, devices: Devices):
         self.past = past
         """Those of the next experience that will be asked for."""
         self._sample, self._count = sample, count
         self._asked: queue.SimpleQueue[tuple[Future, Params, int] | None] = queue.SimpleQueue()
         self._waiting: deque[Future] = deque()
         self._thread: threading.Thread | None = None
-        self._devices, self._ended = threading.Lock(), False
+        self._devices = devices
 
     def __call__(self, trainable: Params, index: int) -> Any:
         """Return an experience, and have the one sampled that these weights are for.
@@ -97,28 +120,10 @@ class Ahead:
         self._ask(self.past[-1], index + len(self.past))
         return self._waiting.popleft().result()
 
-    @contextlib.contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Hold the devices, for one sampling at a time.
-
-        Raises:
-          Ended: `close` was called.
-        """
-        with self._devices:
-            self.going()
-            yield
-
-    def going(self) -> None:
-        """Raise `Ended` once `close` was called."""
-        if self._ended:
-            raise Ended
-
     def close(self) -> None:
-        """End the thread. It is waited for while it is at work on the devices, which the interpreter must not leave behind."""
-        self._ended = True
+        """End the thread. It is waited for while it holds the devices, which an interpreter that ends must not take away from it."""
         self._asked.put(None)
-        with self._devices:
-            pass
+        self._devices.close()
 
     def _ask(self, by: Params, index: int) -> None:
         if index < self._count:

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from ftjax import quant, sharding, tree
 from ftjax.checkpoint import Checkpoints
-from ftjax.cli import beginning, build, objective, pretrained, runtime, sweep
+from ftjax.cli import ahead, beginning, build, objective, pretrained, rollouts, runtime, sweep
 from ftjax.hf import export as hf_export
 from ftjax.hf import load as hf_load
 from ftjax.hf import packed as hf_packed
@@ -111,7 +111,7 @@ def trained(workdir: epath.Path, step: str = "last") -> Found:
     method, frozen, trainable = beginning.method(config, loaded, mesh)
     optimizer = build.optimizer(config)
     start = partial(init_state, method=method, optimizer=optimizer, carried=objective.carried(config, loaded.model, mesh, method))
-    like = sharding.init_on_mesh(start, jax.random.key(0), trainable, mesh=mesh)
+    like = ahead.with_past(sharding.init_on_mesh(start, jax.random.key(0), trainable, mesh=mesh), bound=rollouts.staleness(config))
     state, record = checkpoints.restore(like, step=chosen, fall_back=config.checkpoint.fall_back)
     checkpoints.close()
     print(f"step {record.step} of {workdir}")

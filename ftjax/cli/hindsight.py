@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ftjax import online
+from ftjax import online, sharding
 from ftjax.cli import build, rollouts
 from ftjax.cli.run import Run
 from ftjax.rollout import Sample
@@ -50,18 +50,28 @@ class Scorer:
         self._reference = rollouts.reference_scorer(config, actor.model, run.mesh) if rollouts.referred(config) else None
         self._first = True
 
-    def __call__(self, state: TrainState, rows: Batch, samples: Sequence[Sample]) -> Hindsight:
+    def __call__(self, state: TrainState, rows: Batch, samples: Sequence[Sample], *, by: Params | None = None) -> Hindsight:
         """Return the rows of some samples with what is said of them.
+
+        Args:
+          state: of the policy that learns from them.
+          rows: all of them.
+          samples: what they were made of.
+          by: what was trained of the weights that sampled them, where that is not what is trained now: it is they that are compared.
 
         Raises:
           ValueError: at the first call, sampler and trainer disagree.
         """
         said, metrics = None, {}
-        if self._first and self._filtered:  # the sampler drew from less than the policy, so the models are compared
-            self._check(online.laid(rows, [sample.logps for sample in samples]), rows, self._policy(state, rows, 1.0).logps)
-        if self._several or self._penalised or self._valued or (self._first and not self._filtered):
-            said = self._policy(state, rows, self._run.config.rollout.temperature)
-            if not self._filtered:
+        if self._first and (self._filtered or by is not None):
+            temperature = 1.0 if self._filtered else self._run.config.rollout.temperature
+            # A filter draws from less than the policy, so then the models are compared.
+            sampled = online.laid(rows, [sample.logps for sample in samples]) if self._filtered else rows.behavior_logps
+            self._check(sampled, rows, self._policy(state.trainable if by is None else by, rows, temperature).logps)
+        compared = not self._filtered and by is None
+        if self._several or self._penalised or self._valued or (self._first and compared):
+            said = self._policy(state.trainable, rows, self._run.config.rollout.temperature)
+            if compared:
                 compare = self._check if self._first else lambda sampled, rows, logps: online.disagreement(sampled, logps, rows.loss_mask)
                 metrics["sampler_gap"] = Mean(np.float32(compare(rows.behavior_logps, rows, said.logps).mean), np.float32(1))
         self._first, kl = False, np.zeros_like(rows.loss_mask)
@@ -72,8 +82,8 @@ class Scorer:
         rows = dataclasses.replace(rows, old_logps=said.logps) if self._several else rows
         return Hindsight(dataclasses.replace(rows, old_values=said.values) if self._valued else rows, kl, metrics)
 
-    def _policy(self, state: TrainState, rows: Batch, temperature: float) -> Scores:
-        return self._look(partial(self._policies[temperature], state.trainable, self._actor.frozen), rows)
+    def _policy(self, trainable: Params, rows: Batch, temperature: float) -> Scores:
+        return self._look(partial(self._policies[temperature], trainable, self._actor.frozen), rows)
 
     def _check(self, sampled: np.ndarray, rows: Batch, logps: np.ndarray) -> online.Disagreement:
         gap = online.check_agreement(sampled, logps, rows.loss_mask, dtype=self._run.config.model.dtype)
@@ -88,5 +98,6 @@ class Scorer:
         config = self._run.config
         size = config.data.batch_size // config.data.accumulation
         parts = [jax.tree.map(lambda x, at=at: x[at : at + size], rows) for at in range(0, rows.tokens.shape[0], size)]
-        found = [jax.device_get(score(build.on_mesh(part, self._run.mesh))) for part in parts]
+        mesh = self._run.mesh
+        found = [sharding.whole(score(build.on_mesh(sharding.own_rows(part, mesh), mesh))) for part in parts]
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)

@@ -60,6 +60,10 @@ class Stream:
         del state, done
         return next(self._batches), {}
 
+    def stored(self, state: TrainState) -> TrainState:
+        """Return what a checkpoint holds: the state."""
+        return state
+
     def close(self) -> None:
         """End the thread that makes them."""
         self._batches.close()
@@ -76,6 +80,8 @@ class Loop:
     batch: Callable[[TrainState, int], tuple[Batch, Metrics]]
     """`(state, steps done) -> (batch, metrics)`: this process's rows as numpy arrays, and what is to be said of how they came about. They
     may be made by the state: an experience that the policy sampled."""
+    stored: Callable[[TrainState], TrainState]
+    """What a checkpoint holds of a state: with what the batches to come need of the steps before, such as the weights that sample them."""
     stride: int
     """The steps taken on one experience: between them nothing is evaluated, saved or stopped. 1 where no batch depends on a state."""
     put: Callable[[Batch], Batch]
@@ -176,7 +182,7 @@ def _save(loop: Loop, state: TrainState, done: int, values: Mapping[str, float],
     best = bool(values) and loop.memory.bad_evals == 0
     if best or ending or due(done, loop.config.checkpoint.every_steps, loop.config.steps):
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        loop.checkpoints.save(state, Record(done, loop.config_json, finite, dataclasses.asdict(loop.memory)))
+        loop.checkpoints.save(loop.stored(state), Record(done, loop.config_json, finite, dataclasses.asdict(loop.memory)))
 
 
 class Readings:

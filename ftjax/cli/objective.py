@@ -45,7 +45,7 @@ def loss_of_batch(config) -> LossFn:
 
 def packs(config) -> bool:
     """Return whether rows of a batch hold several items that the objective compares, so that they have to be taken apart."""
-    return needs(config).data in data.COMPARED and config.data.packing != "none"
+    return needs(config).data in (*data.COMPARED, data.ROLLOUTS) and config.data.packing != "none"
 
 
 def taught(config) -> bool:
@@ -99,7 +99,7 @@ def check_best_metric(config) -> None:
     shape = (1, responses, 2) if responses > 1 else (1, 2)
     row, number = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
     of_items = ("desirable", "baseline", "margins")
-    rows = ("tokens", "loss_mask", "positions", "segment_ids", "reference_logps", "labels", *needs(config).fields)
+    rows = ("tokens", "loss_mask", "positions", "segment_ids", "reference_logps", "behavior_logps", "labels", *needs(config).fields)
     batch = Batch(**dict.fromkeys(rows, row) | dict.fromkeys(of_items, number))
     scores = Scores(**{name: row for name in _outputs(config)})
     names = ("loss", *jax.eval_shape(loss(config), scores, batch)[1], "perplexity")

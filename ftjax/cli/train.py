@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from ftjax import checkpoint, logs, peft, quant, sharding
 from ftjax.cli import adapter, beginning, build, measure, objective, online, reference, rollouts, runtime, said, show, sweep, teaching
 from ftjax.cli import config as configs
+from ftjax.cli.ahead import Past, with_past, without_past
 from ftjax.cli.hindsight import Actor
 from ftjax.cli.loop import EARLY, FINISHED, Evaluate, Loop, Memory, Stream, take_steps
 from ftjax.cli.run import Lessons, Run, ask, begin, open_writers, read
@@ -92,7 +93,8 @@ def train(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_c
     with contextlib.closing(run.checkpoints):
         state, memory, start = _resume(run, state)
         meter = logs.Meter(logs.peak_flops(build.dtype(run.config.model.dtype)) * jax.process_count())
-        batch = _batches(run, policy, lessons, meter, memory, start)
+        state, past = without_past(state)
+        batch = _batches(run, policy, lessons, past, meter, memory, start)
         with contextlib.closing(open_writers(run, start)) as writers, contextlib.closing(batch):
             run.terminal.heading("Training")
             quiz = build.quiz(
@@ -107,9 +109,9 @@ def train(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_c
                 run.terminal.say(f"{reason}: saved at step {done} of {run.config.steps}; the same command goes on from there.")
                 return
             if reason == EARLY and (best := run.checkpoints.best()) is not None:
-                state = sharding.abstract(
-                    state, sharding.state_shardings(state, run.mesh)
-                )  # lets go of the last weights before the best come
+                state = batch.stored(state)
+                # Lets go of the last weights before the best come.
+                state = sharding.abstract(state, sharding.state_shardings(state, run.mesh))
                 state, _ = run.checkpoints.restore(state, step=best)
                 run.terminal.say(
                     f"early stopping after step {done}: what follows is of step {best}, the best by {run.config.checkpoint.best_metric}"
@@ -163,7 +165,8 @@ def _state(run: Run, policy: Policy, trainable: Params) -> TrainState:
 
 
 def _resume(run: Run, state: TrainState) -> tuple[TrainState, Memory, int]:
-    """Return the state of the last checkpoint, what the run remembered there and its step; the state as it is where there is none."""
+    """Return what the last checkpoint holds, what the run remembered there and its step; without one that of a run that begins."""
+    state = with_past(state, bound=rollouts.staleness(run.config))
     if not run.checkpoints.steps():
         return state, Memory(), 0
     state, record = run.checkpoints.restore(state, fall_back=run.config.checkpoint.fall_back)
@@ -172,14 +175,14 @@ def _resume(run: Run, state: TrainState) -> tuple[TrainState, Memory, int]:
     return state, Memory(**record.memory), record.step
 
 
-def _batches(run: Run, policy: Policy, lessons: Lessons, meter: logs.Meter, memory: Memory, start: int) -> Batches:
+def _batches(run: Run, policy: Policy, lessons: Lessons, past: Past, meter: logs.Meter, memory: Memory, start: int) -> Batches:
     """Return where the batches come from: from the data, or from the policy itself."""
     actor = Actor(policy.loaded.model, policy.method, policy.frozen)
     if objective.on_policy(run.config):
         return Students(run, actor, lessons, start=start, meter=meter)
     if not rollouts.used(run.config):
         return Stream(lessons.loader.iterate(start))
-    return online.Experiences(run, actor, lessons, start=start, meter=meter, memory=memory)
+    return online.Experiences(run, actor, lessons, past, start=start, meter=meter, memory=memory)
 
 
 def _loop(
@@ -203,6 +206,7 @@ def _loop(
         ),
         frozen=teaching.beside(policy.frozen, policy.teacher),
         batch=batch,
+        stored=batch.stored,
         stride=rollouts.stride(config),
         put=partial(build.on_mesh, mesh=mesh),
         flops=partial(logs.flops_per_batch, policy.frozen, shapes, loaded.model.config, group_tokens=config.model.group_tokens),

@@ -136,14 +136,22 @@ def behavior(scores: Scores, batch: Batch) -> jax.Array:
 
 
 def importance_weights(scores: Scores, batch: Batch, *, correction: str, cap: float) -> tuple[jax.Array, Metrics]:
-    """Return w `[*b, t]` of a correction, and the metrics `behavior/logratio` (mean |log w|) and `behavior/weight`."""
+    """Return w `[*b, t]` of a correction, and its metrics.
+
+    They are `behavior/logratio`, the mean |log π_old/π_behavior|, `behavior/weight`, and `behavior/weight/{min,max}` of the least and the
+    largest w of each response, a mean over responses.
+    """
     if batch.behavior_logps is None:
         raise ValueError("policy_gradient: batch.behavior_logps is missing: a correction needs what the sampler said of its tokens.")
     logratio = jnp.where(batch.loss_mask > 0, old_logps(scores, batch) - batch.behavior_logps, 0)
     weights = _chosen("correction", correction, CORRECTIONS)(logratio, cap=cap)
+    responses = (jnp.sum(batch.loss_mask, axis=-1) > 0).astype(logratio.dtype)
+    counted = lambda rest: jnp.where(batch.loss_mask > 0, weights, rest)  # noqa: E731
     return weights, {
         "behavior/logratio": masked_mean(jnp.abs(logratio), batch.loss_mask),
         "behavior/weight": masked_mean(weights, batch.loss_mask),
+        "behavior/weight/min": masked_mean(jnp.min(counted(jnp.inf), axis=-1), responses),
+        "behavior/weight/max": masked_mean(jnp.max(counted(0), axis=-1), responses),
     }
 
 

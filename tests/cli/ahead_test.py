@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from ftjax.cli import ahead
-from ftjax.cli.ahead import Ahead, with_past, without_past
+from ftjax.cli.ahead import Devices, with_past, without_past
 from ftjax.types import TrainState
 
 
@@ -22,7 +22,12 @@ def begun(bound: int) -> TrainState:
     return with_past(TrainState(zero, jax.random.key(0), weights(0), (), {"reference": zero}), bound=bound)
 
 
-def trained(sampled: Ahead, start: int, end: int) -> list[tuple[int, float]]:
+def begin(sample, bound: int, *, count: int, devices: Devices | None = None) -> ahead.Ahead:
+    """The experiences of a run that begins."""
+    return ahead.Ahead(sample, without_past(begun(bound))[1], count=count, devices=devices or Devices())
+
+
+def trained(sampled: ahead.Ahead, start: int, end: int) -> list[tuple[int, float]]:
     """What each experience was sampled by, where a step overwrites the weights."""
     found = []
     for index in range(start, end):
@@ -38,20 +43,20 @@ def by(trainable, index: int) -> tuple[int, float]:
 
 @pytest.mark.parametrize("bound", [0, 1, 2, 7])
 def test_an_experience_is_sampled_by_the_weights_of_so_many_experiences_before(bound):
-    sampled = Ahead(by, without_past(begun(bound))[1], count=5)
+    sampled = begin(by, bound, count=5)
     assert trained(sampled, 0, 5) == [(index, max(0, index - bound)) for index in range(5)]
     sampled.close()
 
 
 @pytest.mark.parametrize("stopped", [0, 1, 2, 4])
 def test_a_run_that_goes_on_samples_by_the_same_weights(stopped):
-    first = Ahead(by, without_past(begun(2))[1], count=9)
+    first = begin(by, 2, count=9)
     before = trained(first, 0, stopped)
     first.close()
     stored = with_past(begun(0), first.past, bound=2)
     state, past = without_past(jax.tree.map(jnp.copy, stored))
     assert state.carried == {"reference": 0}
-    second = Ahead(by, past, count=5)
+    second = ahead.Ahead(by, past, count=5, devices=Devices())
     assert before + trained(second, stopped, 5) == [(index, max(0, index - 2)) for index in range(5)]
     second.close()
 
@@ -70,7 +75,7 @@ def test_a_step_does_not_wait_for_the_next_experience_and_none_is_sampled_beyond
         seen.append(index)
         return index
 
-    sampled = Ahead(slow, without_past(begun(1))[1], count=3)
+    sampled = begin(slow, 1, count=3)
     assert sampled(weights(0), 0) == 0 and seen == [0]  # while the next one is not judged yet
     judged.set()
     assert [sampled(weights(index), index) for index in (1, 2)] == [1, 2]
@@ -84,7 +89,7 @@ def test_what_goes_wrong_in_the_thread_is_raised_where_the_experience_is_asked_f
             raise ValueError("reward 'x' raised OSError")
         return index
 
-    sampled = Ahead(broken, without_past(begun(1))[1], count=3)
+    sampled = begin(broken, 1, count=3)
     assert sampled(weights(0), 0) == 0
     with pytest.raises(ValueError, match="reward 'x' raised OSError"):
         sampled(weights(1), 1)
@@ -93,19 +98,20 @@ def test_what_goes_wrong_in_the_thread_is_raised_where_the_experience_is_asked_f
 
 def test_closing_waits_for_the_devices_and_leaves_a_judge_that_hangs():
     begins, goes_on, answers, done = threading.Event(), threading.Event(), threading.Event(), []
+    devices = Devices()
 
     def sample(trainable, index):
         if index == 0:
             return
-        with sampled.at_work():
+        with devices:
             begins.set()
             goes_on.wait(30)
             done.append("sampled")
         answers.wait(30)
-        with sampled.at_work():
+        with devices:
             done.append("another round")
 
-    sampled = Ahead(sample, without_past(begun(1))[1], count=3)
+    sampled = begin(sample, 1, count=3, devices=devices)
     sampled(weights(0), 0)
     assert begins.wait(30)
     closing = threading.Thread(target=sampled.close)

@@ -52,6 +52,7 @@ class Run:
             "config_json": {},
             "step": self.step,
             "batch": lambda state, done: (SimpleNamespace(segment_ids=np.ones((1, 4))), self.origin(done)),
+            "stored": lambda state: state,
             "stride": self.stride,
             "put": lambda batch: batch,
             "flops": lambda batch: 1.0,
