@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ftjax import data, peft, sharding, tree
+from ftjax import data, online, peft, sharding, tree
 from ftjax.cli import build, objective, rollouts, said, teaching
 from ftjax.peft import inits
 from ftjax.train import Step, init_state
@@ -61,6 +61,11 @@ def batch(mesh: Mesh, config, *, rows: int | None = None) -> Batch:
     """Return the shapes of a batch of a config on a mesh, of other than its own rows if they are given; packed items each fill a row."""
     needs, rows, tokens = objective.needs(config), rows or config.data.batch_size, config.data.max_tokens
     responses, packed = data.KINDS.get(needs.data, 1), objective.packs(config)
+    places, items = (rows, 1, responses, tokens), (rows,)
+    if packed and needs.data == data.ROLLOUTS:  # a row has all samples of a prompt
+        group, longest = config.rollout.samples_per_prompt, config.rollout.max_tokens + 1
+        rows, tokens = -(-rows // group), online.rounded(tokens + (group - 1) * longest)
+        places, items = (rows, group, 1, longest), (rows, group)
 
     def of(dtype: Any, *shape: int, time: bool = True) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh, ndim=len(shape), time=time))
@@ -73,10 +78,12 @@ def batch(mesh: Mesh, config, *, rows: int | None = None) -> Batch:
         ids_of, logps_of = (of(dtype, *shape, said.count(config.teacher.file), time=False) for dtype in (jnp.int32, jnp.float32))
         found = dataclasses.replace(found, teacher_ids=ids_of, teacher_logps=logps_of)
     if packed:
-        found = dataclasses.replace(found, places=of(jnp.int32, rows, 1, responses, tokens, time=False))
+        found = dataclasses.replace(found, places=of(jnp.int32, *places, time=False))
     if needs.data == data.ROLLOUTS:
         old, reference = (mask if wanted else None for wanted in (rollouts.stride(config) > 1, rollouts.referred(config)))
-        worth = dict.fromkeys(needs.fields, mask) | ({} if "returns" in needs.fields else {"advantages": of(jnp.float32, rows, time=False)})
+        worth = dict.fromkeys(needs.fields, mask) | (
+            {} if "returns" in needs.fields else {"advantages": of(jnp.float32, *items, time=False)}
+        )
         values = mask if rollouts.estimator(config).values else None
         told = {"behavior_logps": mask, "old_logps": old, "old_values": values, "reference_logps": reference}
         return dataclasses.replace(found, **told, **worth)

@@ -226,13 +226,12 @@ def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False)
 
 def check_rows(config, mesh: Mesh, *, accumulation: int) -> None:
     """Refuse micro-batches that do not divide over the mesh: every device would then compute all of their rows."""
-    parts = accumulation * sharding.row_parts(mesh)
-    if config.data.batch_size % parts:
+    parts, rows = accumulation * sharding.row_parts(mesh), rollouts.rows(config)
+    if rows % parts:
         factors = {"data.accumulation": accumulation, **{f"mesh.{name}": mesh.shape[name] for name in sharding.ROWS}}
         product = " × ".join(f"{name}={value}" for name, value in factors.items())
         raise ValueError(
-            f"data.batch_size: {config.data.batch_size} rows cannot be split into {product} = {parts} equal parts; "
-            f"choose a multiple of {parts}."
+            f"data.batch_size: {rows} rows cannot be split into {product} = {parts} equal parts; choose a multiple of {parts}."
         )
 
 

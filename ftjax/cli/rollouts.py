@@ -57,6 +57,12 @@ def one_of_each(config) -> bool:
     return (paired(config) and not opposed(config)) or (selected(config) and config.rollout.keep == "best")
 
 
+def rows(config) -> int:
+    """Return the rows of a step: one for each sample, pair or best one, or for all samples of a prompt."""
+    shared = used(config) and config.data.packing == "shared"
+    return config.data.batch_size // (config.rollout.samples_per_prompt if shared else 1)
+
+
 def stride(config) -> int:
     """Return the optimiser steps that are taken on one experience: 1 without rollouts."""
     return config.rollout.epochs * config.rollout.minibatches if used(config) else 1
@@ -151,8 +157,21 @@ def check(config) -> None:
                 f"{name}: {value} is no multiple of the {steps} steps that an experience gives (rollout.epochs={asked.epochs} × "
                 f"rollout.minibatches={asked.minibatches}); nearest: {max(steps, round(value / steps) * steps)}."
             )
-    if config.data.packing != "none":
-        raise ValueError(f"data.packing: rollouts have a row each: say 'none', not {config.data.packing!r}.")
+    _check_packing(config)
+
+
+def _check_packing(config) -> None:
+    """Refuse rows that the samples cannot share."""
+    packing, group, parts = config.data.packing, config.rollout.samples_per_prompt, config.data.accumulation
+    if packing not in ("none", "shared"):
+        raise ValueError(f"data.packing: rollouts have a row each ('none') or one for all samples of a prompt ('shared'), not {packing!r}.")
+    if packing == "shared" and (objective.needs(config).data != data.ROLLOUTS or opposed(config)):
+        raise ValueError(f"data.packing: {config.algorithm!r} does not learn from all samples of a prompt, which 'shared' puts in one row.")
+    if packing == "shared" and config.data.batch_size % (group * parts):
+        raise ValueError(
+            f"data.batch_size: {config.data.batch_size} samples do not give each of {parts} micro-batches (data.accumulation) as many "
+            f"whole groups of {group}, each of which has a row (data.packing='shared'); choose a multiple of {group * parts}."
+        )
 
 
 KEEP = ("best", "all")

@@ -7,7 +7,7 @@ from ftjax.online.opponents import contest, duels
 from ftjax.online.samples import Sampler, laid, player, rows, sampler, words
 from ftjax.online.selection import above, best, kept
 from ftjax.online.summary import summary
-from ftjax.online.together import together
+from ftjax.online.together import rounded, together
 
 __all__ = [
     "ESTIMATORS",
@@ -30,6 +30,7 @@ __all__ = [
     "minibatch",
     "pairs",
     "player",
+    "rounded",
     "rows",
     "sampler",
     "shaped",

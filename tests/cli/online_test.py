@@ -69,6 +69,16 @@ def test_the_reward_rises(whole):
     assert reported(whole, "eval/reward")[-1] > reported(whole, "eval/reward")[0]
 
 
+def test_samples_learn_the_same_in_one_row_with_their_prompt(train, tmp_path):
+    found = []
+    for packing in ("none", "shared"):
+        options = ("--config.rollout.minibatches=1", "--config.mesh.data=1", f"--config.data.packing={packing}")
+        assert train(tmp_path / packing, *FEW, *options) == 0
+        found.append([reported(tmp_path / packing, f"train/{name}") for name in ("loss", "grad_norm", "kl", "reward")])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3, atol=1e-6)
+    assert found[0][1][0] > 1e-3
+
+
 def test_what_is_reported_says_all_that_may_go_wrong(whole):
     row = next(row for row in read_jsonl(whole / "metrics.jsonl") if "train/reward" in row)
     names = "reward_std rewards/numeric_match zero_variance length finished repetition kl entropy clip/high ratio sampler_gap"
