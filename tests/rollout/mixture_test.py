@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax import rollout
+from ftjax import rollout, sharding
 from tests import tiny
 
 PROMPTS = [np.arange(1, 1 + n) for n in (3, 6, 1, 4)]
@@ -18,9 +18,9 @@ def models():
     return tuple(tiny.init(jax.random.key(n)) for n in (1, 5))
 
 
-def samples(model, params):
+def samples(model, params, slots=3):
     """Two to each prompt, through fewer slots than there are samples."""
-    engine = rollout.Engine(model, (3,), slots=3, slot_tokens=16)
+    engine = rollout.Engine(model, (3,), slots=slots, slot_tokens=16)
     sampling = rollout.settings(temperature=1.0)
     requests = [rollout.Request(prompt, 8, key=key, num_samples=2, sampling=sampling) for prompt, key in zip(PROMPTS, KEYS, strict=True)]
     return engine.generate(params, requests)
@@ -53,3 +53,13 @@ def test_at_its_ends_a_mixture_writes_what_one_of_the_two_does(share, models):
 def test_a_share_of_more_than_all_is_refused():
     with pytest.raises(ValueError, match=r"the share of the reference is in \[0, 1\], not 1.5"):
         rollout.geometric(tiny.MODEL, share=1.5)
+
+
+def test_eight_devices_write_what_one_writes(models):
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    spread = rollout.geometric(sharding.on_mesh(tiny.MODEL, mesh), share=0.5)
+    placed = [sharding.place(jax.tree.map(np.asarray, params), mesh) for params in models]
+    alone = samples(rollout.geometric(tiny.MODEL, share=0.5), rollout.both(*models), slots=4)
+    for one, other in zip(samples(spread, rollout.both(*placed), slots=4), alone, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        np.testing.assert_allclose(one.logps, other.logps, atol=1e-5)
