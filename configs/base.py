@@ -385,6 +385,8 @@ def _shrink(config: ConfigDict, tiny: str) -> None:
     if "rollout" in config:
         config.data.update({"batch_size": 8 // config.rollout.minibatches, "accumulation": 1})
         config.rollout.update({"samples_per_prompt": min(4, config.rollout.samples_per_prompt), "epochs": 1, "max_tokens": 8, "slots": 0})
+        if config.rollout.environment.tools:
+            config.data.max_tokens = 1024  # they are described byte by byte
     config.relora.every_steps = 2
     config.optimizer.warmup_steps = 1
     config.eval.update({"every_steps": 2, "batches": 1, "samples": min(2, config.eval.samples)})

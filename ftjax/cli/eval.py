@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftjax import data, losses, peft, quant, scoring
-from ftjax.cli import build, measure, objective, preferences, pretrained, rollouts, runtime
+from ftjax.cli import build, environments, measure, objective, preferences, pretrained, rollouts, runtime
 from ftjax.cli import config as configs
 from ftjax.train import Score, make_eval_step
 from ftjax.tree import nearest
@@ -152,6 +152,8 @@ def from_config(flags: absl_flags.FlagValues) -> Setting:
     config = flags.config
     if flags.model:
         config.model.update({"name": flags.model, "random": False})
+    if environments.used(config):
+        raise ValueError("eval: answers are of one turn, and this config's policy is answered; `ftjax train` measures whole episodes.")
     if rollouts.used(config):  # what it was not shown while it learnt by rewards: the answers
         with config.unlocked():
             config.algorithm = "sft"

@@ -7,7 +7,7 @@ import pytest
 from ftjax import data, rollout
 from ftjax.checkpoint import Checkpoints
 from ftjax.cli import config as configs
-from ftjax.cli import environments, main, rollouts
+from ftjax.cli import environments, main, refusals
 from ftjax.cli.stop import Stop
 from ftjax.hf.tokenizer import byte_tokenizer
 from ftjax.logs.writers import read_jsonl
@@ -141,18 +141,18 @@ def config(**changes):
 )
 def test_what_cannot_be_played_is_refused(changes, shown):
     with pytest.raises(ValueError, match=shown):
-        rollouts.check(config(**{f"rollout__environment__{name}": value for name, value in changes.items()}))
+        refusals.check(config(**{f"rollout__environment__{name}": value for name, value in changes.items()}))
 
 
 def test_what_does_not_go_with_turns_is_refused():
     tools = {"rollout__environment__tools": ("calculator",)}
-    rollouts.check(config(**tools))
+    refusals.check(config(**tools))
     with pytest.raises(ValueError, match="answers of one turn"):
-        rollouts.check(config(**tools, eval__samples=2))
+        refusals.check(config(**tools, eval__samples=2))
     with pytest.raises(ValueError, match="template: tools are shown .* choose 'chatml'"):
-        rollouts.check(config(**tools, data__template="none"))
+        refusals.check(config(**tools, data__template="none"))
     with pytest.raises(ValueError, match="rewards.environment: there is none"):
-        rollouts.check(config(rewards__environment=1.0))
+        refusals.check(config(rewards__environment=1.0))
 
 
 READS = "{% if tools %}{{ tools | tojson }}\n{% endif %}" + data.CHATML
@@ -197,3 +197,9 @@ def test_a_template_that_shows_no_turns_is_refused_before_the_first_episode():
     encoder = data.make_encoder(byte_tokenizer(), max_tokens=64, template=hides)
     with pytest.raises(ValueError, match="does not show a turn"):
         environments.sampler(config(rollout__environment__name="higher_lower"), None, encoder, rollout.settings(temperature=1.0))
+
+
+def test_answers_of_one_turn_are_not_what_such_a_policy_is_measured_by(capsys):
+    calculator = pathlib.Path(SUMS).with_name("grpo_smollm2_calculator.py")
+    assert main.main(["eval", f"--config={calculator}:smoke"]) == 1
+    assert "answers are of one turn" in capsys.readouterr().err
