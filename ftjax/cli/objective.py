@@ -159,25 +159,6 @@ def on_policy(config) -> bool:
     return "student" in config and config.student.on_policy > 0 and taught(config)
 
 
-def check_student(config) -> None:
-    """Refuse a `config.student` that cannot write; asked before anything is loaded."""
-    share = config.get("student", {}).get("on_policy", 0)
-    if not 0 <= share <= 1:
-        raise ValueError(f"student.on_policy: the share of the steps is in [0, 1], not {share}.")
-    if not on_policy(config):
-        return
-    asked = config.student
-    if teacher_block(config).file:
-        raise ValueError("student.on_policy: what a file says is of the text that it was made of; leave teacher.file empty.")
-    if config.sweep or jax.process_count() > 1:
-        what = "members of a sweep" if config.sweep else f"the {jax.process_count()} processes of a run"
-        raise ValueError(f"student.on_policy: {what} would each write their own; set it to 0.")
-    if asked.temperature <= 0:
-        raise ValueError(f"student.temperature: above 0, not {asked.temperature}.")
-    if not 0 < asked.max_tokens < config.data.max_tokens:
-        raise ValueError(f"student.max_tokens: from 1 to less than data.max_tokens={config.data.max_tokens}, not {asked.max_tokens}.")
-
-
 def divergence(config) -> Callable[..., jax.Array]:
     """Return what `config.teacher` compares a token's two distributions by."""
     chosen = teacher_block(config)

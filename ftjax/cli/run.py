@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ftjax import data, logs, losses
 from ftjax.checkpoint import Checkpoints
-from ftjax.cli import build, measure, objective, rollouts, runtime, show
+from ftjax.cli import build, measure, objective, refusals, rollouts, runtime, show
 from ftjax.cli import config as configs
 from ftjax.cli.stop import Stop
 from ftjax.types import TrainState
@@ -45,8 +45,8 @@ def begin(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_c
     config = build.resolved(config)
     config_json = configs.as_json(config)
     objective.check_reference(config)
-    objective.check_student(config)
-    rollouts.check(config)
+    refusals.check_student(config)
+    refusals.check(config)
     objective.check_best_metric(config)
     checkpoints = Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep, best_metric=config.checkpoint.best_metric)
     runtime.agree("workdir: the last checkpoint", (checkpoints.steps() or [0])[-1])

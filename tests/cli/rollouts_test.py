@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from ftjax import losses
-from ftjax.cli import abstract, build, objective, rollouts
+from ftjax.cli import abstract, build, objective, refusals, rollouts
 from ftjax.cli import config as configs
 
 CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "grpo_smollm2_sums.py")
@@ -22,7 +22,7 @@ def test_sizes_follow_from_rows_and_minibatches():
     found = config(
         data__batch_size=32, rollout__minibatches=4, rollout__epochs=3, steps=120, eval__every_steps=12, checkpoint__every_steps=0
     )
-    rollouts.check(found)
+    refusals.check(found)
     assert (rollouts.stride(found), rollouts.samples(found), rollouts.prompts(found)) == (12, 128, 16)
 
 
@@ -64,14 +64,14 @@ def test_what_does_not_fit_is_refused_with_what_would(changes, shown):
         if "rewards" in changes:
             with found.unlocked():
                 found.rewards = changes["rewards"]
-        rollouts.check(found)
+        refusals.check(found)
 
 
 @pytest.mark.parametrize("name", [*losses.POLICY_LOSSES, "ppo"])
 def test_every_algorithm_steps_on_what_its_estimator_writes(name):
     found = configs.load(f"{CONFIG}:smoke")
     found.update({"algorithm": name, "methods": ("lora", "value_head") if name == "ppo" else ("lora",)})
-    rollouts.check(found)
+    refusals.check(found)
     step = abstract.built(found, build.mesh(found))
     _, metrics = jax.eval_shape(step.train_step, step.state, step.frozen, step.batch)
     assert {"loss", "ratio", "entropy", "kl/old"} <= set(metrics)
@@ -93,7 +93,7 @@ def test_what_compares_or_selects_samples_steps_on_what_becomes_of_them(name):
     found = configs.load(f"{CONFIG}:smoke")
     with found.unlocked():
         found.algorithm, found.loss = name, {}
-    rollouts.check(found)
+    refusals.check(found)
     step = abstract.built(found, build.mesh(found))
     _, metrics = jax.eval_shape(step.train_step, step.state, step.frozen, step.batch)
     assert {"loss", {"dpo": "rewards/margin", "xpo": "wins", "nash_md": "kl"}.get(name, "nll")} <= set(metrics)
@@ -104,7 +104,7 @@ def test_a_row_is_a_sample_or_what_is_chosen_of_those_of_a_prompt():
     counts = {}
     for name in ("grpo", "dpo", "xpo", "nash_md", "rejection_sampling"):
         found = config(algorithm=name, data__batch_size=8, rollout__samples_per_prompt=4, rollout__keep_above=1.0)
-        rollouts.check(found)
+        refusals.check(found)
         counts[name] = rollouts.prompts(found), rollouts.samples(found)
     assert counts == {"grpo": (2, 8), "dpo": (8, 32), "xpo": (2, 8), "nash_md": (2, 8), "rejection_sampling": (8, 32)}
     found.rollout.keep = "all"
@@ -114,20 +114,20 @@ def test_a_row_is_a_sample_or_what_is_chosen_of_those_of_a_prompt():
 def test_pairs_are_of_as_many_prompts_as_a_step_has_rows():
     found = config(algorithm="dpo", data__batch_size=4, rollout__minibatches=2, rollout__samples_per_prompt=3)
     found.update({"steps": 100, "checkpoint": {"every_steps": 0}, "eval": {"every_steps": 0}})
-    rollouts.check(found)
+    refusals.check(found)
     assert (rollouts.prompts(found), rollouts.samples(found)) == (8, 24)
 
 
 def test_rollouts_and_what_learns_from_them_come_together():
     with pytest.raises(ValueError, match="'sft' learns from messages and not from rollouts"):
-        rollouts.check(config(algorithm="sft"))
+        refusals.check(config(algorithm="sft"))
     found = config()
     with found.unlocked():
         del found.rollout
     for name in ("grpo", "xpo", "rejection_sampling"):
         found.algorithm = name
         with pytest.raises(ValueError, match=f"'{name}' needs a block config.rollout"):
-            rollouts.check(found)
+            refusals.check(found)
     found.update({"algorithm": "sft", "steps": 101})
-    rollouts.check(found)
+    refusals.check(found)
     assert rollouts.stride(found) == 1

@@ -12,7 +12,7 @@ from etils import epath
 
 from ftjax import rewards
 from ftjax.cli import config as configs
-from ftjax.cli import export, gathering, main, rollouts
+from ftjax.cli import export, gathering, main, refusals, rollouts
 from ftjax.cli.ahead import SAMPLED_BY
 from ftjax.logs.writers import read_jsonl
 from tests.cli.online_test import CONFIG, OPTIONS, high_bytes, reported
@@ -139,18 +139,18 @@ def test_an_earlier_policy_s_samples_are_not_taken_for_this_one_s(algorithm, los
         config.update({"algorithm": algorithm, "loss": loss, "methods": ("lora", "value_head") if algorithm == "ppo" else ("lora",)})
         config.rollout.staleness = 2
     if shown is None:
-        return rollouts.check(config)
+        return refusals.check(config)
     with pytest.raises(ValueError, match=shown):
-        rollouts.check(config)
+        refusals.check(config)
 
 
 def test_several_processes_sample_together_and_not_ahead(monkeypatch):
     config = configs.load(CONFIG)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    rollouts.check(config)
+    refusals.check(config)
     config.rollout.staleness = 1
     with pytest.raises(ValueError, match="rollout.staleness: the 2 processes of a run sample together"):
-        rollouts.check(config)
+        refusals.check(config)
 
 
 def test_a_checkpoint_with_a_past_is_exported(whole):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ftjax.cli import config as configs
-from ftjax.cli import main, objective, students
+from ftjax.cli import main, refusals, students
 from ftjax.cli.stop import Stop
 from tests.cli.online_test import reported
 from tests.cli.train_test import assert_bitwise_equal, stored
@@ -75,9 +75,9 @@ WRONG = {
 @pytest.mark.parametrize("field", WRONG)
 def test_a_student_that_cannot_write_is_refused_before_anything_is_loaded(field):
     with pytest.raises(ValueError, match=WRONG[field]):
-        objective.check_student(config(**{"student__on_policy": 0.5, **dict([field])}))
+        refusals.check_student(config(**{"student__on_policy": 0.5, **dict([field])}))
     if field[0] != "student__on_policy":
-        objective.check_student(config(**dict([field])))
+        refusals.check_student(config(**dict([field])))
 
 
 def test_a_teacher_with_other_tokens_cannot_judge_what_is_written(monkeypatch):
