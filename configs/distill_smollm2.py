@@ -6,6 +6,7 @@ against 2.1; as every third layer 0.66, 0 % and 13.8, from where this divergence
 Data: t0_sample.jsonl of github.com/yizhongw/self-instruct; its last 4 % are held out. What to look at: eval/divergence and eval/agreement.
 Command: ftjax train --config=configs/distill_smollm2.py --workdir=runs/distill_smollm2
 Local file: --config.data.sources.t0.path=t0_sample.jsonl --config.data.eval_sources.t0.path=t0_sample.jsonl
+On-policy (GKD): --config.student.on_policy=0.5, half of the steps on what the student itself answers to the same prompts.
 Hardware: UNTESTED at full length; meant for 2 CPU cores, about 10 minutes and 4 GB.
 """
 
