@@ -16,7 +16,7 @@ from ftjax.cli.config import plain
 from ftjax.cli.hindsight import Actor
 from ftjax.cli.run import Lessons, Run
 from ftjax.rollout import Sample
-from ftjax.types import Batch, Mean, Metrics, TrainState
+from ftjax.types import Batch, Mean, Metrics, Model, TrainState
 
 
 def own(config) -> np.ndarray:
@@ -102,7 +102,7 @@ def prompts(config, encoder: data.Encoder) -> tuple[data.Prompts, dict[str, data
     return data.load_prompts(specs, encoder, count=config.data.batch_size, max_tokens=config.student.max_tokens, **options)
 
 
-def sampler(config, model, mesh: Mesh, encoder: data.Encoder) -> online.Sampler:
+def sampler(config, model: Model, mesh: Mesh, encoder: data.Encoder) -> online.Sampler:
     """Return how the student answers."""
     asked, template = config.student, encoder.template.source if encoder.template else "none"
     eos_ids = rollout.Encoder(model, encoder.tokenizer, template=template).eos_ids
