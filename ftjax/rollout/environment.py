@@ -1,5 +1,7 @@
 """Environments: who answers a policy between its turns. One file with a class of two methods is enough to train against it.
 
+    from ftjax.rollout import Reply
+
     class Parity:
         def reset(self, row):
             self.odd = int(row["answer"]) % 2
