@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ftjax.models.apart import apart, apart_cache, separable
 from ftjax.models.cache import Cache, init_cache
 from ftjax.models.config import Config
 from ftjax.models.decoder import make_model
@@ -17,11 +18,14 @@ __all__ = [
     "Cache",
     "Config",
     "Model",
+    "apart",
+    "apart_cache",
     "build",
     "config_from_hf",
     "init_cache",
     "prefix_of",
     "preset",
+    "separable",
     "stretch",
     "to_hf",
 ]

@@ -20,7 +20,8 @@ class Cache:
     """
 
     k: jax.Array
-    """`[l, b, k, s, c]`, already turned by the rotary embedding: the slots of a head lie together, as attention reads them."""
+    """`[l, b, k, s, c]`, already turned by the rotary embedding: the slots of a head lie together, as attention reads them. Where layers
+    lie apart (see `ftjax.models.apart`) a tuple of them, `[1, b, k, s, c]` for each layer."""
     v: jax.Array
     """`[l, b, k, s, c]`."""
     positions: jax.Array
@@ -71,5 +72,8 @@ def write(stored: jax.Array, layer: jax.Array, index: jax.Array, new: jax.Array)
     zero = jnp.zeros((), jnp.int32)
     new = jnp.moveaxis(new, 1, 2)[None].astype(stored.dtype)
     stored = jax.lax.dynamic_update_slice(stored, new, (layer, zero, zero, index, zero))
+    if len(stored) == 1:
+        # A layer that lies apart: without the barrier XLA:CPU updates it in one place and again for its reader, and copies what both need.
+        stored = jax.lax.optimization_barrier(stored)
     # Moved back in name alone: the compiler hands the product the heads as they lie.
     return stored, jnp.moveaxis(jax.lax.dynamic_index_in_dim(stored, layer, keepdims=False), 1, 2)

@@ -180,11 +180,24 @@ def _through_layers(trunk: _Trunk, params: Params, x: jax.Array, cached: layers.
         jnp.asarray([kind == "sliding_attention" for kind in config.layer_types]),
     )
     body, carry = trunk.remat(body), (x, cached)
+    if isinstance(params["layers"], tuple):
+        return _one_by_one(body, carry, per_layer)
     if trunk.scan:
         return jax.lax.scan(body, carry, per_layer)[0]
     for layer in range(config.num_hidden_layers):
         carry, _ = body(carry, jax.tree.map(lambda stacked, layer=layer: stacked[layer], per_layer))
     return carry
+
+
+def _one_by_one(body, carry, per_layer: _PerLayer):
+    """Go through layers that lie apart (see `ftjax.models.apart`), each with its own part of the cache."""
+    (x, cached), kept = carry, []
+    for layer, params in enumerate(per_layer.params):
+        own = None if cached is None else (cached[0][layer], cached[1][layer])
+        window, rope = (None if one is None else one[layer] for one in (per_layer.window, per_layer.rope))
+        (x, own), _ = body((x, own), _PerLayer(params, jnp.zeros((), jnp.int32), window, rope))
+        kept.append(own)
+    return x, None if cached is None else tuple(zip(*kept, strict=True))
 
 
 def _ropes(config: Config) -> list:

@@ -42,8 +42,9 @@ class Row(NamedTuple):
 
 def count(params: Params) -> tuple[int, int]:
     """Return how many virtual tokens the parameters hold, `(of a prefix, of a prompt)`."""
-    prefix, prompt = params["layers"].get("slots", {}).get(PREFIX), params.get(PROMPT)
-    return 0 if prefix is None else prefix["key"].shape[1], 0 if prompt is None else prompt["embedding"].shape[0]
+    layers = params["layers"][0] if isinstance(params["layers"], tuple) else params["layers"]
+    prefix, prompt = layers.get("slots", {}).get(PREFIX), params.get(PROMPT)
+    return 0 if prefix is None else prefix["key"].shape[-2], 0 if prompt is None else prompt["embedding"].shape[0]
 
 
 def prefix_of(model: Model, params: Params, tokens: jax.Array) -> Params:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from ftjax import weights
+from ftjax import models, weights
 from ftjax.peft.mixed import NONE, RowWise
 from ftjax.rollout import packing
 from ftjax.rollout import slots as programs
@@ -90,7 +90,7 @@ class Engine:
         mixed = any(isinstance(leaf, RowWise) for leaf in leaves)
         check(requests, slot_tokens=slot_tokens, mixed=mixed, decodes=self.tokenizer is not None)
         if requests:
-            yield from _Run(self, params, list(requests), slot_tokens)
+            yield from _Run(self, params, list(requests), slot_tokens, mixed)
 
 
 class _Wanted(NamedTuple):
@@ -115,9 +115,12 @@ class _Begun(NamedTuple):
 class _Run:
     """One call: what waits, what has been read, and what stands in which slot."""
 
-    def __init__(self, engine: Engine, params: Params, requests: Sequence[Request], slot_tokens: int):
+    def __init__(self, engine: Engine, params: Params, requests: Sequence[Request], slot_tokens: int, mixed: bool):
         self.engine, self.params, self.requests = engine, params, requests
         self.mesh = _mesh(params)
+        # A CPU would copy a layer's weights and cache at each step; see `models.apart`.
+        layers_apart = jax.default_backend() == "cpu" and self.mesh is None and not mixed and models.separable(engine.model, params)
+        self.written_by = programs.apart(params) if layers_apart else params
         self.first = np.cumsum([0, *(request.num_samples for request in requests)])
         # The longest first, so that none is left alone at the end; likewise long prompts, so that short ones fill the rows.
         self.waiting = sorted(range(len(requests)), key=lambda at: (-requests[at].max_tokens, -len(requests[at].tokens)))
@@ -128,7 +131,8 @@ class _Run:
         self.form = form_of(requests, engine.eos_ids)
         settings = self.form.settings([], engine.slots)
         self.table = tabulate(self.form.grammars, programs.vocabulary(engine.model, params)) if self.form.grammars else None
-        self.slots = programs.empty(engine.model, params, settings, num_columns=slot_tokens, mesh=self.mesh)
+        shape = {"num_columns": slot_tokens, "layers_apart": layers_apart, "mesh": self.mesh}
+        self.slots = programs.empty(engine.model, params, settings, **shape)
 
     def __iter__(self) -> Iterator[tuple[int, Sample]]:
         engine = self.engine
@@ -139,7 +143,14 @@ class _Run:
                 self._join()
             patience = engine.patience if self.waiting or self.ready else self.size
             self.slots, written = programs.write(
-                engine.model, self.params, self.slots, patience, self.table, impl=self.form.impl, num_tokens=engine.block, mesh=self.mesh
+                engine.model,
+                self.written_by,
+                self.slots,
+                patience,
+                self.table,
+                impl=self.form.impl,
+                num_tokens=engine.block,
+                mesh=self.mesh,
             )
             yield from self._ended(Written(*map(np.asarray, written)))
             self._narrow()

@@ -104,11 +104,17 @@ class Written(NamedTuple):
 
 def columns(slots: Slots) -> int:
     """Return the size of the ring."""
-    return slots.cache.k.shape[3] - slots.cache.virtual
+    return jax.tree.leaves(slots.cache.k)[0].shape[3] - slots.cache.virtual
 
 
-@partial(jax.jit, static_argnames=("model", "num_columns", "mesh"))
-def empty(model: Model, params: Params, settings: Settings, *, num_columns: int, mesh: Mesh | None = None) -> Slots:
+apart = jax.jit(models.apart)
+"""What `write` reads where slots were made so."""
+
+
+@partial(jax.jit, static_argnames=("model", "num_columns", "layers_apart", "mesh"))
+def empty(
+    model: Model, params: Params, settings: Settings, *, num_columns: int, layers_apart: bool = False, mesh: Mesh | None = None
+) -> Slots:
     """Return as many slots as `settings` has entries, free, for texts of up to `num_columns` tokens."""
     size, before = len(settings.max_tokens), sum(virtual.count(params))
     cache = models.init_cache(model.config, size, before + num_columns, _activations(model, params))
@@ -117,7 +123,8 @@ def empty(model: Model, params: Params, settings: Settings, *, num_columns: int,
     if penalized(settings.sampling):
         shape = (size, vocabulary(model, params))
         seen = Seen(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32))
-    cache = dataclasses.replace(cache, virtual=before)
+    k, v = models.apart_cache(cache) if layers_apart else (cache.k, cache.v)
+    cache = dataclasses.replace(cache, k=k, v=v, virtual=before)
     return _place(Slots(cache, jnp.zeros((), jnp.int32), zeros, zeros, zeros, jnp.zeros((size,), bool), settings, seen), mesh)
 
 
@@ -193,7 +200,8 @@ def keep(slots: Slots, chosen: jax.Array) -> Slots:
     cache = slots.cache
     rows = {name: getattr(slots, name) for name in ("tokens", "positions", "written", "live", "settings", "seen")}
     ids = {"positions": cache.positions[chosen], "segment_ids": cache.segment_ids[chosen]}
-    kept = dataclasses.replace(cache, k=cache.k[:, chosen], v=cache.v[:, chosen], **ids)
+    k, v = (jax.tree.map(lambda x: x[:, chosen], x) for x in (cache.k, cache.v))
+    kept = dataclasses.replace(cache, k=k, v=v, **ids)
     return dataclasses.replace(slots, cache=kept, **jax.tree.map(lambda x: x[chosen], rows))
 
 
@@ -259,10 +267,15 @@ def _copy(slots: Slots, read: Read, joining: Joining) -> Cache:
         def put(into: jax.Array, values: jax.Array, axis: int) -> jax.Array:
             return jax.lax.dynamic_update_index_in_dim(into, values, slot, axis)
 
+        def lay(into, given: jax.Array):
+            if isinstance(into, tuple):
+                return tuple(lay(own, given[layer : layer + 1]) for layer, own in enumerate(into))
+            return put(into, jnp.take(given[:, row], source, axis=2), 1)
+
         return dataclasses.replace(
             cache,
-            k=put(cache.k, jnp.take(read.cache.k[:, row], source, axis=2), 1),
-            v=put(cache.v, jnp.take(read.cache.v[:, row], source, axis=2), 1),
+            k=lay(cache.k, read.cache.k),
+            v=lay(cache.v, read.cache.v),
             positions=put(cache.positions, read.cache.positions[row][source], 0),
             segment_ids=put(cache.segment_ids, segments, 0),
         )
