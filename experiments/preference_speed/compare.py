@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--torch")
     parser.add_argument("--references", default="live")
     parser.add_argument("--packings", default="shared,none", help="of ftjax")
-    parser.add_argument("--peers", default="bfloat16,float32")
+    parser.add_argument("--peers", default="bfloat16,bfloat16+autocast,float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
