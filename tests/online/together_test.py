@@ -34,11 +34,13 @@ def rollouts(**fields) -> Batch:
     return dataclasses.replace(Batch(tokens, mask, positions, ids), **numbers | advantages | fields)
 
 
-@pytest.mark.parametrize("name", ["grpo", "gspo", "ppo"])
-def test_value_and_gradient_are_those_of_rows_of_their_own(name, key):
+@pytest.mark.parametrize(("name", "turns"), [("grpo", False), ("grpo", True), ("gspo", False), ("ppo", False), ("ppo", True)])
+def test_value_and_gradient_are_those_of_rows_of_their_own(name, turns, key):
     frozen, trainable = METHOD.init(key, toy.init(key))
     trainable = jax.tree.map(lambda x: x + 0.1, trainable)
     batch = rollouts()
+    if turns:  # between which the policy was told something
+        batch.loss_mask[3, 2:4] = batch.loss_mask[5, 5] = 0
     if name == "ppo":
         batch = dataclasses.replace(batch, advantages=np.where(batch.loss_mask > 0, batch.advantages[:, None], 0))
     shared = online.together(batch, 2)
