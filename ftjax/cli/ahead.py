@@ -3,7 +3,9 @@
 With W(i) for what is trained before experience i is learnt from, and a bound k, experience i is sampled by W(max(0, i - k)): k = 0 is
 on-policy, and nothing runs beside anything. Which weights sample which experience follows from its number alone, never from how fast a
 machine is. So a checkpoint needs no experience that is on its way, only the weights that sample it: it is sampled anew, with the same bits.
-One step off: Noukhovitch et al., 2024, arXiv 2410.18252; several, with a correction: Fu et al., 2025, arXiv 2505.24298.
+One step off: Noukhovitch et al., 2024, arXiv 2410.18252; several: Fu et al., 2025, arXiv 2505.24298. Old log-probabilities and values are
+those of W(i), so that a step is held near where it begins, and `losses.correction` weighs what W(i - k) drew: the decoupled objective of
+Hilton et al., 2021, arXiv 2110.00641.
 """
 
 from __future__ import annotations
@@ -36,19 +38,37 @@ class Ended(Exception):
 
 
 class Devices:
-    """Held by whoever samples, one at a time; once closed, by nobody."""
+    """Held by whoever samples, one thread at a time; once closed, by nobody."""
 
     def __init__(self):
-        self._lock, self._closed = threading.Lock(), False
+        self._lock, self._closed = threading.RLock(), False
+        self.resting = threading.Event()
+        """Set while nobody samples, nor is about to."""
+        self.resting.set()
 
     def __enter__(self) -> Devices:
         self._lock.acquire()
         if self._closed:
             self._lock.release()
             raise Ended
+        self.resting.clear()
         return self
 
     def __exit__(self, *error) -> None:
+        self.resting.set()
+        self._lock.release()
+
+    def going(self) -> None:
+        """Raise `Ended` once they are closed: for who holds them, to ask now and then."""
+        if self._closed:
+            raise Ended
+
+    def take(self) -> None:
+        """Keep all other threads from sampling, from the end of what they sample on."""
+        self._lock.acquire()
+
+    def leave(self) -> None:
+        """Let them sample again."""
         self._lock.release()
 
     def close(self) -> None:
@@ -87,16 +107,18 @@ class Ahead:
       past: of the first experience that will be asked for, from `without_past`; empty: nothing is sampled ahead.
       count: the experiences of the whole run; none beyond is sampled.
       devices: closed with this.
+      beside: whether it samples beside the steps too, and not only judges. Not on a mesh of several devices: programs that two threads send
+        there may come to them in different orders, and then they wait for each other for ever. There it samples while it is waited for.
     """
 
-    def __init__(self, sample: Callable[[Params, int], Any], past: Past, *, count: int, devices: Devices):
+    def __init__(self, sample: Callable[[Params, int], Any], past: Past, *, count: int, devices: Devices, beside: bool = True):
         self.past = past
         """Those of the next experience that will be asked for."""
         self._sample, self._count = sample, count
         self._asked: queue.SimpleQueue[tuple[Future, Params, int] | None] = queue.SimpleQueue()
         self._waiting: deque[Future] = deque()
         self._thread: threading.Thread | None = None
-        self._devices = devices
+        self._devices, self._beside, self._taken = devices, beside, False
 
     def __call__(self, trainable: Params, index: int) -> Any:
         """Return an experience, and have the one sampled that these weights are for.
@@ -118,22 +140,43 @@ class Ahead:
                 self._ask(by, index + lead)
         self.past = (*self.past[1:], _copy(trainable))
         self._ask(self.past[-1], index + len(self.past))
-        return self._waiting.popleft().result()
+        return self._waited_for(self._waiting.popleft())
 
     def close(self) -> None:
         """End the thread. It is waited for while it holds the devices, which an interpreter that ends must not take away from it."""
         self._asked.put(None)
         self._devices.close()
+        self._leave()
+
+    def _waited_for(self, future: Future) -> Any:
+        self._leave()
+        found = future.result()
+        if not self._beside:
+            self._devices.resting.wait()  # the next experience is sampled too, and is judged beside the steps
+            self._devices.take()
+            self._taken = True
+        return found
+
+    def _leave(self) -> None:
+        if self._taken:
+            self._taken = False
+            self._devices.leave()
 
     def _ask(self, by: Params, index: int) -> None:
         if index < self._count:
             future: Future = Future()
             self._waiting.append(future)
+            self._devices.resting.clear()
             self._asked.put((future, by, index))
 
     def _work(self) -> None:
         for future, by, index in iter(self._asked.get, None):
             try:
-                future.set_result(self._sample(by, index))
-            except BaseException as error:  # raised where the experience is asked for
-                future.set_exception(error)
+                found, error = self._sample(by, index), None
+            except BaseException as raised:  # raised again where the experience is asked for
+                found, error = None, raised
+            if self._asked.empty():
+                self._devices.resting.set()
+            else:
+                self._devices.resting.clear()
+            future.set_exception(error) if error else future.set_result(found)

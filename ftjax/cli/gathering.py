@@ -42,8 +42,9 @@ class Gatherer:
     def __init__(self, run: Run, actor: Actor, lessons: Lessons, devices: Devices):
         config = run.config
         self._run, self._actor, self._lessons, self._asked, self._devices = run, actor, lessons, config.rollout, devices
-        self._sample = rollouts.sampler(config, actor.model, run.mesh, lessons.encoder)
-        self._judge, self._opponent = judging.judge(config, load=critic.load), opponents.opponent(config, actor, run.mesh, lessons.encoder)
+        self._sample = rollouts.sampler(config, actor.model, run.mesh, lessons.encoder, going=devices.going)
+        self._opponent = opponents.opponent(config, actor, run.mesh, lessons.encoder, going=devices.going)
+        self._judge = judging.judge(config, load=critic.load)
         self._judging = threading.Lock()  # a reward may keep a process or a connection, which is not to be asked twice at a time
 
     def __call__(self, trainable: Params, index: int) -> Gathered:

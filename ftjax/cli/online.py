@@ -35,7 +35,8 @@ class Experiences:
         self._run, self._actor, self._lessons, self._meter, self._asked = run, actor, lessons, meter, config.rollout
         devices = ahead.Devices()
         self._gatherer = Gatherer(run, actor, lessons, devices)
-        self._ahead = ahead.Ahead(self._gatherer, past, count=config.steps // rollouts.stride(config), devices=devices)
+        options = {"count": config.steps // rollouts.stride(config), "devices": devices, "beside": run.mesh.size == 1}
+        self._ahead = ahead.Ahead(self._gatherer, past, **options)
         self._score, self._worth, self._leash = Scorer(run, actor), rollouts.advantages(config), Leash(config, memory.kl_coefs)
         self._rows_of = rollouts.rows_of(config)
         self._file = logs.Jsonl(run.workdir / ROLLOUTS, resume_step=start) if jax.process_index() == 0 else None

@@ -17,16 +17,17 @@ Opponent = Callable[[Params, Sequence[data.Prompt], jax.Array], list[Sample]]
 """`(trainable, prompts, keys [p, g]) -> samples`, as those of an `online.Sampler`."""
 
 
-def opponent(config, actor: Actor, mesh: Mesh, encoder: data.Encoder) -> Opponent | None:
+def opponent(config, actor: Actor, mesh: Mesh, encoder: data.Encoder, *, going: Callable[[], None] | None = None) -> Opponent | None:
     """Return what answers the prompts beside the policy; None where nobody does.
 
-    The reference is the frozen tree, and with the policy it makes the mixture of Nash-MD: no second model is loaded for either.
+    The reference is the frozen tree, and with the policy it makes the mixture of Nash-MD: no second model is loaded for either. `going` is
+    the engine's.
     """
     against = objective.needs(config).opponent
     if not against:
         return None
     share = config.rollout.mixture if against == "mixture" else None
-    sample = rollouts.sampler(config, actor.model, mesh, encoder, mixture=share)
+    sample = rollouts.sampler(config, actor.model, mesh, encoder, mixture=share, going=going)
 
     def answer(trainable: Params, prompts: Sequence[data.Prompt], keys: jax.Array) -> list[Sample]:
         reference = peft.reference(actor.frozen)

@@ -119,10 +119,18 @@ def referred(config) -> bool:
     return used(config) and bool(config.loss.get("kl_coef", 0.0) or config.rollout.kl_penalty or live)
 
 
-def sampler(config, model: Model, mesh: Mesh, encoder: data.Encoder, *, mixture: float | None = None) -> online.Sampler:
+def sampler(
+    config,
+    model: Model,
+    mesh: Mesh,
+    encoder: data.Encoder,
+    *,
+    mixture: float | None = None,
+    going: Callable[[], None] | None = None,
+) -> online.Sampler:
     """Return how prompts are answered: by one engine, whose programs are compiled once for the whole run.
 
-    With a `mixture` the parameters are those of `rollout.both`, and it is the share of the reference.
+    With a `mixture` the parameters are those of `rollout.both`, and it is the share of the reference. `going` is the engine's.
     """
     model = sharding.on_mesh(model, mesh)
     model = model if mixture is None else rollout.geometric(model, share=mixture)
@@ -133,6 +141,7 @@ def sampler(config, model: Model, mesh: Mesh, encoder: data.Encoder, *, mixture:
         slots=config.rollout.slots or samples(config),
         tokenizer=encoder.tokenizer,
         slot_tokens=config.data.max_tokens,
+        going=going,
     )
     if environments.used(config):
         return environments.sampler(config, engine, encoder, sampling(config))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -67,6 +67,8 @@ class Engine:
     """The most tokens written to each slot before the host looks at them."""
     patience: int = 0
     """How many slots may end in a block before it is left early for waiting requests."""
+    going: Callable[[], None] | None = None
+    """Called before each block: what it raises ends the call, where nobody waits for the samples any more."""
 
     def generate(self, params: Params, requests: Sequence[Request]) -> list[Sample]:
         """Return the samples of all requests, in order; those of one request follow each other.
@@ -137,6 +139,8 @@ class _Run:
     def __iter__(self) -> Iterator[tuple[int, Sample]]:
         engine = self.engine
         while self.waiting or self.ready or self.begun:
+            if engine.going is not None:
+                engine.going()
             while self.free and (self.waiting or self.ready):
                 if not self.ready:
                     self._read()

@@ -1,6 +1,7 @@
 """Which weights sample which experience is a matter of its number alone, and what is sampled ahead holds up nothing."""
 
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +23,9 @@ def begun(bound: int) -> TrainState:
     return with_past(TrainState(zero, jax.random.key(0), weights(0), (), {"reference": zero}), bound=bound)
 
 
-def begin(sample, bound: int, *, count: int, devices: Devices | None = None) -> ahead.Ahead:
+def begin(sample, bound: int, *, count: int, devices: Devices | None = None, beside: bool = True) -> ahead.Ahead:
     """The experiences of a run that begins."""
-    return ahead.Ahead(sample, without_past(begun(bound))[1], count=count, devices=devices or Devices())
+    return ahead.Ahead(sample, without_past(begun(bound))[1], count=count, devices=devices or Devices(), beside=beside)
 
 
 def trained(sampled: ahead.Ahead, start: int, end: int) -> list[tuple[int, float]]:
@@ -106,6 +107,8 @@ def test_closing_waits_for_the_devices_and_leaves_a_judge_that_hangs():
         with devices:
             begins.set()
             goes_on.wait(30)
+            with pytest.raises(ahead.Ended):  # between two blocks of tokens
+                devices.going()
             done.append("sampled")
         answers.wait(30)
         with devices:
@@ -126,3 +129,28 @@ def test_closing_waits_for_the_devices_and_leaves_a_judge_that_hangs():
     for worker in workers:
         worker.join(30)
     assert done == ["sampled"]
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("bound", [1, 2])
+def test_on_several_devices_it_judges_beside_the_steps_and_samples_while_it_is_waited_for(bound, rounds):
+    devices, training, judged, wrong = Devices(), threading.Event(), [threading.Event() for _ in range(6)], []
+
+    def sample(trainable, index):
+        for round in range(rounds):
+            with devices:
+                wrong.extend([index] if training.is_set() else [])
+            if index and not round:
+                judged[index].wait(30)  # by a judge that answers only while the steps run
+        return by(trainable, index)
+
+    sampled = begin(sample, bound, count=6, devices=devices, beside=False)
+    for index in range(6):
+        assert sampled(weights(index), index) == (index, max(0, index - bound))
+        training.set()
+        judged[min(index + 1, 5)].set()
+        with devices:  # an evaluation
+            time.sleep(0.02)
+        training.clear()
+    assert not wrong
+    sampled.close()

@@ -61,6 +61,45 @@ def test_two_processes_train_as_one(arguments, tmp_path):
         np.testing.assert_allclose(two[name], tensor, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+ONLINE = """
+from configs import grpo_smollm2_sums
+
+def get_config(arg=""):
+    config = grpo_smollm2_sums.get_config("smoke").unlock()
+    config.algorithm, config.steps = "reinforce_plus_plus", 6  # whitened over the samples of both
+    config.rewards = {"repetition": {"ngram_tokens": 1}}
+    config.rollout.update({"minibatches": 2, "samples_per_prompt": 4, "max_tokens": 16, "dynamic_rounds": 1, "kl_penalty": 0.05})
+    config.data.update({"batch_size": 12, "accumulation": 1})  # six prompts an experience, three judged by each
+    config.optimizer.update({"learning_rate": 0.01, "warmup_steps": 0})
+    config.eval.update({"every_steps": 2, "samples": 0})
+    config.eval.generate.examples, config.checkpoint.every_steps, config.logging.every_steps = 0, 0, 1
+    config.logging.tensorboard = False
+    config.mesh.update({"data": 1, "fsdp": 2})
+    return config.lock()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_sample_judge_and_learn_as_one(compiled, tmp_path):
+    (tmp_path / "online.py").write_text(ONLINE)
+    command = ["train", f"--config={tmp_path / 'online.py'}", f"--compile_cache={compiled}"]
+    assert main.main([*command, f"--workdir={tmp_path / 'one'}"]) == 0
+    for code, said in together([sys.executable, "-m", "ftjax", *command, f"--workdir={tmp_path / 'two'}", "--distributed"]):
+        assert code == 0, said
+    found, wanted = (read_jsonl(tmp_path / name / "rollouts.jsonl") for name in ("two", "one"))
+    assert len(found) == len(wanted) == 3 * 24 and len({row["reward"] for row in wanted}) > 2
+    for row, same in zip(found, wanted, strict=True):
+        assert row.pop("advantage") == pytest.approx(same.pop("advantage"), abs=1e-4)
+        assert row == same
+    logged = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
+    found, wanted = ([row["eval/reward"] for row in rows if "eval/reward" in row] for rows in logged)
+    assert found == wanted and len(wanted) == 3
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and any(np.abs(tensor).max() > 1e-3 for name, tensor in one.items() if "lora_B" in name)
+    for name, tensor in one.items():
+        np.testing.assert_allclose(two[name], tensor, rtol=0, atol=1e-5, err_msg=name)
+
+
 @pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_saves_both_and_they_go_on(arguments, tmp_path):
     more = (*MORE, "--config.steps=40", "--config.eval.every_steps=0", "--config.eval.samples=0", "--config.checkpoint.every_steps=0")

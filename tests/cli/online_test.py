@@ -113,8 +113,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(at, train, whole, tmp_path, monkeypat
 def test_a_sampler_that_is_not_the_trainer_is_refused(train, tmp_path, monkeypatch, capsys):
     sampler = online.rollouts.sampler
 
-    def other(*arguments):
-        sample = sampler(*arguments)
+    def other(*arguments, **options):
+        sample = sampler(*arguments, **options)
         return lambda params, prompts, keys, **options: sample(jax.tree.map(lambda x: x * 1.1, params), prompts, keys, **options)
 
     monkeypatch.setattr(online.rollouts, "sampler", other)

@@ -53,8 +53,12 @@ def whole(train, tmp_path_factory):
     return workdir
 
 
-def test_one_step_off_is_the_loop_that_samples_with_the_weights_before(train, whole, tmp_path, monkeypatch):
-    sampler, weights = rollouts.sampler, []
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_one_step_off_is_the_loop_that_samples_with_the_weights_before(devices, train, whole, tmp_path, monkeypatch):
+    sampler, weights, more = rollouts.sampler, [], (f"--config.mesh.data={devices}",)
+    if devices > 1:
+        whole = tmp_path / "lagging"
+        assert train(whole, *more) == 0
 
     def previous(*arguments, **options):
         sample = sampler(*arguments, **options)
@@ -66,7 +70,7 @@ def test_one_step_off_is_the_loop_that_samples_with_the_weights_before(train, wh
         return late
 
     monkeypatch.setattr(gathering.rollouts, "sampler", previous)
-    assert train(tmp_path, "--config.rollout.staleness=0") == 0
+    assert train(tmp_path, "--config.rollout.staleness=0", *more) == 0
     assert len(weights) == 4 and not np.array_equal(*(jax.tree.leaves(params)[0] for params in weights[:2]))
     state, lagging = stored(tmp_path), stored(whole)
     past = {path: leaf for path, leaf in lagging.items() if SAMPLED_BY in path}

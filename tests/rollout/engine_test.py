@@ -48,6 +48,21 @@ def test_what_is_written_is_what_a_static_batch_writes(family, key):
     assert len({tuple(sample.tokens[:4]) for sample in found}) == len(found)
 
 
+def test_who_waits_for_nothing_any_more_ends_it_between_two_blocks(key):
+    blocks = []
+
+    def going():
+        blocks.append(len(blocks))
+        if len(blocks) == 3:
+            raise InterruptedError
+
+    samples = []
+    with pytest.raises(InterruptedError):
+        for _, sample in engine(going=going).stream(tiny()[1], asked(key)):
+            samples.append(sample)
+    assert 0 < len(samples) < 7 and blocks == [0, 1, 2]
+
+
 def test_slots_order_and_neighbours_change_nothing(key):
     params = tiny()[1]
     requests = asked(key)
