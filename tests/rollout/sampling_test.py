@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 
 from ftjax.rollout import Sampling, Seen, sample, settings
+from ftjax.rollout import sampling as samplers
 from ftjax.rollout.sampling import NEUTRAL, keep_min_p, keep_top_k, keep_top_p, penalize, stack, warp
 
 PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32)  # in order: 1, 3, 4, 2, 0
@@ -109,6 +111,29 @@ def test_penalties_come_before_the_greedy_choice_and_the_reported_distribution(k
     counts = np.bincount(np.asarray(found.tokens), minlength=5)
     assert np.sum((counts - expected) ** 2 / expected) < CHI_SQUARE[4]
     np.testing.assert_allclose(np.exp(found.behavior_logps), (expected / draws)[found.tokens], rtol=1e-5)
+
+
+def test_tokens_are_drawn_with_their_probabilities_from_all_blocks(key):
+    """300 tokens, the last 44 in a block that is not full, and every other one impossible: chi-square over 40,000 draws."""
+    logits = jnp.where(jnp.arange(300) % 2 == 0, 2 * jax.random.normal(key, (300,)), -jnp.inf)
+    tokens = jax.jit(samplers.drawn)(jnp.broadcast_to(logits, (40_000, 300)), jax.random.split(key, 40_000))
+    found, expected = np.bincount(tokens, minlength=300), 40_000 * np.asarray(jax.nn.softmax(logits), np.float64)
+    assert len(found) == 300 and not found[1::2].any()
+    big = expected > 5
+    statistic = np.sum((found[big] - expected[big]) ** 2 / expected[big])
+    assert statistic < scipy.stats.chi2.ppf(0.9999, big.sum())
+
+
+def test_a_draw_never_leaves_what_has_a_probability():
+    """The shares 0 and the largest below 1, of weights whose sum is rounded; by hand."""
+    weights = jnp.array([[0.0, 1e-3, 0.0, 0.7, 0.0]])
+    for share, expected in ((0.0, 1), (0.5, 3), (1 - 2**-24, 3)):
+        assert samplers._first_beyond(weights, jnp.array([share]))[0] == expected
+
+
+def test_the_likeliest_is_the_first_of_the_largest(key):
+    logits = jax.random.randint(key, (50, 40), 0, 6).astype(jnp.float32)
+    np.testing.assert_array_equal(samplers.likeliest(logits), np.argmax(logits, axis=1))
 
 
 def test_only_what_is_allowed_is_chosen(key):
