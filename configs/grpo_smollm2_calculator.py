@@ -2,15 +2,13 @@
 
 Command: ftjax train --config=configs/grpo_smollm2_calculator.py --workdir=runs/grpo_smollm2_calculator
 Data: python experiments/calculator/data.py data/products
-Hardware: 2 CPU cores, bfloat16.
-UNTESTED at full length.
+Hardware: 2 CPU cores, bfloat16, 3 GB.
+UNTESTED at full length. In the first experience 29 of 32 episodes begin with a call, and 14 end with the right answer (experiments/calculator).
 """
 
 from configs import base
 
-PROMPT = """You have a calculator. To use it, write only a call such as
-<tool_call>{"name": "calculator", "arguments": {"expression": "31 * 47"}}</tool_call>
-When it has said the result, answer with that number."""
+PROMPT = "You have a calculator."  # the prompts show how it is called
 
 
 def get_config(arg=""):
@@ -18,7 +16,7 @@ def get_config(arg=""):
     config.steps = 40
     config.data.sources.products = base.source("data/products/train.jsonl")
     config.data.eval_sources.products = base.source("data/products/test.jsonl")
-    config.data.update({"max_tokens": 224, "batch_size": 32, "accumulation": 2})
+    config.data.update({"max_tokens": 320, "batch_size": 32, "accumulation": 2})
     config.rewards.numeric_match = 1.0  # of the last answer
     config.rollout.max_tokens = 96  # calls, results and answer together
     config.rollout.environment.update({"tools": ("calculator",), "prompt": PROMPT, "max_turns": 3})
