@@ -3,7 +3,7 @@
 Command: ftjax train --config=configs/grpo_smollm2_calculator.py --workdir=runs/grpo_smollm2_calculator
 Data: python experiments/calculator/data.py data/products
 Hardware: 2 CPU cores, bfloat16, 3 GB.
-UNTESTED at full length. In the first experience 29 of 32 episodes begin with a call, and 14 end with the right answer (experiments/calculator).
+UNTESTED at full length. Before the first step 29 of 32 episodes begin with a call, and 14 are right (experiments/calculator).
 """
 
 from configs import base
