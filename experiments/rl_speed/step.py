@@ -46,7 +46,7 @@ def main() -> None:
     given = json.loads(args.work.read_text())["prompts"][: args.prompts]
     prompts = [data.Prompt(np.asarray(prompt, np.int32), data.Example(())) for prompt in given]
     count, most = len(prompts) * args.samples, max(map(len, given)) + args.max_tokens
-    engine = rollout.Engine(model, slots=args.slots or count, slot_tokens=rollout.bucket(most))  # no token ends a sample
+    engine = rollout.Engine(model, slots=args.slots or count, slot_tokens=most)  # no token ends a sample
     sample = online.sampler(engine, max_tokens=args.max_tokens, sampling=rollout.settings(temperature=1.0))
     optimizer = optimizers.build("adamw", learning_rate=1e-4, steps=args.steps)
     look = partial(scoring.score, model, outputs=(*losses.NEEDS["grpo"].outputs, "entropy"))
