@@ -2,7 +2,8 @@
 
 Start: configs/sft_smollm2_solutions.py, merged; its data too.
 Command: ftjax train --config=configs/kto_smollm2_solutions.py --workdir=runs/kto_smollm2_solutions
-Then: ftjax eval --pairs --data=data/solutions/test_pairs.jsonl --model=runs/sft_smollm2_solutions/model --adapter=runs/kto_smollm2_solutions
+Then: ftjax eval --pairs --data=data/solutions/test_pairs.jsonl --model=runs/sft_smollm2_solutions/model \
+  --adapter=runs/kto_smollm2_solutions
 Hardware: UNTESTED at full length.
 """
 

@@ -51,6 +51,7 @@ def for_hopper(params: Params) -> Params:
     where they run, and not to a table that rows are looked up in.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from ftjax.quant import quantize
       >>> frozen = for_hopper({"kernel": quantize(jnp.ones((128, 64)), "int4"), "scale": jnp.ones(64)})
       >>> frozen["kernel"].codes.shape, frozen["kernel"].codes.dtype

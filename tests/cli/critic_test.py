@@ -65,7 +65,7 @@ def test_the_best_of_several_completions_is_kept(base, folder, compiled, tmp_pat
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["one", "and another"]
     for row in rows:
-        assert len(set(row["rewards"])) == 3 and row["reward"] == max(row["rewards"])
+        assert len(row["rewards"]) == 3 and min(row["rewards"]) < row["reward"] == max(row["rewards"])  # two may be the same text
     again = critic.load(str(folder), dtype="float32")([row["prompt"] for row in rows], [row["completion"] for row in rows])
     assert again == pytest.approx([row["reward"] for row in rows], abs=1e-5)
 
