@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from ftjax import models, weights
+from ftjax import models, tree, weights
 from ftjax.peft.mixed import NONE, RowWise
 from ftjax.rollout import packing
 from ftjax.rollout import slots as programs
@@ -31,6 +31,8 @@ NARROWER = 4
 """By how many times fewer slots the last samples are continued in: each size is a program of its own."""
 WORTH_IT = 32
 """Tokens of a sample that must be left for that."""
+APART_BYTES = 2**28
+"""Layers that take more are not laid apart, which needs as much again: SmolLM2-135M's are in bfloat16, and in float32 they are not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,8 @@ class _Run:
         self.mesh = _mesh(params)
         # A CPU would copy a layer's weights and cache at each step; see `models.apart`.
         layers_apart = jax.default_backend() == "cpu" and self.mesh is None and not mixed and models.separable(engine.model, params)
-        self.written_by = programs.apart(params) if layers_apart else params
+        layers_apart = layers_apart and tree.num_bytes(params["layers"]) <= APART_BYTES
+        self.written_by = {**params, **programs.apart({"layers": params["layers"]})} if layers_apart else params
         self.first = np.cumsum([0, *(request.num_samples for request in requests)])
         # The longest first, so that none is left alone at the end; likewise long prompts, so that short ones fill the rows.
         self.waiting = sorted(range(len(requests)), key=lambda at: (-requests[at].max_tokens, -len(requests[at].tokens)))

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax import peft, quant, rollout, scoring, sharding
+from ftjax import models, peft, quant, rollout, scoring, sharding, tree
 from ftjax.hf.tokenizer import byte_tokenizer
 from ftjax.rollout import Request, settings
+from ftjax.rollout import engine as engines
 from ftjax.rollout import slots as programs
 from ftjax.types import Batch
 from tests.rollout.generate_test import complete, prompts, tiny
@@ -277,3 +278,15 @@ def test_no_requests_give_no_samples_and_dropout_is_refused(key):
     method = peft.lora("all-linear", rank=4, dropout=0.5)
     with pytest.raises(ValueError, match="without a key"):
         engine().generate(method.attach(*method.init(key, params), key=key), [Request([1], 1)])
+
+
+def test_layers_that_take_much_memory_are_not_laid_apart(monkeypatch):
+    model = models.build(models.preset("tiny-llama"))
+    params = model.init(jax.random.key(0))
+    count, laid = tree.num_bytes(params["layers"]), []
+    monkeypatch.setattr(programs, "apart", lambda params, apart=programs.apart: laid.append(params.keys()) or apart(params))
+    found = []
+    for limit in (count, count - 1):
+        monkeypatch.setattr(engines, "APART_BYTES", limit)
+        found.append(rollout.Engine(model, slots=2).generate(params, [Request(np.array([5, 6, 7]), max_tokens=4)])[0])
+    assert laid == [{"layers"}] and found[0].tokens.tolist() == found[1].tokens.tolist()
