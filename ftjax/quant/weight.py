@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -86,8 +87,9 @@ class PackedWeight(Weight):
     def _spec(self) -> Spec:
         return SPECS[self.format]
 
+    @abc.abstractmethod
     def _packed(self) -> Packed:
-        raise NotImplementedError
+        """Return the arrays as a product reads them."""
 
 
 @pytree
