@@ -6,6 +6,7 @@ machine then falls on all of them alike.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -25,6 +26,17 @@ class Turn(NamedTuple):
     environment: Mapping[str, str] = {}
     note: str = ""
     """Said after the name of its system."""
+
+
+def arguments(work: str) -> argparse.ArgumentParser:
+    """Return the arguments that every comparison takes; `work` is the name of the file that its systems are given."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument(work)
+    parser.add_argument("--jax", action="append", default=[])
+    parser.add_argument("--torch")
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser
 
 
 def peer(command: Sequence, name: str) -> Turn:

@@ -6,7 +6,6 @@ WORK.json is from workload.py; PYTHONs are interpreters of environments in which
 system is run with every number of rows and every dtype; its best counts.
 """
 
-import argparse
 import pathlib
 import statistics
 
@@ -18,16 +17,11 @@ PEER = HERE.parent.parent / "third_party" / "transformers" / "generation_speed.p
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("work")
-    parser.add_argument("--jax", action="append", default=[])
-    parser.add_argument("--torch")
+    parser = turns.arguments("work")
     parser.add_argument("--dtypes", default="bfloat16,float32")
     parser.add_argument("--rows", default="32")
     parser.add_argument("--loads", default="uniform,mixed,skewed")
     parser.add_argument("--systems", default="engine,static", help="of ftjax")
-    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     results = turns.run(commands(args), rounds=args.rounds)
     for load in args.loads.split(","):

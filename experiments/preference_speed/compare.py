@@ -7,7 +7,6 @@ PYTHONs are interpreters of environments in which ftjax, or torch and TRL, are i
 third_party/trl/dpo_speed.py; `+keeping` has glibc keep its memory, as ours does.
 """
 
-import argparse
 import itertools
 import pathlib
 import statistics
@@ -20,15 +19,10 @@ PEER = HERE.parent.parent / "third_party" / "trl" / "dpo_speed.py"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("pairs")
-    parser.add_argument("--jax", action="append", default=[])
-    parser.add_argument("--torch")
+    parser = turns.arguments("pairs")
     parser.add_argument("--references", default="live")
     parser.add_argument("--packings", default="shared,none", help="of ftjax")
     parser.add_argument("--peers", default="bfloat16,bfloat16+autocast,float32")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
     results = turns.run(commands(args), rounds=args.rounds)

@@ -7,7 +7,6 @@ PYTHONs are interpreters of environments in which ftjax, or torch and TRL, are i
 third_party/trl/grpo_speed.py; `+keeping` has glibc keep its memory, as ours does.
 """
 
-import argparse
 import pathlib
 import statistics
 
@@ -19,13 +18,8 @@ PEER = HERE.parent.parent / "third_party" / "trl" / "grpo_speed.py"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("work")
-    parser.add_argument("--jax", action="append", default=[])
-    parser.add_argument("--torch")
+    parser = turns.arguments("work")
     parser.add_argument("--peers", default="bfloat16,bfloat16+autocast,float32")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
     common = [args.model, args.work, "--steps", args.steps]

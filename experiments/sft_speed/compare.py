@@ -6,7 +6,6 @@ PYTHONs are interpreters of environments in which ftjax, or torch and PEFT, are 
 `--base` each runs over the dense matrices and over quantised ones (PEFT: with bitsandbytes, which must be installed beside it).
 """
 
-import argparse
 import pathlib
 
 from experiments import turns
@@ -17,13 +16,8 @@ PEER = HERE.parent.parent / "third_party" / "peft" / "sft_speed.py"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("model")
-    parser.add_argument("tokens")
-    parser.add_argument("--jax", action="append", default=[])
-    parser.add_argument("--torch")
+    parser = turns.arguments("tokens")
     parser.add_argument("--base", default="", help="a format of ftjax.quant.METHODS")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args()
     results = turns.run([Turn(command) for command in commands(args)], rounds=args.rounds)

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from ftjax.kernels.int4_matmul import Packed, decode, hopper
-from ftjax.quant.weight import SPECS, NestedScales, PackedWeight, QuantizedWeight, packed
+from ftjax.quant.weight import SPECS, NestedScales, PackedWeight, QuantizedWeight
 from ftjax.types import Params, pytree, static
 
 
@@ -40,9 +40,6 @@ class HopperWeight(PackedWeight):
         codes = decode.by_rows(Packed(self.codes, self.codes)).codes
         return QuantizedWeight(codes, self.scales, self.zeros, self.format, self.dtype_name, self.implementation)
 
-    def _packed(self) -> Packed:
-        return packed(self.codes, self.scales, self.zeros)
-
 
 def for_hopper(params: Params) -> Params:
     """Return a tree whose 4-bit matrices are laid out for Hopper's kernels.
@@ -61,7 +58,7 @@ def for_hopper(params: Params) -> Params:
     def one(leaf):
         if not isinstance(leaf, QuantizedWeight) or leaf.implementation not in ("auto", "gpu"):
             return leaf
-        if hopper.unfit_matrix(SPECS[leaf.format], *leaf.shape[-2:], _groups(leaf)):
+        if hopper.unfit_matrix(SPECS[leaf.format], *leaf.shape[-2:], leaf.shape[-2] // leaf.group):
             return leaf
         codes = decode.by_outputs(Packed(leaf.codes, leaf.codes)).codes
         return HopperWeight(codes, leaf.scales, leaf.zeros, leaf.format, leaf.dtype_name, leaf.implementation)
@@ -76,7 +73,3 @@ def for_device(params: Params, mesh: Mesh) -> Params:
     """
     alone = mesh.size == 1 and mesh.devices.flat[0].platform == "gpu" and hopper.unfit_device() is None
     return for_hopper(params) if alone else params
-
-
-def _groups(w: QuantizedWeight) -> int:
-    return w.scales.codes.shape[-1] if isinstance(w.scales, NestedScales) else w.scales.shape[-2]

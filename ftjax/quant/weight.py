@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
@@ -54,6 +53,9 @@ class NestedScales:
 class PackedWeight(Weight):
     """A matrix `[..., i, o]` that is multiplied as it is packed, in one layout of its codes or another."""
 
+    codes: jax.Array
+    scales: jax.Array | NestedScales
+    zeros: jax.Array | None
     format: str
     """Of `SPECS`."""
     dtype_name: str
@@ -87,9 +89,20 @@ class PackedWeight(Weight):
     def _spec(self) -> Spec:
         return SPECS[self.format]
 
-    @abc.abstractmethod
+    @property
+    def group(self) -> int:
+        """The rows that share a scale."""
+        groups = self.scales.codes.shape[-1] if self.nested else self.scales.shape[-2]
+        return self.shape[-2] // groups
+
+    @property
+    def nested(self) -> bool:
+        """Whether its scales are quantised too."""
+        return isinstance(self.scales, NestedScales)
+
     def _packed(self) -> Packed:
-        """Return the arrays as a product reads them."""
+        """Return the arrays as a product reads them, nested scales expanded."""
+        return Packed(self.codes, self.scales.expand() if self.nested else self.scales, self.zeros)
 
 
 @pytree
@@ -125,22 +138,3 @@ class QuantizedWeight(PackedWeight):
         row = packed.codes[ids] if spec.bits == 8 else (packed.codes[ids // 2] >> halves) & 15
         zeros = None if packed.zeros is None else packed.zeros[at]
         return int4_matmul.values(spec, row, packed.scales[at], zeros, self.dtype)
-
-    @property
-    def group(self) -> int:
-        """The rows that share a scale."""
-        groups = self.scales.codes.shape[-1] if self.nested else self.scales.shape[-2]
-        return self.shape[-2] // groups
-
-    @property
-    def nested(self) -> bool:
-        """Whether its scales are quantised too."""
-        return isinstance(self.scales, NestedScales)
-
-    def _packed(self) -> Packed:
-        return packed(self.codes, self.scales, self.zeros)
-
-
-def packed(codes: jax.Array, scales: jax.Array | NestedScales, zeros: jax.Array | None) -> Packed:
-    """Return the arrays as a product reads them, nested scales expanded."""
-    return Packed(codes, scales.expand() if isinstance(scales, NestedScales) else scales, zeros)

@@ -59,13 +59,13 @@ def test_an_adapter_with_a_head_is_a_reward_model_and_one_without_is_none(base, 
 
 def test_the_best_of_several_completions_is_kept(base, folder, compiled, tmp_path):
     (tmp_path / "prompts.txt").write_text("one\nand another\n")
-    common = [f"--model={base.folder}", f"--compile_cache={compiled}", "--max_tokens=4", "--dtype=float32", "--temperature=1"]
+    common = [f"--model={base.folder}", f"--compile_cache={compiled}", "--max_tokens=12", "--dtype=float32", "--temperature=1"]
     output = tmp_path / "out.jsonl"
     assert main(["generate", *common, f"--prompts={tmp_path}/prompts.txt", "--best_of=3", f"--reward={folder}", f"--output={output}"]) == 0
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == ["one", "and another"]
     for row in rows:
-        assert len(row["rewards"]) == 3 and min(row["rewards"]) < row["reward"] == max(row["rewards"])  # two may be the same text
+        assert len(set(row["rewards"])) == 3 and row["reward"] == max(row["rewards"])
     again = critic.load(str(folder), dtype="float32")([row["prompt"] for row in rows], [row["completion"] for row in rows])
     assert again == pytest.approx([row["reward"] for row in rows], abs=1e-5)
 
