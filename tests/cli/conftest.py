@@ -64,3 +64,11 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     export.export_model(folder, model, params, byte_tokenizer())
     return Base(folder, model, params)
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """The workdir of a run that nothing disturbed, by the `train` of a module."""
+    workdir = tmp_path_factory.mktemp("whole")
+    assert train(workdir) == 0
+    return workdir

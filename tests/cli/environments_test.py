@@ -12,6 +12,7 @@ from ftjax.cli.stop import Stop
 from ftjax.hf.tokenizer import byte_tokenizer
 from ftjax.logs.writers import read_jsonl
 from ftjax.rollout import Reply
+from tests.cli.reports import reported
 from tests.cli.train_test import assert_bitwise_equal, stored
 
 SUMS = str(pathlib.Path(__file__).parents[2] / "configs" / "grpo_smollm2_sums.py")
@@ -62,18 +63,6 @@ def train(compiled, tmp_path_factory):
     path = tmp_path_factory.mktemp("configs") / "game.py"
     path.write_text(CONFIG)
     return lambda workdir, *more: main.main(["train", f"--config={path}", f"--workdir={workdir}", f"--compile_cache={compiled}", *more])
-
-
-@pytest.fixture(scope="module")
-def whole(train, tmp_path_factory):
-    """The workdir of a run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("whole")
-    assert train(workdir) == 0
-    return workdir
-
-
-def reported(workdir, name: str) -> list[float]:
-    return [row[name] for row in read_jsonl(workdir / "metrics.jsonl") if name in row]
 
 
 def test_episodes_are_told_turn_by_turn_with_what_the_environment_gave(whole):

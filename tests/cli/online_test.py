@@ -11,6 +11,7 @@ from ftjax.checkpoint import Checkpoints
 from ftjax.cli import main, online
 from ftjax.cli.stop import Stop
 from ftjax.logs.writers import read_jsonl
+from tests.cli.reports import reported
 from tests.cli.train_test import assert_bitwise_equal, stored
 
 CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "grpo_smollm2_sums.py") + ":smoke"
@@ -49,18 +50,6 @@ def train(compiled):
             return main.main(["train", f"--config={CONFIG}", f"--workdir={workdir}", f"--compile_cache={compiled}", *OPTIONS, *more])
 
     return run
-
-
-@pytest.fixture(scope="module")
-def whole(train, tmp_path_factory):
-    """The workdir of a run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("whole")
-    assert train(workdir) == 0
-    return workdir
-
-
-def reported(workdir, name: str) -> list[float]:
-    return [row[name] for row in read_jsonl(workdir / "metrics.jsonl") if name in row]
 
 
 def test_the_reward_rises(whole):

@@ -45,14 +45,6 @@ def train(compiled, tmp_path_factory):
     return run
 
 
-@pytest.fixture(scope="module")
-def whole(train, tmp_path_factory):
-    """The workdir of a run that nothing disturbed."""
-    workdir = tmp_path_factory.mktemp("whole")
-    assert train(workdir) == 0
-    return workdir
-
-
 @pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_one_step_off_is_the_loop_that_samples_with_the_weights_before(devices, train, whole, tmp_path, monkeypatch):
     sampler, weights, more = rollouts.sampler, [], (f"--config.mesh.data={devices}",)
