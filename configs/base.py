@@ -17,7 +17,7 @@ def sft() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.name = "smollm2-135m-instruct"  # a folder, a .gguf file, gs://…, a hub id, or a model of ftjax.hub.WHEELS
-    config.model.dtype = "auto"  # float32 or bfloat16; auto: bfloat16 on accelerators and where the CPU gains by it
+    config.model.dtype = "auto"  # float32 or bfloat16; auto: bfloat16
     config.model.remat = "elementwise"  # what the backward pass computes again to save memory: none, elementwise, full
     config.model.preset = "smollm2-135m"  # its architecture in ftjax.models.PRESETS, for building without a download
     config.model.random = False  # random weights in that architecture

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from ftjax.kernels.product import product
+
 PRODUCT = "product"
 """The `checkpoint_name` of what took a dense product or an attention to compute; the rest of a layer is elementwise and cheap."""
 LOW_RANK = "low_rank"
@@ -104,14 +106,14 @@ def dot(x: Float[Array, "*b i"], w: Leaf) -> Float[Array, "*b o"]:
     """Return `x @ w`, `[..., i] -> [..., o]`, in the dtype of `x`."""
     if isinstance(w, Weight):
         return w.dot(x)
-    return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (0,)), ((), ())))
+    return product(x, w)
 
 
 def dot_transposed(x: Float[Array, "*b o"], w: Leaf) -> Float[Array, "*b i"]:
     """Return `x @ wᵀ`, `[..., o] -> [..., i]`, in the dtype of `x`."""
     if isinstance(w, Weight):
         return w.dot_transposed(x)
-    return jax.lax.dot_general(x, w.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())))
+    return product(x, w, True)
 
 
 def dots(x: Float[Array, "*b i"], ws: Sequence[Leaf]) -> tuple[Float[Array, "*b _"], ...]:

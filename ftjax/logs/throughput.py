@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 
 from ftjax import tree
+from ftjax.kernels.product import product
 from ftjax.peft import REFERENCE
 from ftjax.types import Batch, Params
 
@@ -103,7 +104,7 @@ def peak_flops(dtype: str = "float32") -> float:
 def measure_matmul(dtype: str, *, size: int = 1536, repeats: int = 4) -> float:
     """Return the operations a second of the fastest of a few `size`³ matmuls: a peak that a machine can show."""
     x = jnp.ones((size, size), dtype)
-    multiply = jax.jit(lambda a, b: a @ b)
+    multiply = jax.jit(product)
     multiply(x, x).block_until_ready()
     best = float("inf")
     for _ in range(repeats):

@@ -42,13 +42,15 @@ class LokrWeight(Added):
 
     def push(self, x: jax.Array) -> jax.Array:
         w1, w2 = self.factors()
-        y = jnp.einsum("...pn,pm->...mn", weights.dot(x.reshape(*x.shape[:-1], w1.shape[0], w2.shape[0]), w2), w1)
-        return y.reshape(*x.shape[:-1], self.base.shape[-1])
+        x = x.astype(jnp.float32).reshape(*x.shape[:-1], w1.shape[0], w2.shape[0])
+        y = jnp.einsum("...pn,pm->...mn", weights.dot(x, w2), w1)
+        return y.reshape(*x.shape[:-2], self.base.shape[-1])
 
     def pull(self, x: jax.Array) -> jax.Array:
         w1, w2 = self.factors()
-        y = weights.dot_transposed(x.reshape(*x.shape[:-1], w1.shape[1], w2.shape[1]), w2)
-        return jnp.einsum("...mq,pm->...pq", y, w1).reshape(*x.shape[:-1], self.base.shape[-2])
+        x = x.astype(jnp.float32).reshape(*x.shape[:-1], w1.shape[1], w2.shape[1])
+        y = jnp.einsum("...mq,pm->...pq", weights.dot_transposed(x, w2), w1)
+        return y.reshape(*x.shape[:-2], self.base.shape[-2])
 
     def rows(self, ids: jax.Array) -> jax.Array:
         w1, w2 = self.factors()

@@ -30,11 +30,11 @@ class MissWeight(Added):
 
     def push(self, x: jax.Array) -> jax.Array:
         rank = self.block.shape[-2]
-        padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % rank)])
+        padded = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % rank)])
         return weights.dot(jnp.sum(padded.reshape(*x.shape[:-1], -1, rank), axis=-2), self._wide())
 
     def pull(self, x: jax.Array) -> jax.Array:
-        low = weights.dot_transposed(x, self._wide())
+        low = weights.dot_transposed(x.astype(jnp.float32), self._wide())
         return jnp.take(low, jnp.arange(self.base.shape[-2]) % self.block.shape[-2], axis=-1)
 
     def rows(self, ids: jax.Array) -> jax.Array:

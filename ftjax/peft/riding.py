@@ -28,7 +28,11 @@ Freeze = Callable[[dict[str, tuple[int, ...]]], Params]
 
 
 class Added(Wrapper):
-    """`materialize() == base + delta()`, the sum rounded once to the base's dtype. Abstract; `delta` and `push` are the method."""
+    """`materialize() == base + delta()`, the sum rounded once to the base's dtype. Abstract; `delta` and `push` are the method.
+
+    A dense term is multiplied as the frozen matrix is, in the dtype of x: in float32 it would take several times as long where bfloat16
+    has units of its own. A method whose term is thin pushes in float32, as LoRA does.
+    """
 
     base: Leaf
 
@@ -37,11 +41,11 @@ class Added(Wrapper):
         """Return the dense term, float32 `[..., i, o]`."""
 
     def push(self, x: jax.Array) -> jax.Array:
-        """Return `x @ delta()`, float32 `[..., i] -> [..., o]`."""
+        """Return `x @ delta()`, `[..., i] -> [..., o]`, in the dtype of x or float32."""
         return weights.dot(x, self.delta())
 
     def pull(self, x: jax.Array) -> jax.Array:
-        """Return `x @ delta()ᵀ`, float32 `[..., o] -> [..., i]`."""
+        """Return `x @ delta()ᵀ`, `[..., o] -> [..., i]`, in the dtype of x or float32."""
         return weights.dot_transposed(x, self.delta())
 
     def rows(self, ids: jax.Array) -> jax.Array:
@@ -52,10 +56,10 @@ class Added(Wrapper):
         return added(weights.materialize(self.base), self.delta())
 
     def dot(self, x: jax.Array) -> jax.Array:
-        return added(weights.dot(x, self.base), self.push(x.astype(jnp.float32)))
+        return added(weights.dot(x, self.base), self.push(x))
 
     def dot_transposed(self, x: jax.Array) -> jax.Array:
-        return added(weights.dot_transposed(x, self.base), self.pull(x.astype(jnp.float32)))
+        return added(weights.dot_transposed(x, self.base), self.pull(x))
 
     def embed(self, ids: jax.Array) -> jax.Array:
         return added(weights.embed(ids, self.base), self.rows(ids))
@@ -63,7 +67,7 @@ class Added(Wrapper):
 
 def added(y: jax.Array, delta: jax.Array) -> jax.Array:
     """Return `y + delta`, summed in float32 and rounded once to the dtype of y."""
-    return (y.astype(jnp.float32) + delta).astype(y.dtype)
+    return (y.astype(jnp.float32) + delta.astype(jnp.float32)).astype(y.dtype)
 
 
 def riding(

@@ -42,17 +42,21 @@ class VeraWeight(Added):
     def push(self, x: jax.Array) -> jax.Array:
         a, b = self._sliced()
         low = checkpoint_name(weights.dot(x, a), weights.LOW_RANK)
-        return weights.dot(low * as_last(self.lambda_d, x), b) * as_last(self.lambda_b, x)
+        return _scaled(weights.dot(_scaled(low, self.lambda_d), b), self.lambda_b)
 
     def pull(self, x: jax.Array) -> jax.Array:
         a, b = self._sliced()
-        return weights.dot_transposed(weights.dot_transposed(x * as_last(self.lambda_b, x), b) * as_last(self.lambda_d, x), a)
+        low = weights.dot_transposed(_scaled(x, self.lambda_b), b)
+        return weights.dot_transposed(_scaled(low, self.lambda_d), a)
 
     def rows(self, ids: jax.Array) -> jax.Array:
         a, b = self._sliced()
         low = a[ids]
-        rows = weights.dot(low * as_last(self.lambda_d, low), b)
-        return rows * as_last(self.lambda_b, rows)
+        return _scaled(weights.dot(_scaled(low, self.lambda_d), b), self.lambda_b)
+
+
+def _scaled(x: jax.Array, by: jax.Array) -> jax.Array:
+    return (x.astype(jnp.float32) * as_last(by, x)).astype(x.dtype)
 
 
 def vera(

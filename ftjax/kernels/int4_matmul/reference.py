@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.kernels.int4_matmul.decode import Packed, Spec, by_rows, dense
+from ftjax.kernels.product import product as multiply
 
 TILE = 2**20
 """Numbers of the matrix that exist at a time: 4 MiB in float32."""
@@ -21,7 +22,7 @@ def product(spec: Spec, x: jax.Array, w: Packed) -> jax.Array:
 
     def tile(start: jax.Array | int, columns: int) -> jax.Array:
         part = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, columns, axis=-1), w)
-        return jax.lax.dot_general(x, dense(spec, part, x.dtype), (((1,), (0,)), ((), ())))
+        return multiply(x, dense(spec, part, x.dtype))
 
     return _joined(tile, o, max(1, TILE // i), x)
 
@@ -39,7 +40,7 @@ def product_transposed(spec: Spec, x: jax.Array, w: Packed) -> jax.Array:
             _rows(w.scales, start // group, -(-rows // group)),
             None if w.zeros is None else _rows(w.zeros, start // group, -(-rows // group)),
         )
-        return jax.lax.dot_general(x, dense(spec, part, x.dtype), (((1,), (1,)), ((), ())))
+        return multiply(x, dense(spec, part, x.dtype), True)
 
     return _joined(tile, i, _whole_groups(max(1, TILE // o), group), x)
 
