@@ -53,7 +53,7 @@ def sft() -> ConfigDict:
     config.bottleneck = rider(("o_proj", "down_proj"), **bottleneck("gelu", 1.0))
     config.parallel_bottleneck = rider(("down_proj",), **bottleneck("relu", 4.0))
     config.prompt_tuning = ConfigDict({"num_tokens": 20, "init": text("vocabulary")})  # or "random", or "text:" and its words
-    config.p_tuning = ConfigDict({"num_tokens": 20, "hidden_size": 128})
+    config.p_tuning = ConfigDict({"num_tokens": 20, "hidden_size": 128, "encoder": "mlp", "num_layers": 2})  # or "lstm", of so many layers
     config.prefix_tuning = ConfigDict({"num_tokens": 20, "hidden_size": config_dict.placeholder(int), "init": "random"})
     config.bitfit = ConfigDict({"targets": text(r"(.*/)?bias"), "exclude": config_dict.placeholder(object)})
     config.norm_tuning = ConfigDict({"targets": text("norms"), "exclude": config_dict.placeholder(object)})

@@ -69,6 +69,7 @@ def test_what_layers_share_and_what_a_leaf_keeps_frozen_lie_on_a_mesh_too():
         peft.parallel_bottleneck(["o_proj", "down_proj"], width=4),
         peft.tokens([5, 7, 120]),
         peft.p_tuning(3, hidden_size=8),
+        peft.p_tuning(3, hidden_size=8, encoder="lstm"),
         peft.prefix_tuning(2, hidden_size=4),
         peft.adalora(["up_proj"], steps=3, init_rank=4, target_rank=2),
     )

@@ -49,7 +49,7 @@ EXAMPLES = {
     "norm_tuning": [peft.norm_tuning],
     "tokens": [partial(peft.tokens, range(1, 15, 2))],
     "prompt_tuning": [partial(peft.prompt_tuning, 3)],
-    "p_tuning": [partial(peft.p_tuning, 3, hidden_size=6)],
+    "p_tuning": [partial(peft.p_tuning, 3, hidden_size=6), partial(peft.p_tuning, 3, hidden_size=6, encoder="lstm")],
     "prefix_tuning": [partial(peft.prefix_tuning, 3), partial(peft.prefix_tuning, 3, hidden_size=6)],
     "neftune": [lambda: peft.chain(peft.neftune(), peft.lora("all-linear", rank=1))],
 }

@@ -19,6 +19,7 @@ GOLDENS = Path(__file__).parents[1] / "goldens" / "peft"  # third_party/peft/pro
 ENCODED = {
     "prompt_tuning": peft.prompt_tuning(4, init="random"),
     "p_tuning": peft.p_tuning(4, hidden_size=5),
+    "p_tuning_lstm": peft.p_tuning(4, hidden_size=5, encoder="lstm"),
     "prefix_tuning": peft.prefix_tuning(4),
     "prefix_tuning_mlp": peft.prefix_tuning(4, hidden_size=5),
 }
@@ -42,6 +43,24 @@ def close(got, want, tolerance, what=""):
     assert np.abs(np.asarray(got) - want).max() <= tolerance * np.abs(want).max(), what
 
 
+def method_of(name):
+    return name.removesuffix("_mlp").removesuffix("_lstm")
+
+
+def of_lstm(found, kind):
+    """Return the fields of PyTorch's layers, or their gradients: that of a sum of two biases is that of each."""
+    fields = {}
+    for layer in range(sum(key.endswith("reverse") for key in found) // 4):
+        both = {
+            part: jnp.stack([found[f"lstm_head.{part}_l{layer}{way}"] for way in ("", "_reverse")])
+            for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        }
+        bias = both["bias_ih"] + both["bias_hh"] if kind == "parameter" else both["bias_ih"]
+        fields |= {f"input{layer + 1}": both["weight_ih"].transpose(0, 2, 1), f"state{layer + 1}": both["weight_hh"].transpose(0, 2, 1)}
+        fields[f"bias{layer + 1}"] = bias
+    return fields
+
+
 def theirs(name, golden, kind):
     """Return PEFT's parameters (or gradients) of an encoder as our trainable tree."""
     found = {key.removeprefix(f"{kind}|"): jnp.asarray(value) for key, value in golden.items() if key.startswith(f"{kind}|")}
@@ -49,10 +68,11 @@ def theirs(name, golden, kind):
         fields = split(found["embedding.weight"], width=WIDTH)
     else:
         fields = {"embedding": found.pop("embedding.weight")}
+        fields |= of_lstm({key: found.pop(key) for key in list(found) if key.startswith("lstm_head.")}, kind)
         for key, value in found.items():  # mlp_head.0.weight, mlp_head.2.weight, …
             layer, what = re.fullmatch(r"\w+\.(\d)\.(weight|bias)", key).groups()
             fields["wb"[what == "bias"] + str(int(layer) // 2 + 1)] = value.T if what == "weight" else value
-    method = name.removesuffix("_mlp")
+    method = method_of(name)
     return {method: tree.unflatten({f"{peft.SOFT_PROMPTS[method].slot}/{field}": value for field, value in fields.items()})}
 
 
@@ -60,7 +80,7 @@ def theirs(name, golden, kind):
 def test_logits_are_those_of_peft(base, name):
     model, params = base
     adapter = hf_peft.load_adapter(GOLDENS / name, model)
-    assert adapter.kind == name.removesuffix("_mlp")
+    assert adapter.kind == method_of(name)
     got = logits(model, adapter.method.attach(adapter.join(params), adapter.trainable))
     close(got, np.load(GOLDENS / name / "logits.npy"), 1e-5)
     assert np.abs(got - logits(model, params)).max() > 0.01

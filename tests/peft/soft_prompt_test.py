@@ -40,6 +40,28 @@ def test_p_tuning_is_three_layers_with_relu(key):
     close(method.attach(frozen, trainable)["prompt"]["embedding"], second @ f["w3"] + f["b3"])
 
 
+def test_p_tuning_of_the_paper_is_a_bidirectional_lstm_under_two_layers(key):
+    method, m = peft.p_tuning(N, hidden_size=6, encoder="lstm"), 6
+    _, frozen, trainable, fields = started(method, key)
+    f = double(dict(fields))
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+
+    def read(x, direction, layer):
+        w, u, bias = (f[f"{field}{layer}"][direction] for field in ("input", "state", "bias"))
+        h, c, states = np.zeros(m), np.zeros(m), []
+        for row in x:
+            gates = row @ w + h @ u + bias
+            c = sigmoid(gates[m : 2 * m]) * c + sigmoid(gates[:m]) * np.tanh(gates[2 * m : 3 * m])
+            h = sigmoid(gates[3 * m :]) * np.tanh(c)
+            states.append(h)
+        return np.array(states)
+
+    x = f["embedding"]
+    for layer in (1, 2):
+        x = np.concatenate([read(x, 0, layer), read(x[::-1], 1, layer)[::-1]], axis=1)
+    close(method.attach(frozen, trainable)["prompt"]["embedding"], np.maximum(x @ f["w1"] + f["b1"], 0) @ f["w2"] + f["b2"])
+
+
 def test_prefix_tuning_is_two_layers_with_tanh_whose_output_holds_key_and_value_of_each_layer(key):
     method = peft.prefix_tuning(N, hidden_size=6)
     _, frozen, trainable, fields = started(method, key)
@@ -86,6 +108,7 @@ def test_a_zero_prefix_is_zero_and_trains(key):
         (peft.prompt_tuning(N), N * D),
         (peft.p_tuning(N, hidden_size=5), N * D + 2 * D * 5 + 25 + 10 + D),
         (peft.p_tuning(N, hidden_size=None), N * D),
+        (peft.p_tuning(N, hidden_size=5, encoder="lstm", num_layers=1), N * D + 2 * (4 * 5 * (D + 5 + 1)) + 10 * 11 + 11 * D),
         (peft.prefix_tuning(N), 2 * N * LAYERS * WIDTH),
         (peft.prefix_tuning(N, hidden_size=5), N * WIDTH + (WIDTH + 1) * 5 + (5 + 1) * 2 * LAYERS * WIDTH),
     ],
@@ -136,7 +159,8 @@ def test_merging_is_refused(method, key):
         (partial(peft.prompt_tuning, init="vocab"), "init is 'vocabulary', 'random' or the token ids of a text, not 'vocab'"),
         (partial(peft.prompt_tuning, init=[]), "init is an empty text"),
         (partial(peft.prompt_tuning, init=[3, 99]), "ids from 3 to 99; the vocabulary has 0 to 16"),
-        (partial(peft.p_tuning, encoder="lstm"), "LSTM is not implemented"),
+        (partial(peft.p_tuning, encoder="gru"), "the encoder is 'mlp' or 'lstm', not 'gru'"),
+        (partial(peft.p_tuning, encoder="lstm", num_layers=0), "num_layers is at least 1, not 0"),
         (partial(peft.p_tuning, hidden_size=0), "hidden_size is at least 1"),
         (partial(peft.prefix_tuning, init="zeros"), "init is 'random', 'zero' or the keys and values of a text, not 'zeros'"),
         (partial(peft.prefix_tuning, init={}, hidden_size=3), "no network that makes them"),

@@ -1,6 +1,6 @@
 """Make golden PEFT folders of soft prompts over the base of lora_golden.py, with logits and the gradients of what PEFT trains.
 
-    python third_party/peft/prompts_golden.py
+    python third_party/peft/prompts_golden.py [NAME …]
 
 Reference: peft 0.21.2, transformers 5.23.0, torch 2.13.0 (CPU), seed 0. Writes tests/goldens/peft/<name>: the adapter as PEFT saves it,
 `logits.npy` of TOKENS, and `check.safetensors` with `parameter|<name in the prompt encoder>` and `gradient|…` of loss = Σ G ⊙ logits: a
@@ -8,6 +8,7 @@ folder holds the encoder's output alone.
 """
 
 import shutil
+import sys
 
 import numpy as np
 import peft
@@ -19,6 +20,9 @@ from safetensors.torch import save_file
 ADAPTERS = {
     "prompt_tuning": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
     "p_tuning": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=5),
+    "p_tuning_lstm": peft.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=5, encoder_reparameterization_type="LSTM"
+    ),
     "prefix_tuning": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
     "prefix_tuning_mlp": peft.PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=5
@@ -48,5 +52,5 @@ def make(name, config):
 
 
 if __name__ == "__main__":
-    for name, config in ADAPTERS.items():
-        make(name, config)
+    for name in sys.argv[1:] or ADAPTERS:
+        make(name, ADAPTERS[name])
