@@ -27,7 +27,7 @@ def sft() -> ConfigDict:
     config.tokenizer = ""  # empty: the model's; "bytes": one token a byte
 
     config.calibration = ConfigDict({"batches": 8})  # of the training, that an init "eva", "corda" or "lora_ga" looks at before it
-    config.methods = ("lora",)  # applied in this order; each reads the block of its name
+    config.methods = Names(("lora",))  # applied in this order; each reads the block of its name; "nf4,lora" is ("nf4", "lora")
     config.lora = lora()
     config.dora = lora()
     config.lora_fa = lora()
@@ -222,6 +222,17 @@ def rope() -> ConfigDict:
     config.beta_fast = config_dict.placeholder(float)
     config.beta_slow = config_dict.placeholder(float)
     return config
+
+
+class Names(config_dict.FieldReference):
+    """A field that holds a tuple of names, and may be set as a text of them: "nf4,lora"."""
+
+    def set(self, value, type_safe: bool = True) -> None:
+        """Set the field; any text may hold several names with commas between them."""
+        if isinstance(value, (str, list, tuple)):
+            texts = [value] if isinstance(value, str) else value
+            value = tuple(name.strip() for text in texts for name in str(text).split(",") if name.strip())
+        super().set(value, type_safe)
 
 
 def text(value: str) -> config_dict.FieldReference:

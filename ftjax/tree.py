@@ -4,7 +4,7 @@ A path joins the keys with `/` and has no leading slash: `layers/self_attn/q_pro
 layer index. A **filter** says which leaves a rule is about:
 
 * a regular expression that must match the whole path (`re.fullmatch`): `r".*/(q|v)_proj/kernel"`;
-* `"all-linear"`: every matrix inside the layers, as PEFT names them (embedding and output head excluded);
+* one of `NAMED`: `"all-linear"` is every matrix inside the layers, as PEFT names them (embedding and output head excluded);
 * a list of module names, as PEFT writes them: `["q_proj", "mlp.down_proj"]`;
 * a callable `path -> bool`.
 """
@@ -30,7 +30,8 @@ MLP = r"layers/mlp/.*_proj/kernel"
 NORMS = r"(.*/)?[a-z_]*norm/scale"
 EVERYTHING = r".*"
 
-_NAMED = {"all-linear": ALL_LINEAR, "attention": ATTENTION, "mlp": MLP, "norms": NORMS, "everything": EVERYTHING}
+NAMED = {"all-linear": ALL_LINEAR, "attention": ATTENTION, "mlp": MLP, "norms": NORMS, "everything": EVERYTHING}
+"""Filters that have a name."""
 
 
 def flatten(tree: Params) -> dict[str, Any]:
@@ -82,7 +83,7 @@ def predicate(filter: Filter) -> Callable[[str], bool]:
     """Return `path -> bool` for any form of filter."""
     if isinstance(filter, str):
         try:
-            return _one_pattern(_NAMED.get(filter, filter))
+            return _one_pattern(NAMED.get(filter, filter))
         except re.error as error:
             raise ValueError(f"filter {filter!r} is not a regular expression: {error}") from error
     if callable(filter):

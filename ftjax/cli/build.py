@@ -151,13 +151,15 @@ def quantizer(config) -> Transform | None:
 def methods(config) -> list[tuple[str, dict[str, Any]]]:
     """Return the methods of a config with their arguments."""
     if not config.methods:
-        raise ValueError("methods: name at least one, such as ('lora',).")
+        raise ValueError("methods: name at least one, as in --config.methods=lora, or several with commas between them.")
     return [(name, _options(name, config)) for name in config.methods]
 
 
 def _options(name: str, config) -> dict[str, Any]:
     if name not in METHODS:
-        raise ValueError(f"methods: there is no method {name!r}; nearest: {nearest(name, METHODS)}.")
+        raise ValueError(
+            f"methods: there is no method {name!r}; nearest: {nearest(name, METHODS)}. Several have commas between them: nf4,lora."
+        )
     if name not in config:
         raise ValueError(f"methods: {name!r} needs a block config.{name} with its options.")
     options = plain(config[name])

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from ftjax import peft
-from ftjax.cli import build, main
+from ftjax.cli import build, main, merge
 from ftjax.cli import config as configs
 from ftjax.hf import adapter as hf_adapter
 from ftjax.hf import export as hf_export
@@ -73,6 +73,23 @@ def test_merging_says_how_much_it_changes_and_refuses_too_much(folders, capsys):
     assert "changes the logits by" in capsys.readouterr().out
     assert main.main([*argv, f"--output={folders / 'coarse'}", "--dtype=float16", "--max_change=1e-9"]) == 1
     assert "logits change by" in capsys.readouterr().err and not (folders / "coarse").exists()
+
+
+@pytest.mark.parametrize("lost, refused", [(0.063, False), (0.065, True)])
+def test_a_change_beyond_a_twentieth_is_refused_unless_told(lost, refused, folders, tmp_path, monkeypatch, capsys):
+    rounded = merge.rounded
+
+    def coarse(params, dtype):
+        return rounded(params, dtype) | {"norm": jax.tree.map(lambda scale: (1 - lost) * scale, params["norm"])}
+
+    monkeypatch.setattr(merge, "rounded", coarse)  # as if the files lost so much of the last norm, and so of every logit
+    argv = ["merge", f"--model={folders / 'base'}", f"--adapter={folders / 'run' / 'adapter'}"]
+    assert main.main([*argv, f"--output={tmp_path / 'out'}"]) == refused
+    assert (tmp_path / "out").exists() != refused
+    err = capsys.readouterr().err
+    if refused:
+        assert "of their standard deviation, the bound is 5.0%" in err and "raise --max_change" in err
+        assert main.main([*argv, f"--output={tmp_path / 'out'}", "--max_change=0.06"]) == 0 and (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("activation", ["identity", "gelu"])

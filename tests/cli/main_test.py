@@ -1,5 +1,6 @@
 """The command line reads well, is quick, and knows what a user meant."""
 
+import ast
 import os
 import pathlib
 import subprocess
@@ -7,8 +8,8 @@ import sys
 
 import pytest
 
+from ftjax.cli import build, main, members
 from ftjax.cli import config as configs
-from ftjax.cli import main
 
 ROOT = pathlib.Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
@@ -137,6 +138,33 @@ def test_overrides_have_the_types_of_their_fields(capsys):
     assert lines["methods"] == "('full', 'lora')" and lines["optimizer.groups"] == "(('lora/.*/b', 16.0),)"
     assert lines["data.template_variables.enable_thinking"] == "False"
     assert lines["lora.targets"] == "['q_proj']" and lines["data.shuffle"] == "False"
+
+
+@pytest.mark.parametrize(
+    "flags, methods",
+    [
+        (["bitfit"], ("bitfit",)),
+        (["nf4,lora"], ("nf4", "lora")),
+        (["nf4, lora", "neftune"], ("nf4", "lora", "neftune")),
+        (["('nf4','lora')"], ("nf4", "lora")),
+        (["'nf4,lora'"], ("nf4", "lora")),
+    ],
+)
+def test_methods_are_named_with_commas_between_them(flags, methods, capsys):
+    code, out, _ = run(capsys, "train", f"--config={QUICKSTART}", *(f"--config.methods={value}" for value in flags), "--help")
+    shown = next(line.split(maxsplit=1)[1] for line in out.splitlines() if line.startswith("  methods "))
+    assert (code, ast.literal_eval(shown)) == (0, methods)
+
+
+def test_a_config_that_says_methods_as_text_is_the_one_that_says_them_one_by_one():
+    text, names = configs.load(QUICKSTART), configs.load(QUICKSTART)
+    text.methods, names.methods = "nf4, lora", ("nf4", "lora")
+    stored = [configs.as_json(build.resolved(config)) for config in (text, names)]
+    assert stored[0]["methods"] == ["nf4", "lora"] and configs.differences(*stored) == []
+    text.sweep = "seed=0,1"
+    assert [member.config.methods for member in members.read(text)] == [("nf4", "lora")] * 2
+    with pytest.raises(TypeError, match="methods"):
+        text.methods = 3
 
 
 def test_differences_ignore_what_a_resumed_run_may_change():

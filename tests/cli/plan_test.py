@@ -147,6 +147,8 @@ def test_a_plan_that_does_not_fit_says_what_would_make_it(capsys, counted):
         (["--config.data.batch_size=3", "--config.data.accumulation=2"], "choose a multiple of 2"),
         (["--config.model.preset=lama-3-8b"], "'llama-3-8b'"),
         (["--config.methods=('lorra',)"], "'lora'"),
+        (["--config.methods=lora+bitfit"], "commas between them: nf4,lora"),
+        (["--config.methods="], "name at least one"),
     ],
 )
 def test_errors_name_the_nearest(capsys, arguments, said):

@@ -1,7 +1,10 @@
 """Models into one: each recipe is its formula, a model mixed with itself is itself, and what does not fit is listed."""
 
 import json
+import pathlib
 import shutil
+import tracemalloc
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ import pytest
 
 from ftjax import models
 from ftjax.hf import export, folder, load, mix
+from ftjax.hf.lazy import LazyTensor
 
 CONFIG = models.preset("tiny-llama")
 
@@ -58,6 +62,37 @@ def test_a_recipe_is_its_formula(recipe, checkpoints, tmp_path):
         assert np.abs(got - exact[1]).max() > 1e-3, name
 
 
+def largest(change, density):
+    """The change, and zero but for the `density` of its entries that are largest."""
+    kept = np.argsort(-np.abs(change), axis=None)[: int(density * change.size)]
+    return np.where(np.isin(np.arange(change.size).reshape(change.shape), kept), change, 0)
+
+
+def naive_ties(changes, factors):
+    """Of each entry, the mean of those whose sign is the sum's: Yadav et al., algorithm 1, steps 2 and 3."""
+    changes = np.stack(changes)
+    agree = np.sign(changes) == np.where(changes.sum(0) >= 0, 1, -1)
+    weighted = np.array(factors).reshape(-1, *[1] * (changes.ndim - 1)) * changes * agree
+    return weighted.sum(0) / np.maximum(agree.sum(0), 1)
+
+
+@pytest.mark.parametrize("recipe", ["ties", "dare", "dare_ties"])
+def test_a_recipe_of_a_part_of_each_change_is_its_formula(recipe, checkpoints, tmp_path):
+    """Density 0.3, unequal factors; what is dropped is drawn for a tensor from the seed and the checksum of its name, model by model."""
+    base, tuned, factors = checkpoints["base"], [checkpoints["one"], checkpoints["two"]], (0.4, 0.9)
+    mix.mix(tmp_path / "out", tuned, None, recipe=recipe, base=base, factors=factors, density=0.3, seed=5)
+    for name, got in tensors(tmp_path / "out").items():
+        start = base.tensors[name].read().astype(np.float64)
+        changes = [one.tensors[name].read() - start for one in tuned]
+        random = np.random.default_rng([5, zlib.crc32(name.encode())])
+        if recipe == "ties":
+            changes = [largest(change, 0.3) for change in changes]
+        else:
+            changes = [change * (random.random(change.shape, np.float32) < 0.3) / 0.3 for change in changes]
+        moved = factors[0] * changes[0] + factors[1] * changes[1] if recipe == "dare" else naive_ties(changes, factors)
+        np.testing.assert_allclose(got, start + moved, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
 @pytest.mark.parametrize("recipe", ["ties", "dare", "dare_ties"])
 def test_with_everything_kept_and_one_change_a_task_vector_recipe_gives_the_tuned_model_back(recipe, checkpoints, tmp_path):
     one, base = checkpoints["one"], checkpoints["base"]
@@ -98,6 +133,55 @@ def test_layers_pass_through_into_a_deeper_model(checkpoints, tmp_path):
     params = load.load_params(folder.read(out), model)
     hidden, _ = model.apply(params, jnp.ones((1, 3), jnp.int32))
     assert np.isfinite(np.asarray(hidden)).all()
+
+
+WIDTH = 256
+
+
+def deep(layers):
+    """A model of so many layers whose tensors exist only while somebody holds what was read, as those of a file."""
+
+    def random(*shape):
+        return LazyTensor(shape, np.dtype(np.float32), lambda index: np.random.default_rng(0).random(shape, np.float32)[index])
+
+    kinds = {"self_attn.q_proj": (WIDTH, WIDTH), "mlp.up_proj": (2 * WIDTH, WIDTH), "input_layernorm": (WIDTH,)}
+    tensors = {f"model.layers.{at}.{kind}.weight": random(*shape) for at in range(layers) for kind, shape in kinds.items()}
+    return folder.Checkpoint(pathlib.Path("deep"), {"num_hidden_layers": layers}, tensors)
+
+
+def peak(write, layers):
+    """The most memory that arrays take while models of so many layers are mixed."""
+    tracemalloc.start()
+    try:
+        write(deep(layers))
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("recipe", [*mix.RECIPES, "passthrough"])
+def test_memory_is_for_a_few_tensors_however_deep_the_models(recipe, tmp_path):
+    def write(model):
+        target = tmp_path / str(model.config["num_hidden_layers"])
+        if recipe == "passthrough":
+            return mix.passthrough(target, [(model, 0, model.config["num_hidden_layers"])] * 2, None)
+        return mix.mix(target, [model, model], None, recipe=recipe, base=model if recipe in mix.NEED_BASE else None)
+
+    matrix = 4 * WIDTH * WIDTH  # bytes, of the smaller of a layer's two
+    few, many = peak(write, 2), peak(write, 12)
+    assert 2 * matrix < few and many - few < matrix / 4  # ten layers more, of three such matrices each and in every model
+
+
+def test_the_card_says_what_was_mixed_and_how(checkpoints, tmp_path):
+    one, two, base = (checkpoints[name] for name in ("one", "two", "base"))
+    mix.mix(tmp_path / "mixed", [one, two], None, recipe="task_arithmetic", base=base, factors=(0.3, -0.9))
+    mix.mix(tmp_path / "shares", [one, two], None, recipe="linear")
+    mix.passthrough(tmp_path / "deep", [(one, 0, 2), (two, 1, 2)], None)
+    cards = {name: (tmp_path / name / "README.md").read_text() for name in ("mixed", "shares", "deep")}
+    head = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- ftjax\n- merge\n---\n\n# Model card\n\n"
+    assert cards["mixed"] == f"{head}A `task_arithmetic` merge over base:\n\n- one: 0.3\n- two: -0.9\n\nWritten by `ftjax merge`.\n"
+    assert cards["shares"] == f"{head}A `linear` merge:\n\n- one: 0.5\n- two: 0.5\n\nWritten by `ftjax merge`.\n"
+    assert cards["deep"] == f"{head}Layers, in order:\n\n- one: 0 to 2\n- two: 1 to 2\n\nWritten by `ftjax merge`.\n"
 
 
 def test_models_of_two_architectures_are_refused_and_nothing_is_written(checkpoints, tmp_path):
