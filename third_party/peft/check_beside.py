@@ -5,6 +5,25 @@
 
 `write` puts each away from its start on the tiny Qwen2 of bias_golden.py; `check` prints the largest difference of PEFT's logits relative
 to the largest logit, how far the adapter moved them, and whether PEFT writes the tensors again that it read.
+
+It printed:
+
+    transformers 5.23.0, peft 0.21.2, torch 2.13.0+cpu, float32
+    adalora_bitfit       2.9e-07 (moved by 0.13) same tensors
+    boft_bitfit          8.1e-07 (moved by 0.26) same tensors
+    dora_bitfit          4.4e-07 (moved by 0.46) same tensors
+    dora_layers          4.2e-07 (moved by 0.49) same tensors
+    lora_bitfit          4.1e-07 (moved by 0.97) same tensors
+    lora_bitfit_only     3.3e-07 (moved by 0.07) same tensors
+    lora_full_bitfit     3.3e-07 (moved by 0.50) same tensors
+    miss_bitfit          1.4e-06 (moved by 0.56) same tensors
+    norm_tuning          3.1e-07 (moved by 0.28) same tensors
+    norm_tuning_and_full 3.4e-07 (moved by 0.75) same tensors
+    norm_tuning_and_head 3.1e-07 (moved by 0.28) same tensors
+    norm_tuning_layers   3.0e-07 (moved by 0.20) same tensors
+    oft_bitfit           8.9e-07 (moved by 0.91) same tensors
+    randlora_bitfit      6.9e-07 (moved by 1.25) same tensors
+    vera_bitfit          3.5e-07 (moved by 0.20) same tensors
 """
 
 import pathlib
