@@ -55,8 +55,8 @@ def sft() -> ConfigDict:
     config.prompt_tuning = ConfigDict({"num_tokens": 20, "init": text("vocabulary")})  # or "random", or "text:" and its words
     config.p_tuning = ConfigDict({"num_tokens": 20, "hidden_size": 128, "encoder": "mlp", "num_layers": 2})  # or "lstm", of so many layers
     config.prefix_tuning = ConfigDict({"num_tokens": 20, "hidden_size": config_dict.placeholder(int), "init": "random"})
-    config.bitfit = ConfigDict({"targets": text(r"(.*/)?bias"), "exclude": config_dict.placeholder(object)})
-    config.norm_tuning = ConfigDict({"targets": text("norms"), "exclude": config_dict.placeholder(object)})
+    config.bitfit = rider(r"(.*/)?bias")
+    config.norm_tuning = rider("norms")
     config.tokens = ConfigDict({"ids": text(()), "targets": text("embed_tokens/kernel")})
     config.value_head = ConfigDict({"init": "zeros", "bias": True, "reads": "norm/scale"})
 
@@ -267,7 +267,7 @@ def loftq() -> ConfigDict:
 
 
 def rider(targets="all-linear", **options) -> ConfigDict:
-    """The block of a method that rides on frozen matrices: see the function of its name in `ftjax.peft`."""
+    """The block of a method that rides on frozen matrices, or trains what is there: see the function of its name in `ftjax.peft`."""
     config = ConfigDict()
     config.targets = text(targets)
     config.exclude = config_dict.placeholder(object)

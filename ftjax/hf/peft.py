@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +11,13 @@ import jax.numpy as jnp
 
 from ftjax import peft, tree
 from ftjax.hf import architecture
+from ftjax.hf import peft_bias as biases
 from ftjax.hf import peft_head as value_head
+from ftjax.hf import peft_norms as norms
 from ftjax.hf import peft_prompts as prompts
 from ftjax.hf import peft_tensors as tensors
 from ftjax.hf import peft_tokens as token_rows
+from ftjax.hf import peft_whole as whole
 from ftjax.hf.folder import file_tensors, read_json
 from ftjax.hf.lazy import LazyTensor
 from ftjax.hf.peft_config import check, kind_of
@@ -33,7 +35,7 @@ class Adapter(NamedTuple):
     method: Transform
     trainable: Params
     options: Mapping[str, Any]
-    """The arguments that `method` was made with."""
+    """The arguments that `method` was made with; of its first rule, where norms have several."""
     base_name: str
     """The model that the adapter says it belongs to."""
     kind: str
@@ -43,12 +45,11 @@ class Adapter(NamedTuple):
 
     def join(self, params: Params) -> Params:
         """Return the frozen tree that `method.attach` takes: without what was trained in full, with the adapter's own arrays."""
-        if self.kind in peft.SOFT_PROMPTS or self.kind == token_rows.KIND:
-            return params
-        form = peft.FORMATS[self.kind]
-        if form.base is not None:
-            params = form.base(params, [row for row in self.method.plan(params) if row.method == self.kind])
-        if "full" in self.trainable or form.shared or not all(tensor.trained for tensor in form.tensors.values()):
+        form, rows = peft.FORMATS.get(self.kind), self.method.plan(params)
+        if form is not None and form.base is not None:
+            params = form.base(params, [row for row in rows if row.method == self.kind])
+        own = form is not None and (form.shared or not all(tensor.trained for tensor in form.tensors.values()))
+        if own or any(row.known_as in whole.KINDS for row in rows):
             params, _ = self.method.init(jax.random.key(0), params)
         for name, found in self.frozen.items():
             params = {**params, name: tree.unflatten({**tree.flatten(params.get(name, {})), **tree.flatten(found)})}
@@ -57,7 +58,7 @@ class Adapter(NamedTuple):
 
 def exportable(plans: Iterable[Plan]) -> bool:
     """Return whether PEFT has a method among these."""
-    return any(row.known_as in peft.FORMATS or row.known_as in peft.SOFT_PROMPTS or token_rows.is_of(row) for row in plans)
+    return any(row.known_as in {*peft.FORMATS, *peft.SOFT_PROMPTS, token_rows.KIND, norms.KIND} for row in plans)
 
 
 def save_adapter(
@@ -70,7 +71,9 @@ def save_adapter(
     tokenizer: Any = None,
     frozen: Params | None = None,
 ) -> Path:
-    """Write an adapter that `peft.PeftModel.from_pretrained` loads: one method, with leaves trained in full, rows of the embedding, a head.
+    """Write an adapter that `peft.PeftModel.from_pretrained` loads.
+
+    It is one method, with leaves trained in full, biases, rows of the embedding and a value head beside it.
 
     Args:
       folder: a new folder; it appears when everything in it is written.
@@ -99,6 +102,9 @@ def save_adapter(
 
 def load_adapter(folder: str | Path, model: Model) -> Adapter:
     """Read an adapter that PEFT or `save_adapter` wrote; its `peft_type` says of which method.
+
+    An adapter on some layers has these as its option `layers`, if they are the same of all leaves; else the other layers of a leaf hold
+    what changes nothing.
 
     Layers of one stacked leaf may have ranks of their own where zeros leave the method's product as it is: they are padded to the largest.
     Such a leaf has one scale, that of its first layer of the largest rank, and a factor of a layer with another scale is multiplied by the
@@ -130,8 +136,16 @@ def load_adapter(folder: str | Path, model: Model) -> Adapter:
         _complain(folder, [f"extra: {name} {list(tensor.shape)}" for name, tensor in found.items()])
         name = raw.get("base_model_name_or_path") or ""
         return Adapter(rows.method(), {token_rows.KIND: rows.trainable()}, {"ids": rows.ids}, name, token_rows.KIND, {})
-    adapter = _on_matrices(folder, check(config, str(folder / CONFIG)), found, leaves)
-    method, trainable = value_head.beside(adapter.method, adapter.trainable, head)
+    trained, config, found = biases.read(config, found, leaves)
+    saved, found, problems = whole.read(config, found, leaves)
+    if raw.get("peft_type") == norms.PEFT_TYPE:
+        adapter = _of_norms(folder, config, found, leaves, problems)
+    else:
+        adapter = _on_matrices(folder, check(config, str(folder / CONFIG)), found, leaves, problems)
+    method, trainable = whole.beside(adapter.method, adapter.trainable, saved)
+    method, trainable, problems = biases.beside(method, trainable, trained, leaves)
+    _complain(folder, problems)
+    method, trainable = value_head.beside(method, trainable, head)
     adapter = adapter._replace(method=method, trainable=trainable)
     if rows is None:
         return adapter
@@ -140,19 +154,28 @@ def load_adapter(folder: str | Path, model: Model) -> Adapter:
     )
 
 
-def _on_matrices(folder: Path, config: Mapping[str, Any], found: Mapping[str, LazyTensor], leaves: Mapping[str, Any]) -> Adapter:
-    """Return the adapter that a checked config and its tensors are."""
+def _of_norms(
+    folder: Path, config: Mapping[str, Any], found: Mapping[str, LazyTensor], leaves: Mapping[str, Any], problems: list[str]
+) -> Adapter:
+    """Return the adapter that LN tuning's config and tensors are; there may be problems before."""
+    rules, trainable, more = norms.read(config, found, leaves, str(folder / CONFIG))
+    _complain(folder, problems + more)
+    method = peft.chain(*(peft.norm_tuning(**options) for options in rules))
+    return Adapter(method, trainable, rules[0], config.get("base_model_name_or_path") or "", norms.KIND, {})
+
+
+def _on_matrices(
+    folder: Path, config: Mapping[str, Any], found: Mapping[str, LazyTensor], leaves: Mapping[str, Any], problems: list[str]
+) -> Adapter:
+    """Return the adapter that a checked config and its tensors are; there may be problems before."""
     kind = kind_of(config)
     parts = sort(found, config, leaves)
-    _complain(folder, parts.problems)
+    _complain(folder, parts.problems + problems)
     arrays, options = leaves_and_options(parts, config, leaves)
     trained = {path: jnp.asarray(value) for path, value in arrays.items() if _tensor(path, kind).trained}
     own = {path: jnp.asarray(value) for path, value in arrays.items() if not _tensor(path, kind).trained} | parts.shared
     method, trainable = peft.METHODS[kind](**options), {kind: tree.unflatten(trained)}
     _complain(folder, _not_as_fresh(method, trainable, leaves))
-    if parts.saved:
-        method = peft.chain(method, peft.full("|".join(map(re.escape, parts.saved))))
-        trainable["full"] = tree.unflatten({path: jnp.asarray(tensors.read_whole(path, found)) for path, found in parts.saved.items()})
     frozen = {kind: tree.unflatten(own)} if own else {}
     return Adapter(method, trainable, options, config["base_model_name_or_path"] or "", kind, frozen)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ftjax import peft
-from ftjax.hf import names
+from ftjax.hf import names, peft_whole
 from ftjax.hf import peft_tensors as tensors
 from ftjax.hf.lazy import LazyTensor
 from ftjax.hf.peft_config import PATTERNS, from_peft, kind_of, short, targeted, value_of
@@ -22,8 +22,6 @@ class Parts(NamedTuple):
     layers: dict[str, dict[str, tensors.Found]]
     """`{path: {module: {field: tensor}}}`."""
     shared: dict[str, jax.Array]
-    saved: dict[str, list[LazyTensor]]
-    """`{path: tensor of each layer}` of what was trained in full."""
     problems: list[str]
 
 
@@ -31,10 +29,8 @@ def sort(found: Mapping[str, LazyTensor], config: Mapping[str, Any], leaves: Map
     """Return the tensors of a file, sorted, and all that is missing, misshapen or none of this method's."""
     form = peft.FORMATS[kind_of(config)]
     owners = {module: path for path in leaves if path.endswith("/kernel") for module in names.modules(path, leaves[path].shape)}
-    parameters = {name: path for path in leaves for name in names.tensors(path, leaves[path].shape)}
     roots = {tensor.key: field for field, tensor in form.shared.items()}
     by_module: dict[str, tensors.Found] = {}
-    saved: dict[str, tensors.Found] = {}
     shared, problems = {}, []
     for full_name, tensor in found.items():
         name = names.canonical(full_name.removeprefix(tensors.PREFIX))
@@ -45,17 +41,12 @@ def sort(found: Mapping[str, LazyTensor], config: Mapping[str, Any], leaves: Map
             continue
         elif full_name in roots and len(form.shared[roots[full_name]].axes.split("->")[1]) == tensor.ndim:
             shared[roots[full_name]] = jnp.asarray(tensors.ours(tensor.read(), form.shared[roots[full_name]].axes))
-        elif name in parameters and config["modules_to_save"]:
-            saved.setdefault(parameters[name], {})[name] = tensor
         else:
             problems.append(f"extra: {full_name} {list(tensor.shape)}")
     layers, more = _assign(by_module, config, owners, leaves)
-    problems += more + tensors.not_whole(saved, leaves)
+    problems += more
     problems += [f"missing: {t.key}" for field, t in form.shared.items() if not t.optional and field not in shared]
-    if "lm_head/kernel" not in leaves and tensors.EMBEDDING in {*layers, *saved}:
-        problems.append("not yet: an adapter on an embedding that is tied to the head")
-    whole = {path: [layers_of[name] for name in sorted(layers_of, key=_layer_number)] for path, layers_of in saved.items()}
-    return Parts(layers, shared, whole, problems)
+    return Parts(layers, shared, problems + peft_whole.tied(layers, leaves))
 
 
 def _is_copy(name: str, roots: Mapping[str, str], owners: Mapping[str, str]) -> bool:
@@ -98,12 +89,18 @@ def _value(form: peft.Format, config: Mapping[str, Any], option: str, module: st
 
 
 def leaves_and_options(parts: Parts, config: Mapping[str, Any], leaves: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return `{path/field: array}` and the method's arguments."""
+    """Return `{path/field: array}` and the method's arguments.
+
+    Where all leaves have the adapter on the same layers, these are the method's `layers`, and what is trained is `[n, ...]`. Where the
+    leaves differ, other layers hold what changes nothing.
+    """
     form, arrays = peft.FORMATS[kind_of(config)], {}
     options = {option: from_peft(form, option, config[field]) for option, field in form.options.items()}
     options |= {option: read(config) for option, read in form.reads.items()}
     for option in form.patterns:
         options[PATTERNS[option]] = {}
+    if (on := _layers(parts, leaves)) is not None:
+        options["layers"] = on
     least = {axis: options[option] for axis, option in form.at_least.items()}
     for path, layers in parts.layers.items():
         shape = leaves[path].shape
@@ -114,7 +111,7 @@ def leaves_and_options(parts: Parts, config: Mapping[str, Any], leaves: Mapping[
             scale = {module: form.scale(values["rank"], values["alpha"], options) for module, values in local.items()}
             scales = {module: scale[module] / scale[first] for module in layers}
         for field, value in tensors.stack(path, shape, layers, form, scales, least=least).items():
-            arrays[f"{path}/{field}"] = value
+            arrays[f"{path}/{field}"] = value if on is None or not form.tensors[field].trained else value[on]
         for option in form.patterns:
             if local[first][option] != options[option]:
                 options[PATTERNS[option]][path] = local[first][option]
@@ -123,6 +120,11 @@ def leaves_and_options(parts: Parts, config: Mapping[str, Any], leaves: Mapping[
     return arrays, {"targets": short(parts.layers, leaves), **options}
 
 
-def _layer_number(name: str) -> int:
-    layer = names.path(name)[1]
-    return 0 if layer is None else layer
+def _layers(parts: Parts, leaves: Mapping[str, Any]) -> list[int] | None:
+    """Return the layers that have the adapter, where it is on the same ones of all leaves; None where it is on all, or they differ."""
+    if not all(map(names.is_stacked, parts.layers)):
+        return None
+    modules = {path: names.modules(path, leaves[path].shape) for path in parts.layers}
+    found = {tuple(index for index, module in enumerate(modules[path]) if module in layers) for path, layers in parts.layers.items()}
+    one = found.pop()
+    return None if found or len(one) == len(next(iter(modules.values()))) else list(one)

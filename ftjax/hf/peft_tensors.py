@@ -8,7 +8,6 @@ base_model.model.model.norm.weight [d]   (in `modules_to_save`)         <->   fu
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -50,23 +49,24 @@ def theirs(array: np.ndarray, axes: str) -> np.ndarray:
 
 
 def write_leaf(
-    path: str, shape: Shape, arrays: Mapping[str, np.ndarray], form: Format, *, layers: Sequence[int] | None = None
+    path: str, shape: Shape, arrays: Mapping[str, np.ndarray], form: Format, *, on: Mapping[str, int] | None = None
 ) -> dict[str, np.ndarray]:
     """Return PEFT's tensors of one leaf.
 
     Args:
       path: of the leaf.
       shape: of the matrix, layers first.
-      arrays: by field, `[n, ...]` for the layers that it rides on.
+      arrays: by field, `[n, ...]` for the layers that it rides on; what is not trained is there for all layers.
       form: the method's.
-      layers: which they are; all if None.
+      on: the modules that are written, and their places in what is trained; all if None.
     """
-    modules = names.modules(path, shape)
-    chosen = modules if layers is None else [modules[index] for index in layers]
+    every = {module: place for place, module in enumerate(names.modules(path, shape))}
     found = {}
     for field, array in arrays.items():
         tensor = form.tensors[field]
-        for module, one in zip(chosen, array if names.is_stacked(path) else array[None], strict=True):
+        layers = array if names.is_stacked(path) else array[None]
+        for module, place in (every if on is None else on).items():
+            one = layers[place if tensor.trained else every[module]]
             turned = tensor.turn[0](one, *shape[-2:]) if tensor.turn else theirs(one, tensor.axes)
             found[f"{PREFIX}{module}.{key_of(tensor, path)}"] = turned
     return found
@@ -146,12 +146,12 @@ def stack(
         tensor = form.tensors[field]
         read = {module: fields[field].read() for module, fields in layers.items()}
         values = {m: tensor.turn[1](array, *shape[-2:]) if tensor.turn else ours(array, tensor.axes) for m, array in read.items()}
-        _check_stackable(path, field, values, form, absent=len(modules) - len(values))
+        _check_stackable(path, field, values, form)
         largest = [max(sizes) for sizes in zip(*(value.shape for value in values.values()), strict=True)]
         if least:
             largest = [max(size, least.get(axis, 0)) for size, axis in zip(largest, tensor.axes.split("->")[0], strict=True)]
         dtype = np.float32 if tensor.trained else next(iter(values.values())).dtype
-        whole = np.full((len(modules), *largest), tensor.neutral or 0, dtype)
+        whole = np.full((len(modules), *largest), tensor.neutral, dtype)
         for layer, module in enumerate(modules):
             if module in values:
                 whole[layer] = 0
@@ -162,7 +162,7 @@ def stack(
     return arrays
 
 
-def _check_stackable(path: str, field: str, values: Mapping[str, np.ndarray], form: Format, *, absent: int) -> None:
+def _check_stackable(path: str, field: str, values: Mapping[str, np.ndarray], form: Format) -> None:
     letters = form.tensors[field].axes.split("->")[0]
     sizes = zip(*(value.shape for value in values.values()), strict=True)
     differing = [letter for letter, found in zip(letters, sizes, strict=True) if len(set(found)) > 1]
@@ -170,22 +170,8 @@ def _check_stackable(path: str, field: str, values: Mapping[str, np.ndarray], fo
         raise ValueError(
             f"peft: not yet: layers of {path!r} whose {field!r} have different shapes, {differing} among [{', '.join(letters)}]"
         )
-    if absent and form.tensors[field].neutral is None:
-        raise ValueError(f"peft: not yet: {form.peft_type} with {field!r} on some layers of {path!r} only, {absent} have none")
 
 
 def leader(path: str, shape: Shape, ranks: Mapping[str, int], present: Collection[str]) -> str:
     """Return the module whose rank and alpha are those of the stacked leaf: the first of the largest rank."""
     return max((module for module in names.modules(path, shape) if module in present), key=lambda module: ranks[module])
-
-
-def not_whole(saved: Mapping[str, Found], shapes: Mapping[str, Any]) -> list[str]:
-    """Return what is missing or misshapen among leaves that were trained themselves, `{path: {name: tensor}}`."""
-    problems = []
-    for path, found in saved.items():
-        expected, wanted = names.leaf_shape(path, shapes[path].shape), names.tensors(path, shapes[path].shape)
-        problems += [f"missing: {PREFIX}{name} {list(expected)}" for name in wanted if name not in found]
-        problems += [
-            f"misshapen: {PREFIX}{n} is {list(t.shape)}, expected {list(expected)}" for n, t in found.items() if t.shape != expected
-        ]
-    return problems

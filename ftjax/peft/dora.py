@@ -152,6 +152,7 @@ def dora(
 
 
 DORA = LORA._replace(
-    tensors={**LORA.tensors, "magnitude": Tensor("lora_magnitude_vector", "o->o", neutral=None)},
+    tensors={**LORA.tensors, "magnitude": Tensor("lora_magnitude_vector", "o->o")},
+    mark="magnitude",
     constants={"use_dora": True},
 )

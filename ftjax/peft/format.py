@@ -43,8 +43,8 @@ class Tensor(NamedTuple):
     module's rank, a digit is itself; any other letter is a size that the tensors of a module share."""
     embedding: str = ""
     """The key on an embedding where it is another."""
-    neutral: float | None = 0.0
-    """What fills a layer of a stack that has no adapter, so that it stays as it is; None: no constant would."""
+    neutral: float = 0.0
+    """What fills a layer of a stack that has no adapter, so that it stays as it is."""
     optional: bool = False
     """A file need not hold it."""
     turn: tuple[Turn, Turn] | None = None
@@ -90,6 +90,8 @@ class Format(NamedTuple):
     scaled: str = ""
     """The field that takes up the quotient where layers of one stacked leaf differ in rank or alpha. It says also that zeros along `r`
     leave the product as it is, so such layers are padded. Empty: such a file is refused."""
+    mark: str = ""
+    """A field that is all 0 only in a layer without an adapter, where PEFT would not take it for one: such a layer is not written."""
     at_least: Mapping[str, str] = {}
     """`{axis: our option}`: an axis of which a file may hold less than the option says, because PEFT drops what is zero; it is padded."""
     shared: Mapping[str, Tensor] = {}

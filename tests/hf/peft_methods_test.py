@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 
@@ -14,9 +15,10 @@ from ftjax import peft, tree, weights
 from ftjax.hf import names as hf_names
 from ftjax.hf import peft as hf_peft
 from ftjax.hf import peft_config
+from ftjax.peft.layers import chosen
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "peft"  # third_party/peft/folder_golden.py
-FOLDERS = {"dora": "dora", "ia3": "ia3", "vera": "vera", "vera_drawn": "vera"} | {
+FOLDERS = {"dora": "dora", "dora_layers": "dora", "dora_modules": "dora", "ia3": "ia3", "vera": "vera", "vera_drawn": "vera"} | {
     name: name.partition("_")[0]
     for name in (
         "adalora",
@@ -61,6 +63,7 @@ LAYERS = {
     "adalora": (partial(peft.adalora, ["q_proj"], steps=9, init_rank=4, target_rank=2, layers=[1]), {"layers_to_transform": [1]}),
     "vera": (partial(peft.vera, ["q_proj"], rank=5, layers=[0, 2]), {"layers_to_transform": [0, 2], "target_modules": ["q_proj"]}),
     "shira": (partial(peft.shira, ["q_proj"], rank=2, layers=[1]), {"target_modules": ["model.layers.1.self_attn.q_proj"]}),
+    "dora": (partial(peft.dora, ["q_proj"], rank=2, layers="last 1"), {"layers_to_transform": [2], "target_modules": ["q_proj"]}),
     "ia3": (
         partial(peft.ia3, ["k_proj"], layers="last 1"),
         {"target_modules": ["model.layers.2.self_attn.k_proj"], "feedforward_modules": []},
@@ -92,9 +95,11 @@ def test_logits_gradients_and_merged_weights_are_those_of_peft(base, name):
         flat = tree.flatten(gradient[row.method])
         for path in row.paths:
             arrays = {field: np.asarray(flat[f"{path}/{field}"]) for field in form.tensors if f"{path}/{field}" in flat}
-            theirs |= hf_peft.tensors.write_leaf(path, tree.flatten(params)[path].shape, arrays, form)
+            modules = hf_names.modules(path, tree.flatten(params)[path].shape)
+            on = {modules[layer]: place for place, layer in enumerate(row.options.get("layers", range(len(modules))))}
+            theirs |= hf_peft.tensors.write_leaf(path, tree.flatten(params)[path].shape, arrays, form, on=on)
     wanted = {key.removeprefix("grad|"): value for key, value in golden.items() if key.startswith("grad|")}
-    assert theirs.keys() == wanted.keys()
+    assert wanted.keys() == {key for key, value in theirs.items() if value.any()}  # layers without an adapter do not move
     for key, value in wanted.items():
         close(theirs[key], value, 5e-5, key)
     merged = tree.flatten(weights.dense(adapter.method.attach(frozen, adapter.trainable)))
@@ -152,24 +157,34 @@ def test_an_adapter_of_some_layers_names_them(tmp_path, base, name):
     model, params = base
     make, fields = LAYERS[name]
     frozen, trainable = trained(make(), params)
-    config, _ = save(tmp_path / "a", model, make(), params, frozen, trainable)
+    written = save(tmp_path / "a", model, make(), params, frozen, trainable)
+    config, _ = written
     assert {field: config[field] for field in fields} == fields
     adapter = hf_peft.load_adapter(tmp_path / "a", model)
+    assert adapter.method.plan(params)[0].options["layers"] == chosen(make.keywords["layers"], 3)
     got, want = (
         logits(model, m.attach(f, t))
         for m, f, t in ((adapter.method, adapter.join(params), adapter.trainable), (make(), frozen, trainable))
     )
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
+    assert save(tmp_path / "b", model, adapter.method, params, adapter.join(params), adapter.trainable) == written
 
 
-def test_dora_on_some_layers_of_a_leaf_is_refused(tmp_path, base):
+@pytest.mark.parametrize("name", ["dora_layers", "dora_modules"])
+def test_a_dora_on_some_layers_is_trained_on_and_written_without_the_others(tmp_path, base, name):
+    """A magnitude of 0, for a layer without an adapter, is nothing that PEFT could read."""
     model, params = base
-    method = peft.dora(["q_proj"], rank=2, layers=[1])
-    save(tmp_path / "a", model, method, params, *trained(method, params))
-    with pytest.raises(
-        ValueError, match="not yet: LORA with 'magnitude' on some layers of 'layers/self_attn/q_proj/kernel' only, 2 have none"
-    ):
-        hf_peft.load_adapter(tmp_path / "a", model)
+    adapter = hf_peft.load_adapter(GOLDENS / name, model)
+    frozen, rule = adapter.join(params), optax.adamw(0.1, weight_decay=0.1)
+    gradient = jax.grad(lambda trainable: jnp.sum(jnp.square(logits(model, adapter.method.attach(frozen, trainable)))))(adapter.trainable)
+    updates, _ = rule.update(gradient, rule.init(adapter.trainable), adapter.trainable)
+    trainable = optax.apply_updates(adapter.trainable, updates)
+    save(tmp_path / "a", model, adapter.method, params, frozen, trainable)
+    found, theirs = (safetensors.numpy.load_file(path / hf_peft.WEIGHTS) for path in (tmp_path / "a", GOLDENS / name))
+    assert found.keys() == theirs.keys() and all((found[key] != theirs[key]).any() for key in theirs)
+    again = hf_peft.load_adapter(tmp_path / "a", model)
+    got, want = (logits(model, m.attach(frozen, t)) for m, t in ((again.method, again.trainable), (adapter.method, trainable)))
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize(("name", "field"), [("vera", "a"), ("lora_fa", "embed_tokens/kernel/a")])

@@ -116,12 +116,25 @@ def test_ranks_that_differ_between_layers_are_padded(base, copied):
     np.testing.assert_array_equal(b["b"], a["b"].at[0, 2:].set(0).at[0, :2].multiply(2))  # alpha / 2 where the others have alpha / 4
 
 
-def test_layers_without_an_adapter_get_zeros(base, copied):
+def without(*places):
     def drop(tensors):
-        for name in [name for name in tensors if ".layers.1." not in name]:
+        for name in [name for name in tensors if any(place in name for place in places)]:
             del tensors[name]
 
+    return drop
+
+
+def test_layers_without_an_adapter_stay_without_one(base, copied):
+    drop = without(".layers.0.", ".layers.2.")
     adapter = hf_peft.load_adapter(copied({"layers_to_transform": [1]}, drop), base[0])
+    a = hf_peft.load_adapter(GOLDENS / "plain", base[0]).trainable["lora"]["layers"]["self_attn"]["v_proj"]["kernel"]["a"]
+    np.testing.assert_array_equal(adapter.trainable["lora"]["layers"]["self_attn"]["v_proj"]["kernel"]["a"], a[1:2])
+    assert adapter.options["layers"] == [1]
+
+
+def test_layers_that_only_some_leaves_have_an_adapter_on_get_zeros_in_the_others(base, copied):
+    targets = [f"model.layers.{layer}.self_attn.{name}_proj" for layer, name in ((0, "q"), (1, "q"), (2, "q"), (1, "v"))]
+    adapter = hf_peft.load_adapter(copied({"target_modules": targets}, without("0.self_attn.v_proj", "2.self_attn.v_proj")), base[0])
     a = adapter.trainable["lora"]["layers"]["self_attn"]["v_proj"]["kernel"]["a"]
     assert [bool(layer.any()) for layer in a] == [False, True, False]
 
@@ -149,7 +162,6 @@ def test_all_that_does_not_fit_is_listed(base, copied):
     [
         ({"use_qalora": True}, "not yet: use_qalora=True"),
         ({"peft_type": "LORAX"}, "not yet: peft_type='LORAX'; nearest: 'LORA'"),
-        ({"bias": "all"}, "not yet: bias='all'"),
         ({"init_lora_weights": "pissa_niter_4"}, "not yet: init_lora_weights='pissa_niter_4'"),
         ({"target_parameters": ["x"], "lora_bias": True}, "not yet: lora_bias=True; not yet: target_parameters"),
         ({"r": 0}, "r=0 .* not a rank"),
@@ -164,6 +176,10 @@ def test_all_that_does_not_fit_is_listed(base, copied):
 def test_what_we_cannot_compute_is_refused(base, copied, config, message):
     with pytest.raises(ValueError, match=message):
         hf_peft.load_adapter(copied(config), base[0])
+
+
+def test_all_biases_of_a_model_without_any_are_none(base, copied):
+    assert hf_peft.load_adapter(copied({"bias": "all"}), base[0]).trainable.keys() == {"lora"}
 
 
 def test_an_adapter_of_other_modules_is_refused(base, copied):

@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import pytest
 
 from ftjax import models, peft, tree
@@ -23,3 +24,15 @@ def test_a_model_without_biases_is_refused_and_told_what_it_has(key):
 
 def test_norm_tuning_trains_every_norm(key):
     assert tree.size(trained(key, "llama-3-8b", peft.norm_tuning())) == (2 * 32 + 1) * 4096
+
+
+def test_some_layers_are_trained_and_the_others_stay(key):
+    params = {"layers": {"q_proj": {"bias": jnp.zeros((3, 6))}, "norm": {"scale": jnp.ones((3, 4))}}}
+    for method, kind, path in (
+        (peft.bitfit(layers="last 2", name="mine"), "bitfit", "layers/q_proj/bias"),
+        (peft.norm_tuning(layers=[0], name="mine"), "norm_tuning", "layers/norm/scale"),
+    ):
+        frozen, trainable = method.init(key, params)
+        (row,) = method.plan(params)
+        moved = tree.flatten(method.attach(frozen, jax.tree.map(lambda x: x + 1, trainable)))[path] - tree.flatten(params)[path]
+        assert row.known_as == kind and [bool(layer.all()) for layer in moved] == [n in row.options["layers"] for n in range(3)]

@@ -26,12 +26,27 @@ ADAPTERS = {
         target_modules=["q_proj", "down_proj", "lm_head", "embed_tokens"],
         rank_pattern={"q_proj": 3},
     ),
+    "dora_layers": peft.LoraConfig(
+        task_type="CAUSAL_LM", use_dora=True, r=2, lora_alpha=3, target_modules=["q_proj", "down_proj"], layers_to_transform=[2]
+    ),
+    "dora_modules": peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        use_dora=True,
+        r=2,
+        target_modules=["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj", "lm_head"],
+    ),
     "ia3": peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "vera": peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj", "up_proj"], r=5),
     "hira": peft.HiraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=3),
     "loha": peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=3, alpha=6),
     "lokr": peft.LoKrConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=2, alpha=3, decompose_factor=4),
     "lokr_both": peft.LoKrConfig(task_type="CAUSAL_LM", target_modules=["o_proj"], r=1, alpha=3, decompose_both=True, decompose_factor=4),
+    "ln_tuning": peft.LNTuningConfig(task_type="CAUSAL_LM"),
+    "ln_tuning_some": peft.LNTuningConfig(
+        task_type="CAUSAL_LM",
+        target_modules=["model.layers.0.input_layernorm", "model.layers.2.input_layernorm"],
+        modules_to_save=["lm_head"],
+    ),
     "miss": peft.MissConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "down_proj"], r=4),
     "miss_bat": peft.MissConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"], r=4, init_weights="bat"),
     "miss_mini": peft.MissConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, mini_r=3, init_weights="mini"),
@@ -76,9 +91,9 @@ def prune(model):
     model.peft_config["default"].rank_pattern = pattern
 
 
-def make(name, config):
+def make(name, config, *, on="base"):
     torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM.from_pretrained(GOLDENS / "base", attn_implementation="eager").float().eval()
+    base = transformers.AutoModelForCausalLM.from_pretrained(GOLDENS / on, attn_implementation="eager").float().eval()
     model = peft.get_peft_model(base, config).eval()
     trained = {key: parameter for key, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
@@ -102,7 +117,7 @@ def make(name, config):
     found |= {f"merged|{key}": merged.get_submodule(key).weight.detach() for key in modules}
     save_file({key: tensor.contiguous().clone() for key, tensor in found.items()}, folder / "check.safetensors")
     text = (folder / "adapter_config.json").read_text()
-    (folder / "adapter_config.json").write_text(text.replace(str(GOLDENS / "base"), "base"))
+    (folder / "adapter_config.json").write_text(text.replace(str(GOLDENS / on), on))
     (folder / "README.md").unlink()
 
 
