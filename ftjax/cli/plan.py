@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftjax import hub, logs, quant, tree
-from ftjax.cli import abstract, build, footprint, knobs, runtime, topology
+from ftjax.cli import abstract, build, footprint, knobs, products, runtime, topology
 from ftjax.cli import config as configs
 from ftjax.cli.footprint import Footprint
 from ftjax.cli.topology import Topology
@@ -97,7 +97,8 @@ def model(config: ConfigDict, built: abstract.Built) -> str:
     """Return what is trained, in words, and where its architecture comes from if that is not as the config's fields say."""
     whole, trained, rows = logs.parameters(built.params), tree.size(built.state.trainable), config.data.batch_size
     split = f" in {config.data.accumulation} micro-batches" if config.data.accumulation > 1 else ""
-    formats = sorted({leaf.format for leaf in tree.flatten(built.params).values() if isinstance(leaf, quant.PackedWeight)})
+    leaves = map(products.bare, tree.flatten(built.params).values())
+    formats = sorted({leaf.format for leaf in leaves if isinstance(leaf, quant.PackedWeight)})
     packed = f", in its files as {' and '.join(formats)}" if formats else ""
     name, note = origin(config)
     sweep = "; of a sweep's members one" if config.get("sweep") else ""

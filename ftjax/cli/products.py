@@ -28,8 +28,8 @@ def told(params: Params, mesh: Mesh, *, rows: int, dtype: Any) -> str:
     Raises:
       ValueError: a matrix asks for one that cannot; the message names it.
     """
-    bare = {path: _bare(leaf) for path, leaf in tree.flatten(params).items()}
-    packed = tree.unflatten({path: leaf for path, leaf in bare.items() if isinstance(leaf, PackedWeight)})
+    leaves = {path: bare(leaf) for path, leaf in tree.flatten(params).items()}
+    packed = tree.unflatten({path: leaf for path, leaf in leaves.items() if isinstance(leaf, PackedWeight)})
     placed = sharding.leaves_on_mesh(packed, mesh) if mesh.size > 1 else packed
     platform = {"gpu": "cuda"}.get(mesh.devices.flat[0].platform, mesh.devices.flat[0].platform)
     found: dict[tuple[str, str], list[str]] = {}
@@ -63,7 +63,7 @@ def joined(paths: Iterable[str]) -> str:
     return ", ".join(f"{owner}{names}/{leaf}" for (owner, leaf), names in either.items())
 
 
-def _bare(leaf: Leaf) -> Leaf:
+def bare(leaf: Leaf) -> Leaf:
     """Return the leaf without the adapters that ride on it, and without the order of its rows."""
     while isinstance(leaf, Wrapper | PermutedWeight):
         leaf = leaf.base

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftjax import data, logs, sharding, tree
+from ftjax.cli import products
 from ftjax.cli.build import Loaded
 from ftjax.cli.loop import EARLY
 from ftjax.data import inspect
@@ -40,7 +41,7 @@ def machine(mesh: Mesh) -> str:
 
 def model(loaded: Loaded, *, group_tokens: int = 0) -> str:
     """Return one line about the model, and one about its attention where that is not the plain one."""
-    leaves = tree.flatten(loaded.params).values()
+    leaves = list(map(products.bare, tree.flatten(loaded.params).values()))
     forms = sorted({leaf.format if isinstance(leaf, PackedWeight) else leaf.dtype.name for leaf in leaves})
     size = f"{logs.parameters(loaded.params):,} parameters in {' and '.join(forms)}, {megabytes(tree.num_bytes(loaded.params))}"
     shape, rope = loaded.model.config, loaded.model.config.rope
