@@ -19,7 +19,7 @@ def sft() -> ConfigDict:
     config.model.name = "smollm2-135m-instruct"  # a folder, a .gguf file, gs://…, a hub id, or a model of ftjax.hub.WHEELS
     config.model.dtype = "auto"  # float32 or bfloat16; auto: bfloat16
     config.model.remat = "elementwise"  # what the backward pass computes again to save memory: none, elementwise, full
-    config.model.preset = "smollm2-135m"  # its architecture in ftjax.models.PRESETS, for building without a download
+    config.model.preset = "smollm2-135m"  # of ftjax.models.PRESETS, for random weights, and for plans of a name that is not here
     config.model.random = False  # random weights in that architecture
     config.model.layers = config_dict.placeholder(object)  # indices of the layers that are kept, in this order; empty: all
     config.model.rope = rope()

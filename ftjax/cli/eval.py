@@ -16,19 +16,21 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
+from jax.sharding import Mesh
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ftjax import data, losses, peft, quant, scoring
-from ftjax.cli import build, environments, measure, objective, preferences, pretrained, rollouts, runtime
+from ftjax.cli import build, environments, measure, objective, preferences, pretrained, products, rollouts, runtime
 from ftjax.cli import config as configs
 from ftjax.train import Score, make_eval_step
 from ftjax.tree import nearest
@@ -51,6 +53,8 @@ class Setting(NamedTuple):
     max_tokens: int
     batch_size: int
     metric: str
+    mesh: Mesh | None = None
+    """Of a config."""
 
 
 def define_flags(flags: absl_flags.FlagValues, argv: Sequence[str]) -> None:
@@ -91,7 +95,10 @@ def main(flags: absl_flags.FlagValues) -> None:
 
 def run(flags: absl_flags.FlagValues) -> tuple[dict[str, Any], Table]:
     """Return what is measured of conversations, as plain data and for the terminal."""
-    found = evaluate(from_flags(flags) if flags.config is None else from_config(flags))
+    setting = from_flags(flags) if flags.config is None else from_config(flags)
+    if setting.examples and (said := products.while_decoding(setting.params, rows=setting.batch_size, mesh=setting.mesh)):
+        print(said, file=sys.stderr)
+    found = evaluate(setting)
     return found, table(found)
 
 
@@ -177,6 +184,7 @@ def from_config(flags: absl_flags.FlagValues) -> Setting:
         max_tokens=flags.max_tokens or asked.max_tokens,
         batch_size=flags.batch_size,
         metric=asked.metric if flags.metric == "auto" else flags.metric,
+        mesh=mesh,
     )
 
 

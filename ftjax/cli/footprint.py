@@ -26,7 +26,7 @@ from ftjax.kernels.attention.block import BLOCK
 from ftjax.kernels.attention.blocked import MAX_BLOCKS
 
 _SCALES = re.compile(r"(.*/kernel)(/base)*/(scales|zeros)(/.*)?")
-_PARTS = re.compile(r"(/base|/codes)+$")
+_PARTS = re.compile(r"(/base|/codes|/order)+$")
 
 
 class Footprint(NamedTuple):

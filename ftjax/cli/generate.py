@@ -29,7 +29,7 @@ from absl import flags as absl_flags
 from etils import epath
 
 from ftjax import data, peft, rollout
-from ftjax.cli import critic, pretrained, runtime
+from ftjax.cli import critic, pretrained, products, runtime
 from ftjax.cli.pretrained import Adapted
 from ftjax.data.sources import open_file
 from ftjax.tree import nearest
@@ -88,6 +88,8 @@ def main(flags: absl_flags.FlagValues) -> None:
     variables = runtime.json_object("template_variables", flags.template_variables)
     runtime.start(flags)
     adapted = pretrained.load(flags)
+    if said := products.while_decoding(adapted.params, rows=1 if flags.prompts is None else flags.batch_size):
+        print(said, file=sys.stderr)
     encoder = rollout.Encoder(adapted.model, adapted.tokenizer, template_variables=variables)
     encoders = {name: rollout.Encoder(adapted.model, one, template_variables=variables) for name, one in adapted.tokenizers.items()}
     if chatting:

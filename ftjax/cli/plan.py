@@ -4,8 +4,9 @@
   ftjax plan --config=configs/sft_llama3_8b_lora.py --topology=v5e:2x4            a TPU slice, compiled for by libtpu; no TPU is needed
   ftjax plan --config=configs/qlora_llama3_70b.py --topology=gpu:48GB             a GPU of so many GiB; several: gpu:8x80GB
 
-From shapes alone: no array is made and no file is read. The architecture is that of model.preset. The step is then compiled for the
-topology, or for what stands for it, unless --compile=False. The exit code is 0 where the step fits and 3 where it does not.
+From shapes alone: no array is made and no weight is read. Where model.name is a folder or a .gguf file, its config and the headers of its
+files say what it is, and how it is packed; of a model that would have to be fetched model.preset does, and the plan says so. The step is
+then compiled for the topology, or for what stands for it, unless --compile=False. The exit code is 0 where the step fits and 3 where not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -25,8 +27,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ftjax import logs, tree
-from ftjax.cli import abstract, build, footprint, knobs, runtime, topology
+from ftjax import hub, logs, quant, tree
+from ftjax.cli import abstract, build, footprint, knobs, products, runtime, topology
 from ftjax.cli import config as configs
 from ftjax.cli.footprint import Footprint
 from ftjax.cli.topology import Topology
@@ -92,14 +94,31 @@ def resolved(config: ConfigDict, where: Topology) -> ConfigDict:
 
 
 def model(config: ConfigDict, built: abstract.Built) -> str:
-    """Return one line about what is trained."""
-    whole, trained, rows = tree.size(built.params), tree.size(built.state.trainable), config.data.batch_size
+    """Return what is trained, in words, and where its architecture comes from if that is not as the config's fields say."""
+    whole, trained, rows = logs.parameters(built.params), tree.size(built.state.trainable), config.data.batch_size
     split = f" in {config.data.accumulation} micro-batches" if config.data.accumulation > 1 else ""
+    leaves = map(products.bare, tree.flatten(built.params).values())
+    formats = sorted({leaf.format for leaf in leaves if isinstance(leaf, quant.PackedWeight)})
+    packed = f", in its files as {' and '.join(formats)}" if formats else ""
+    name, note = origin(config)
     sweep = "; of a sweep's members one" if config.get("sweep") else ""
     return (
-        f"{config.model.preset}: {whole:,} parameters, {trained:,} trained by {' + '.join(config.methods)}\n"
-        f"{rows} rows of {config.data.max_tokens:,} tokens a step{split}, remat {config.model.remat}, {config.optimizer.name}{sweep}"
+        f"{name}: {whole:,} parameters{packed}, {trained:,} trained by {' + '.join(config.methods)}\n"
+        f"{rows} rows of {config.data.max_tokens:,} tokens a step{split}, remat {config.model.remat}, {config.optimizer.name}{sweep}{note}"
     )
+
+
+def origin(config: ConfigDict) -> tuple[str, str]:
+    """Return what to call the model, and a note where its name and its preset may not be one model."""
+    where, name, preset = build.origin(config), config.model.name, config.model.preset
+    if config.model.random:
+        return preset, ""
+    if isinstance(where, Path):
+        return name, ""
+    if name.lower() not in hub.WHEELS:
+        how = "download it and name its folder" if "/" in name else "name a folder"
+        return preset, f"\n{name} is not on this machine, so this is model.preset={preset}; if that is another architecture, {how}"
+    return name, "" if where == preset else f"\nmodel.preset={preset} is not asked, for model.name is known; with model.random=True it is"
 
 
 class Compiled(NamedTuple):

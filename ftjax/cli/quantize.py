@@ -4,13 +4,14 @@ ftjax quantize --model=… --format=nf4 --output=DIR                       as bi
 ftjax quantize --model=… --format=int4 --group=128 --layout=gptq …       as GPTQ has it; --layout=ftjax takes every format
 ftjax quantize --model=… --exclude=".*down_proj/kernel" …                some matrices stay as they are
 
-Matrices are packed as they are read, so the memory is that of the packed model.
+A matrix of one layer is read, packed and written after another, so the memory is that of a few of them, however large the model.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
 from absl import flags as absl_flags
 
 from ftjax import logs, quant, tree
@@ -47,7 +48,8 @@ def main(flags: absl_flags.FlagValues) -> None:
     runtime.start(flags)
     given: dict[str, Any] = {name: flags[name].value for name in ("group", "nested") if flags[name].present}
     quantizer = quant.METHODS[flags.format](flags.targets, exclude=flags.exclude or None, **given)
-    model, params, tokenizer, _ = hf_load.load(flags.model, dtype=flags.dtype, quantizer=quantizer)
-    logs.Terminal().say(logs.plan_table(quantizer.plan(params), params, {}))
+    model, params, tokenizer, _ = hf_load.lazy(flags.model, dtype=flags.dtype, quantizer=quantizer)
+    shapes = jax.tree.map(lambda tensor: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype), params)
+    logs.Terminal().say(logs.plan_table(quantizer.plan(shapes), shapes, {}))
     folder = hf_export.export_model(output, model, params, tokenizer, base_name=flags.model, layout=flags.layout)
-    print(f"wrote {folder}, {megabytes(tree.num_bytes(params))}")
+    print(f"wrote {folder}, {megabytes(tree.num_bytes(shapes))}")

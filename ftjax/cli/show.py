@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from jax.sharding import Mesh
 from rich import box
@@ -21,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftjax import data, logs, sharding, tree
+from ftjax.cli import products
 from ftjax.cli.build import Loaded
 from ftjax.cli.loop import EARLY
 from ftjax.data import inspect
@@ -41,7 +41,7 @@ def machine(mesh: Mesh) -> str:
 
 def model(loaded: Loaded, *, group_tokens: int = 0) -> str:
     """Return one line about the model, and one about its attention where that is not the plain one."""
-    leaves = tree.flatten(loaded.params).values()
+    leaves = list(map(products.bare, tree.flatten(loaded.params).values()))
     forms = sorted({leaf.format if isinstance(leaf, PackedWeight) else leaf.dtype.name for leaf in leaves})
     size = f"{logs.parameters(loaded.params):,} parameters in {' and '.join(forms)}, {megabytes(tree.num_bytes(loaded.params))}"
     shape, rope = loaded.model.config, loaded.model.config.rope
@@ -62,26 +62,6 @@ def layout(arrays: Any, mesh: Mesh) -> Group:
         table.add_row(Text(row.rule), where, str(row.leaves), f"{row.parameters:,}", megabytes(row.device_bytes))
     dropped = [what for row in rows for what in row.dropped]
     return Group(table, *(Text(f"whole on every device: {what}", style="yellow") for what in dropped))
-
-
-def products(frozen: Any, mesh: Mesh, *, rows: int, dtype: str) -> str:
-    """Return which implementation multiplies how many packed matrices, and why not the others; nothing where none is packed.
-
-    Raises:
-      ValueError: the config asks for one that cannot; the message names the leaf.
-    """
-    packed = {path: leaf for path, leaf in tree.flatten(frozen).items() if isinstance(leaf, PackedWeight)}
-    placed = sharding.leaves_on_mesh(tree.unflatten(packed), mesh) if mesh.size > 1 else tree.unflatten(packed)
-    platform = {"gpu": "cuda"}.get(mesh.devices.flat[0].platform, mesh.devices.flat[0].platform)
-    found: dict[str, list[str]] = {}
-    for path, leaf in tree.flatten(placed).items():
-        try:
-            name, passed = (leaf.base if isinstance(leaf, sharding.Sharded) else leaf).choice(rows, jnp.dtype(dtype), platform)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        reasons = "".join(f"\n  not by {other!r}: {reason}" for other, reason in passed.items())
-        found.setdefault(f"packed matrices are multiplied by {name!r}{reasons}", []).append(path)
-    return "\n".join(f"{len(paths)} {what}" for what, paths in found.items())
 
 
 def sources(reports: Mapping[str, data.Report], loader: data.Loader) -> Group:

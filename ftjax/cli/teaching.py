@@ -40,7 +40,7 @@ def load(config, mesh: Mesh, student: Loaded) -> Loaded | None:
 
 
 def architecture(config) -> Model | None:
-    """Return the teacher of `config.teacher.preset`, without weights; None where `load` returns None."""
+    """Return the teacher without weights, as `build.architecture` finds it; None where `load` returns None."""
     return build.architecture(alone(config))[0] if _wanted(config) else None
 
 
@@ -49,7 +49,8 @@ def abstract(config, teacher: Model | None, mesh: Mesh) -> Params:
     if teacher is None:
         return {}
     packer, key = build.quantizer(alone(config)), jax.random.key(0)
-    params = jax.eval_shape(lambda key: packer.init(key, teacher.init(key))[0] if packer else teacher.init(key), key)
+    params = build.shapes(alone(config), teacher)
+    params = jax.eval_shape(lambda key, params: packer.init(key, params)[0], key, params) if packer else params
     return {TEACHER: sharding.abstract(params, sharding.shardings(params, mesh))}
 
 

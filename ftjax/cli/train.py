@@ -25,7 +25,22 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ftjax import checkpoint, logs, peft, quant, sharding
-from ftjax.cli import adapter, beginning, build, measure, objective, online, reference, rollouts, runtime, said, show, sweep, teaching
+from ftjax.cli import (
+    adapter,
+    beginning,
+    build,
+    measure,
+    objective,
+    online,
+    products,
+    reference,
+    rollouts,
+    runtime,
+    said,
+    show,
+    sweep,
+    teaching,
+)
 from ftjax.cli import config as configs
 from ftjax.cli.ahead import Past, with_past, without_past
 from ftjax.cli.hindsight import Actor
@@ -146,8 +161,8 @@ def _load(run: Run) -> tuple[Policy, Params, Params | None]:
     terminal.heading("What is trained")
     terminal.say(logs.plan_table(plans, loaded.params, trainable))
     rows = config.data.batch_size * config.data.max_tokens // config.data.accumulation // sharding.batch_share(mesh)[1]
-    if products := show.products(frozen, mesh, rows=rows, dtype=config.model.dtype):
-        terminal.say(products)
+    if multiplied := products.told(frozen, mesh, rows=rows, dtype=config.model.dtype):
+        terminal.say(multiplied)
     if mesh.size > 1:
         terminal.heading("Where it lies")
         terminal.say(show.layout({"frozen": frozen, "trained": trainable}, mesh))

@@ -21,7 +21,7 @@ import numpy as np
 
 from ftjax import models, tree, weights
 from ftjax.hf import checksums, names, quantized
-from ftjax.hf.lazy import Index, LazyTensor
+from ftjax.hf.lazy import Index, LazyTensor, cast, swap
 from ftjax.hf.write import SHARD_BYTES, Entry, new_folder, write_json, write_shards, write_tokenizer
 from ftjax.types import VALUE_HEAD, Model, Params
 
@@ -42,8 +42,8 @@ def export_model(
     Args:
       folder: a new folder; it appears when everything in it is written.
       model: whose config is written.
-      params: the tree that `model.apply` takes, perhaps with a value head; a `Weight` leaf (an attached adapter, a quantised matrix) is
-        written as its dense array, or as `layout` says.
+      params: the tree that `model.apply` takes, perhaps with a value head, or one of lazy arrays (`hf.load.lazy_params`); a `Weight` leaf
+        (an attached adapter, a quantised matrix) is written as its dense array, or as `layout` says.
       tokenizer: as from `ftjax.hf.tokenizer.load`; None writes none.
       dtype: of all dense tensors in the files; each leaf's own if None.
       shard_bytes: the size that a safetensors file may have, if more than one tensor is in it.
@@ -128,11 +128,12 @@ def _tensors(leaves: dict[str, Any], dtypes: dict[str, np.dtype], layout: str) -
     matrices = {module: one for path, leaf in packed.items() for module, one in _matrices(path, leaf)}
     dense = [path for path, leaf in leaves.items() if path.endswith("kernel") and path not in packed]
     modules = {name for path in dense for name in names.modules(path, leaves[path].shape) if names.is_transposed(path)}
-    chosen, settings = quantized.choose(layout, matrices, modules) if layout != "dense" else (None, None)
+    settings, parts = quantized.written(layout, matrices, modules) if layout != "dense" else (None, {})
     tensors = {}
     for path, leaf in leaves.items():
         if path in packed:
-            tensors |= {f"{module}.{part}": tensor for module, one in _matrices(path, leaf) for part, tensor in chosen.write(one).items()}
+            for module in names.modules(path, leaf.shape):
+                tensors |= {f"{module}.{part}": tensor for part, tensor in parts[module].items()}
         else:
             for layer, name in enumerate(names.tensors(path, leaf.shape)):
                 tensors[name] = _dense(path, leaf, layer if names.is_stacked(path) else None, dtypes[path])
@@ -152,12 +153,18 @@ def _matrices(path: str, leaf: Any) -> Iterator[tuple[str, Any]]:
         yield module, jax.tree.map(lambda array, index=index: _lazy(array, index), leaf)
 
 
-def _lazy(array: jax.Array, layer: int | None) -> LazyTensor:
+def _lazy(array: jax.Array | LazyTensor, layer: int | None) -> LazyTensor:
     shape = array.shape if layer is None else array.shape[1:]
+    if isinstance(array, LazyTensor):
+        return array if layer is None else LazyTensor(shape, array.dtype, lambda at: array.read((slice(layer, layer + 1), *at))[0])
     return LazyTensor(shape, array.dtype, lambda index: np.asarray(array if layer is None else _layer(array, layer))[index])
 
 
 def _dense(path: str, leaf: Any, layer: int | None, dtype: np.dtype) -> LazyTensor:
+    if isinstance(leaf, LazyTensor):
+        tensor = cast(_lazy(leaf, layer), dtype)
+        return swap(tensor) if names.is_transposed(path) else tensor
+
     def fetch(index: Index) -> np.ndarray:
         array = np.asarray(weights.materialize(leaf if layer is None else _layer(leaf, layer)).astype(dtype))
         return (array.T if names.is_transposed(path) else array)[index]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,13 +65,35 @@ def load(
     Raises:
       ValueError: the name, the config or a tensor is not as expected; the message says which and what to do.
     """
+    read_params = partial(load_params, place=place)
+    return _pretrained(name, read_params, dtype=dtype, remat=remat, change=change, quantizer=quantizer, layers=layers)
+
+
+def lazy(name: str, *, dtype: str = "auto", quantizer: Transform | None = None) -> Pretrained:
+    """Find a model by name as `load` does, and leave its weights in their files: its parameters are those of `lazy_params`.
+
+    For what goes through a model once, such as `hf.export.export_model`: it is done in the memory of a few tensors.
+    """
+    return _pretrained(name, lazy_params, dtype=dtype, quantizer=quantizer)
+
+
+def _pretrained(
+    name: str,
+    read_params: Callable[..., Params],
+    *,
+    dtype: str,
+    quantizer: Transform | None,
+    remat: str = "none",
+    change: Callable[[Config], Config] = lambda config: config,
+    layers: Sequence[int] | None = None,
+) -> Pretrained:
     path = hub.find(name)
     file = gguf_file.open_file(path) if path.suffix == ".gguf" else None
     checkpoint = gguf.read(path, file) if file else folder.read(path)
     checkpoint = checkpoint if layers is None else depth.with_layers(checkpoint, layers)
     dtype = stored_dtype(checkpoint) if dtype == "auto" else jnp.dtype(dtype)
     model = models.build(change(config_of(checkpoint)), remat=remat)
-    params = load_params(checkpoint, model, dtype=dtype, place=place, quantizer=quantizer)
+    params = read_params(checkpoint, model, dtype=dtype, quantizer=quantizer)
     return Pretrained(model, params, tokenizer.from_gguf(file) if file else tokenizer.load(path), path)
 
 
@@ -88,6 +111,35 @@ def config_of(checkpoint: Checkpoint) -> Config:
 def read(path: Path) -> Checkpoint:
     """Return the checkpoint at a path that `hub.find` gave: a GGUF file or a folder of safetensors."""
     return gguf.read(path) if path.suffix == ".gguf" else folder.read(path)
+
+
+def described(path: Path) -> Checkpoint:
+    """Return the checkpoint at a path, which may be a folder with a `config.json` and no weights: it has no tensors then.
+
+    Raises:
+      ValueError: as `read`; or the config says that the weights are packed, and how is in the files that are not there.
+    """
+    if path.suffix == ".gguf" or any(path.glob("*.safetensors*")):
+        return read(path)
+    config = folder.read_json(path / "config.json")
+    if quantized.CONFIG in config:
+        method = config[quantized.CONFIG].get("quant_method")
+        raise ValueError(
+            f"hf: {path} holds weights packed by {method!r}, says its config; in which shapes is in the headers of its .safetensors files, "
+            "and there is none: copy them too."
+        )
+    return Checkpoint(path, config, {})
+
+
+def shapes(checkpoint: Checkpoint, model: Model, *, dtype: Any) -> Params:
+    """Return the shapes of what `load_params` gives, packed where the files are; no code of a weight is read."""
+    if not checkpoint.tensors:
+        return jax.eval_shape(model.init, jax.random.key(0))
+    return _shapes(lazy_params(checkpoint, model, dtype=dtype))
+
+
+def _shapes(params: Params) -> Params:
+    return jax.tree.map(lambda tensor: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype), params)
 
 
 def stored_dtype(checkpoint: Checkpoint) -> np.dtype:
@@ -111,6 +163,24 @@ def load_params(
       ValueError: tensors are missing, left over or misshapen; the message lists all of them. A matrix that is to be packed cannot be, or
         holds a number that is not finite; one that is packed already cannot be used as it is.
     """
+    leaves, packing = _lazy_leaves(checkpoint, model, dtype, quantizer)
+    place = place or on_default_device
+    for path, tensor in leaves.items():
+        leaves[path] = place(path, packed.pack(path, tensor, **packing[path]) if path in packing else tensor)
+    return tree.unflatten(leaves)
+
+
+def lazy_params(checkpoint: Checkpoint, model: Model, *, dtype: Any = None, quantizer: Transform | None = None) -> Params:
+    """Return a model's parameters of lazy arrays; what `quantizer` names is packed when it is read. See `load_params`."""
+    leaves, packing = _lazy_leaves(checkpoint, model, dtype, quantizer)
+    packer = packed.Packer()
+    return tree.unflatten({p: packer.lazy(p, tensor, **packing[p]) if p in packing else tensor for p, tensor in leaves.items()})
+
+
+def _lazy_leaves(
+    checkpoint: Checkpoint, model: Model, dtype: Any, quantizer: Transform | None
+) -> tuple[dict[str, LazyTensor | quantized.Packed], dict[str, dict[str, Any]]]:
+    """Return the leaves as they lie in the files, and of those that are to be packed how."""
     abstract = jax.eval_shape(model.init, jax.random.key(0))
     shapes = {path: leaf.shape for path, leaf in tree.flatten(abstract).items()}
     packing = quant.packing(quantizer.plan(abstract)) if quantizer else {}
@@ -122,14 +192,8 @@ def load_params(
         tensors = [checkpoint.tensors[name] for name in names.tensors(path, shape)]
         leaves[path] = leaf(path, tensors, None if path.startswith(VALUE_HEAD) else dtype)
     if quantizer:  # its errors come before anything is read
-        found = jax.tree.map(lambda tensor: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype), tree.unflatten(leaves))
-        jax.eval_shape(quantizer.init, jax.random.key(0), found)
-    place = place or on_default_device
-    for path, tensor in leaves.items():
-        if path in packing and isinstance(tensor, LazyTensor):
-            tensor = packed.pack(path, tensor, **packing[path])
-        leaves[path] = place(path, tensor)
-    return tree.unflatten(leaves)
+        jax.eval_shape(quantizer.init, jax.random.key(0), _shapes(tree.unflatten(leaves)))
+    return leaves, {path: options for path, options in packing.items() if isinstance(leaves[path], LazyTensor)}
 
 
 def leaf(path: str, tensors: list[LazyTensor], dtype: Any = None) -> LazyTensor | quantized.Packed:

@@ -179,8 +179,8 @@ def is_padding(name: str, tensor: LazyTensor, tensors: Mapping[str, LazyTensor])
     return part == "bias" and owner is not None and owner.packed is not None and not np.any(tensor.read())
 
 
-def choose(layout: str, matrices: Mapping[str, Packed], dense: Iterable[str]) -> tuple[Layout, dict[str, Any]]:
-    """Return the layout that packed matrices are written in, and its `quantization_config`.
+def written(layout: str, matrices: Mapping[str, Packed], dense: Iterable[str]) -> tuple[dict[str, Any], dict[str, dict[str, LazyTensor]]]:
+    """Return the `quantization_config` of a layout for packed matrices, and what each is written as.
 
     Args:
       layout: one of `LAYOUTS`, or "auto": bitsandbytes' if that has a place for all of them, else ftjax's own.
@@ -198,13 +198,13 @@ def choose(layout: str, matrices: Mapping[str, Packed], dense: Iterable[str]) ->
     if not matrices:
         raise ValueError(f"export: the tree has no quantised matrices to write as {layout!r}; leave the layout out.")
     found = LAYOUTS["bitsandbytes" if layout == "auto" else layout]
-    module = "the model"
+    module, tensors = "the model", {}
     try:
-        for module, weight in matrices.items():  # noqa: B007
-            found.write(weight)
+        for module, weight in matrices.items():
+            tensors[module] = found.write(weight)
         module = "the model"
-        return found, found.settings(matrices, dense)
+        return found.settings(matrices, dense), tensors
     except Unfit as problem:
         if layout == "auto":
-            return LAYOUTS["ftjax"], LAYOUTS["ftjax"].settings(matrices, dense)
+            return written("ftjax", matrices, dense)
         raise ValueError(f"export: {module}: {problem}. Write ftjax's own files with layout='ftjax'.") from problem

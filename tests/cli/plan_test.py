@@ -1,15 +1,18 @@
 """`ftjax plan` counts what a run will hold, says whether it fits, and which knob would make it fit; nothing is loaded."""
 
 import functools
+import json
 import math
 import pathlib
+import re
 
 import jax
 import pytest
 
-from ftjax import models, sharding, tree
+from ftjax import logs, models, sharding, tree
 from ftjax.cli import abstract, build, footprint, knobs, main, plan, topology
 from ftjax.cli import config as configs
+from ftjax.hf import load
 from ftjax.train import init_state
 
 CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py") + ":smoke"
@@ -136,6 +139,74 @@ def test_a_plan_that_does_not_fit_says_what_would_make_it(capsys, counted):
     code, out = run(capsys, "--topology=gpu:2x0.00000001GB", "--compile=False", "--config.mesh.data=2", "--config.data.batch_size=8")
     assert code == plan.DOES_NOT_FIT and "does not fit" in out and "no compiler for this GPU" in out
     assert "--config.data.accumulation=4" in out and "too much" in out and "Bytes of each device" in out and "2 GPUs" in out
+
+
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
+
+
+FILES = (*(f"quantized/{kind}" for kind in ("nf4", "int8", "gptq", "gptq_sorted", "awq")), "gguf/qwen3.gguf")
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_plan_has_the_shapes_of_what_its_name_would_load(kind):
+    name, fields = str(GOLDENS / kind), {"methods": ("lora",), "lora.targets": ("up_proj",)}
+    config = config_with({"model.name": name, "model.random": False, "model.preset": "llama-3-8b", "tokenizer": "bytes", **fields})
+    mesh = build.mesh(config)
+    built = abstract.built(config, mesh)
+    found = load.described(GOLDENS / kind)
+    expected = load.load_params(found, models.build(load.config_of(found)), dtype="float32")
+    assert jax.tree.structure(built.params) == jax.tree.structure(expected)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), built.params) == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+    held, own = footprint._frozen(built)  # noqa: SLF001
+    assert held["base"] + held["scales"] == tree.num_bytes(expected) and own == 0 and (held["scales"] > 0) == ("gguf" not in kind)
+    said = plan.model(config, built)
+    assert said.startswith(f"{name}: {logs.parameters(expected):,} parameters") and ("in its files as" in said) == ("gguf" not in kind)
+
+
+def test_a_plan_of_some_layers_of_a_folder_is_of_them_alone():
+    config = config_with({"model.name": str(GOLDENS / "quantized/gptq"), "model.random": False, "model.layers": (1,)})
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(build.shapes(config, build.architecture(config)[0])["layers"])} == {1}
+
+
+def test_a_config_alone_tells_a_dense_model_and_not_how_another_is_packed(tmp_path, capsys):
+    raw = json.loads((GOLDENS / "quantized/gptq/config.json").read_text())
+    method = raw.pop("quantization_config")
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    given = ["--compile=False", "--config.model.random=False", f"--config.model.name={tmp_path}", "--config.lora.targets=('up_proj',)"]
+    code, out = run(capsys, *given)
+    size = tree.size(jax.eval_shape(models.build(models.config_from_hf(raw)).init, jax.random.key(0)))
+    assert code == 0 and f"{tmp_path}:{size:,}parameters,1,024trained" in "".join(out.split())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"quantization_config": method}))
+    code, out = run(capsys, *given)
+    assert code == 1 and "packed by 'gptq', says its config" in out and "copy them too" in out
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "note"),
+    [
+        ({"name": "meta-llama/Some-8B"}, "tiny-llama", "meta-llama/Some-8B is not on this machine, so this is model.preset=tiny-llama"),
+        ({"name": "SmolLM2-135M-Instruct"}, "SmolLM2-135M-Instruct", "model.preset=tiny-llama is not asked, for model.name is known"),
+        ({"name": "SmolLM2-135M-Instruct", "preset": "smollm2-135m"}, "SmolLM2-135M-Instruct", ""),
+        ({"name": str(GOLDENS)}, str(GOLDENS), ""),
+        ({"random": True}, "tiny-llama", ""),
+    ],
+)
+def test_a_plan_says_where_its_architecture_comes_from(fields, name, note):
+    found, said = plan.origin(config_with({"model.random": False, **{f"model.{field}": value for field, value in fields.items()}}))
+    assert found == name and (note in said if note else not said)
+
+
+def test_a_packaged_model_is_its_preset():
+    config = config_with({"model.random": False, "model.name": "smollm2-135m-instruct"})
+    assert build.architecture(config)[1].num_hidden_layers == 30
+
+
+def test_a_step_is_compiled_for_a_slice_of_tpus(capsys):
+    """The command of the documentation, on a machine without a TPU."""
+    pytest.importorskip("libtpu")
+    code, out = run(capsys, "--topology=v5p:2x2x1", "--config.mesh.data=4", "--config.data.max_tokens=64")
+    assert code == 0 and "fits: " in out and "on v5p:2x2x1, 4 × TPU v5 with 95.73 GiB each" in out
+    assert "Bytes of each device" in out and re.search(r"compiled     for it in \d+ s, \d+\.\d MB: \d+\.\d MB of arguments", out)
 
 
 @pytest.mark.parametrize(

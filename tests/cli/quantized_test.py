@@ -1,6 +1,7 @@
 """A run over a quantised base: it resumes, its adapter finds that base again, and it is merged into the dense one or quantised anew."""
 
 import dataclasses
+import tracemalloc
 from types import SimpleNamespace
 
 import jax
@@ -13,6 +14,7 @@ from ftjax import models, quant, tree, weights
 from ftjax.cli import export as cli_export
 from ftjax.cli import main, pretrained
 from ftjax.hf import export, load
+from ftjax.hf.lazy import LazyTensor
 from ftjax.hf.tokenizer import byte_tokenizer
 from ftjax.logs.writers import read_jsonl
 
@@ -104,6 +106,26 @@ def test_a_run_is_merged_into_the_base_quantised_anew(run, base, tmp_path, capsy
     expected = jax.vmap(lambda w: quant.quantize(w, "nf4", group=16, nested=True).materialize())(trained)
     np.testing.assert_allclose(leaf.materialize(), expected, rtol=1e-5)
     assert jnp.max(jnp.abs(trained - leaf.materialize())) > 1e-3
+
+
+def test_the_memory_that_quantising_takes_is_that_of_a_few_tensors_whatever_the_depth(tmp_path):
+    sizes, peaks = {"hidden_size": 128, "intermediate_size": 4096, "torch_dtype": "bfloat16"}, {}
+    for depth in (2, 10):
+        model = models.build(models.config_from_hf(models.PRESETS["tiny-llama"] | sizes | {"num_hidden_layers": depth}))
+        shapes = jax.eval_shape(model.init, jax.random.key(0))
+        halves = jax.tree.map(lambda x: LazyTensor(x.shape, x.dtype, lambda at, x=x: np.full(x.shape, 0.5, x.dtype)[at]), shapes)
+        export.export_model(tmp_path / f"{depth}", model, halves, byte_tokenizer())
+        argv = ["quantize", f"--model={tmp_path / str(depth)}", "--format=nf4", "--layout=bitsandbytes"]
+        assert depth > 2 or main.main([*argv, f"--output={tmp_path / 'compiled'}"]) == 0
+        tracemalloc.start()
+        try:
+            assert main.main([*argv, f"--output={tmp_path / f'{depth}-packed'}"]) == 0
+            peaks[depth] = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    largest, packed = 2 * 128 * 4096, 8 * 3 * 128 * 4096 // 2  # bytes of a dense tensor, and of the codes of eight layers more
+    assert peaks[10] - peaks[2] < largest < packed / 5
+    assert peaks[2] < 6 * largest
 
 
 def test_a_model_is_quantised_from_the_command_line(base, tmp_path, capsys):

@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from ftjax import quant, sharding
+from ftjax import sharding
 from ftjax.cli import show
 
 
@@ -28,18 +28,3 @@ def test_the_layout_names_rules_sizes_and_what_did_not_divide():
 )
 def test_a_plot_calls_a_model_by_the_last_part_of_its_name(name, title):
     assert show.model_title(ConfigDict({"model": {"name": name, "random": False, "preset": "tiny"}})) == title
-
-
-def test_what_multiplies_packed_matrices_is_said_and_why_nothing_faster_does():
-    params = {"layers": {"mlp": {name: {"kernel": jnp.ones((2, 64, 128))} for name in ("gate_proj", "down_proj")}}}
-    told = {}
-    for implementation in ("auto", "tpu"):
-        method = quant.nf4(implementation=implementation)
-        told[implementation] = jax.eval_shape(lambda params, method=method: method.init(jax.random.key(0), params)[0], params)
-    for mesh in (sharding.make_mesh(devices=jax.devices()[:1]), sharding.make_mesh(data=2, fsdp=2, tensor=2)):
-        said = show.products(told["auto"], mesh, rows=8, dtype="float32")
-        assert said.startswith("2 packed matrices are multiplied by 'reference'")
-        assert "not by 'tpu': it runs on tpu, and the program is for cpu." in said
-        with pytest.raises(ValueError, match="layers/mlp/down_proj/kernel: .*'tpu' cannot take this product: it runs on tpu"):
-            show.products(told["tpu"], mesh, rows=8, dtype="float32")
-        assert not show.products(params, mesh, rows=8, dtype="float32")

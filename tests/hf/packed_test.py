@@ -1,5 +1,6 @@
 """What is packed as it is read is what packing all of it gives, and the dense matrix is never there."""
 
+import pathlib
 import tracemalloc
 
 import jax
@@ -7,15 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax import peft, quant, sharding, tree, weights
-from ftjax.hf import load, names
+from ftjax import models, peft, quant, sharding, tree, weights
+from ftjax.hf import export, folder, load, names
 from ftjax.hf.folder import Checkpoint
 from ftjax.hf.lazy import LazyTensor, from_array
+from ftjax.hf.tokenizer import byte_tokenizer
 from ftjax.types import Model
 
 UP, DOWN, HEAD = "layers/mlp/up_proj/kernel", "layers/mlp/down_proj/kernel", "lm_head/kernel"
 SHAPES = {"embed_tokens/kernel": (12, 16), UP: (3, 16, 48), DOWN: (3, 48, 16), HEAD: (16, 12)}
 BOTH = peft.chain(quant.nf4("all-linear", group=16), quant.int8([HEAD.split("/")[0]]))
+
+
+@pytest.fixture(scope="module")
+def dense_folder(tmp_path_factory):
+    """A folder of a model whose rows are whole blocks of 64."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    wide = models.build(models.config_from_hf(models.PRESETS["tiny-qwen2"] | sizes | {"tie_word_embeddings": False}))
+    out = tmp_path_factory.mktemp("dense") / "model"
+    return str(export.export_model(out, wide, jax.jit(wide.init)(jax.random.key(0)), byte_tokenizer()))
 
 
 def model(shapes=SHAPES):
@@ -63,6 +74,39 @@ def test_the_host_holds_packed_bytes_and_a_layer():
         tracemalloc.stop()
     dense = sum(4 * np.prod(shape) for shape in shapes.values())
     assert tree.num_bytes(params) < dense / 7 and peak < tree.num_bytes(params) + 0.15 * dense
+
+
+@pytest.mark.parametrize(
+    ("layout", "quantizer", "dtype"),
+    [
+        ("auto", quant.nf4(exclude=".*down_proj/kernel"), "auto"),
+        ("bitsandbytes", quant.fp4(nested=False), "bfloat16"),
+        ("bitsandbytes", quant.int8(), "bfloat16"),
+        ("gptq", quant.int4(group=32), "float16"),
+        ("ftjax", peft.chain(quant.int4(group=16, nested=True), quant.int8([HEAD.split("/")[0]])), "float32"),
+        ("ftjax", quant.quantized("uint4", group=32), "auto"),
+    ],
+)
+def test_a_folder_that_is_quantised_in_passing_is_that_of_the_whole_tree(layout, quantizer, dtype, dense_folder, tmp_path):
+    one, two = (
+        export.export_model(tmp_path / opened.__name__, found.model, found.params, found.tokenizer, layout=layout, shard_bytes=20_000)
+        for opened in (load.load, load.lazy)
+        for found in [opened(dense_folder, dtype=dtype, quantizer=quantizer)]
+    )
+    assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()} and len(list(two.glob("*.safetensors"))) > 2
+    assert all(path.read_bytes() == (two / path.name).read_bytes() for path in one.iterdir())
+
+
+@pytest.mark.parametrize("layout", ["gptq", "ftjax"])
+def test_where_a_tensor_cannot_be_packed_no_folder_is_left(layout, dense_folder, tmp_path):
+    found = folder.read(pathlib.Path(dense_folder))
+    last = "model.layers.1.mlp.down_proj.weight"  # is read when most is written
+    bad = found._replace(tensors=found.tensors | {last: from_array(np.full(found.tensors[last].shape, np.nan, np.float32))})
+    wanted = models.build(load.config_of(bad))
+    params = load.lazy_params(bad, wanted, quantizer=quant.int4(group=32))
+    with pytest.raises(ValueError, match=r"'layers/mlp/down_proj/kernel', layer 1, holds 8,192 numbers that are not finite"):
+        export.export_model(tmp_path / "out", wanted, params, None, layout=layout)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -142,14 +142,14 @@ def test_nf4_with_nested_scales_takes_4_127_bits_a_number_on_disk():
 def test_what_a_layout_has_no_place_for_is_said(layout, leaf, message):
     one = jax.tree.map(lambda array: from_array(array[0]), leaf)
     with pytest.raises(ValueError, match=message):
-        quantized.choose(layout, {"model.layers.0.mlp.up_proj": one}, [])
+        quantized.written(layout, {"model.layers.0.mlp.up_proj": one}, [])
 
 
 def test_a_model_of_two_formats_is_ours_alone():
     matrices = {name: jax.tree.map(lambda array: from_array(array[0]), random_packed((1, 64, 8), name, 64)) for name in ("nf4", "fp4")}
-    assert quantized.choose("auto", matrices, [])[1]["matrices"] == {"nf4": ["nf4", "bfloat16"], "fp4": ["fp4", "bfloat16"]}
+    assert quantized.written("auto", matrices, [])[0]["matrices"] == {"nf4": ["nf4", "bfloat16"], "fp4": ["fp4", "bfloat16"]}
     with pytest.raises(ValueError, match="the model: bitsandbytes has one format in a model, not fp4 and nf4"):
-        quantized.choose("bitsandbytes", matrices, [])
+        quantized.written("bitsandbytes", matrices, [])
 
 
 def test_a_model_without_packed_matrices_and_one_with_an_adapter_are_refused(tmp_path, model, key):
@@ -219,8 +219,8 @@ def test_weights_without_their_checksum_are_refused(tmp_path, written):
 )
 def test_our_own_files_are_read_as_strictly(change, message):
     weight = jax.tree.map(lambda array: from_array(array[0]), random_packed((1, 64, 8), "uint4", 32, permuted=True))
-    layout, settings = quantized.choose("ftjax", {"up": weight}, [])
-    tensors = {f"up.{part}": tensor for part, tensor in layout.write(weight).items()}
+    settings, parts = quantized.written("ftjax", {"up": weight}, [])
+    tensors = {f"up.{part}": tensor for part, tensor in parts["up"].items()}
     with pytest.raises(ValueError, match=message):
         quantized.gathered("test", {"quantization_config": settings | change}, tensors)
     for part, value, said in (
