@@ -1,10 +1,13 @@
 """Time the Hopper kernels on a GPU beside a bfloat16 matmul, and beside other tiles than the one that is chosen.
 
-Usage: JAX_PLATFORMS=cuda python experiments/int4_speed/gpu.py [--formats int4,nf4] [--rows 1,16] [--sides 4096x4096,8192x28672] [--tiles]
+Usage: JAX_PLATFORMS=cuda python -m experiments.int4_speed.gpu [--formats int4,nf4] [--rows 1,16] [--sides 4096x4096,8192x28672] [--tiles]
 
 A time is the median of 9 rounds of enough products in one program to take some milliseconds, each on a matrix of its own, so that the cache
 of the GPU does not hold the next: what bfloat16 reads 16 bits for, the kernels read 4 for. *Bandwidth* counts packed codes, scales and rows
 once. *Error* is relative, against float64 on the host, of 8 rows.
+
+Where PyTorch for CUDA and bitsandbytes are installed, their kernels are timed in the same run (peers.py; with
+XLA_PYTHON_CLIENT_PREALLOCATE=false, so that JAX leaves them memory). Whole steps: gpu_step.py.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.int4_speed import peers
 from ftjax.kernels.int4_matmul import Packed, decode, hopper
 from ftjax.kernels.int4_matmul.hopper_tiles import SHARED_BYTES, Tile, forward_bytes, forward_tile, transposed_tile
 from ftjax.quant import SPECS, quantize
@@ -32,20 +36,24 @@ def main() -> None:
     parser.add_argument("--sides", default="4096x4096,4096x14336,14336x4096,8192x28672", help="ixo of the matrices")
     parser.add_argument("--tiles", action="store_true", help="time every tile of x D, not only the chosen one")
     args = parser.parse_args()
-    device = jax.devices()[0]
-    print(f"JAX {jax.__version__}, {device.device_kind}, groups of 64\n")
+    if reason := hopper.unfit_device():
+        raise SystemExit(f"int4_speed: {reason}")
+    device, absent = jax.devices()[0], peers.missing()
+    print(f"JAX {jax.__version__}, {device.device_kind}, groups of 64{'; ' + absent if absent else ''}\n")
     print("| i x o | rows | product | format | tile | time | against bfloat16 | bandwidth | error |\n|---|---|---|---|---|---|---|---|---|")
     for side in args.sides.split(","):
         i, o = map(int, side.split("x"))
         for m in map(int, args.rows.split(",")):
             for transposed in (False, True):
-                compare(i, o, m, transposed, args)
+                base = compare(i, o, m, transposed, args)
+                if not absent:
+                    beside(i, o, m, transposed, base)
 
 
-def compare(i: int, o: int, m: int, transposed: bool, args: argparse.Namespace) -> None:
-    """Print the rows of one shape: bfloat16 first."""
+def compare(i: int, o: int, m: int, transposed: bool, args: argparse.Namespace) -> float:
+    """Print the rows of one shape, bfloat16 first; return the seconds of that."""
     x = jax.random.normal(jax.random.key(0), (m, o if transposed else i), jnp.bfloat16)
-    copies = max(4, int(np.ceil(2 * CACHE / (i * o / 2))))
+    copies = matrices(i, o)
     dense = jax.random.normal(jax.random.key(1), (i, o), jnp.bfloat16)
     contract = (((1,), (1 if transposed else 0,)), ((), ()))
     base = seconds(lambda x, w: jax.lax.dot_general(x, w, contract), x, jnp.stack([dense] * copies))
@@ -64,6 +72,19 @@ def compare(i: int, o: int, m: int, transposed: bool, args: argparse.Namespace) 
                 f"{took * 1e6:.1f} µs | {base / took:.2f} × | {bandwidth(took, size, m, i, o)} | {error(run, x, packed, w, transposed):.1e}"
             )
             print(f"{line} {format} | {tuple(tile)} | {result} |", flush=True)
+    return base
+
+
+def beside(i: int, o: int, m: int, transposed: bool, base: float) -> None:
+    """Print the peers' rows of one shape."""
+    for name, took in peers.times(i, o, m, transposed=transposed, copies=matrices(i, o)):
+        result = took if isinstance(took, str) else f"{took * 1e6:.1f} µs | {base / took:.2f} ×"
+        print(f"| {i} x {o} | {m} | {'x Dᵀ' if transposed else 'x D'} | {name} | | {result} | | |", flush=True)
+
+
+def matrices(i: int, o: int) -> int:
+    """Return how many packed matrices no cache holds."""
+    return max(4, int(np.ceil(2 * CACHE / (i * o / 2))))
 
 
 def tiles(m: int, i: int, o: int, sides: int, transposed: bool, every: bool) -> list[Tile]:
@@ -84,7 +105,7 @@ def tiles(m: int, i: int, o: int, sides: int, transposed: bool, every: bool) -> 
 
 def seconds(product, x: jax.Array, stack) -> float:
     """Return the time of one product: of a program with one for each matrix of a stack, less that of an empty one."""
-    matrices = [jax.tree.map(lambda leaf, at=at: leaf[at], stack) for at in range(jax.tree.leaves(stack)[0].shape[0])]
+    each = [jax.tree.map(lambda leaf, at=at: leaf[at], stack) for at in range(jax.tree.leaves(stack)[0].shape[0])]
     run = jax.jit(lambda x, matrices: [product(x, w) for w in matrices])
     nothing = jax.jit(lambda x: x + 1)
 
@@ -93,9 +114,9 @@ def seconds(product, x: jax.Array, stack) -> float:
         jax.block_until_ready(function(*arguments))
         return time.perf_counter() - began
 
-    once(run, x, matrices), once(nothing, x)
-    rounds = [once(run, x, matrices) - once(nothing, x) for _ in range(9)]
-    return statistics.median(rounds) / len(matrices)
+    once(run, x, each), once(nothing, x)
+    rounds = [once(run, x, each) - once(nothing, x) for _ in range(9)]
+    return statistics.median(rounds) / len(each)
 
 
 def bandwidth(took: float, size: int, m: int, i: int, o: int) -> str:

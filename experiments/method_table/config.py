@@ -30,10 +30,13 @@ METHODS = {
     "prefix_tuning": ({"num_tokens": 32}, (1e-2, 3e-2, 1e-1)),
     "lora@adamw8bit": ({"rank": 8, "alpha": 16.0}, (1e-3,)),
     "full@adamw8bit": ({}, (1e-4,)),
+    "lora@lion": ({"rank": 8, "alpha": 16.0}, (1e-4, 3e-4)),
+    "lora@lion8bit": ({"rank": 8, "alpha": 16.0}, (1e-4, 3e-4)),
 }
 """`{method: (its options, the learning rates that are tried)}`; about the size of LoRA at rank 8 where the method has the choice.
 
-The last two have another optimiser, at the rate that is the better one with AdamW.
+Where a name ends in `@`, it is that of the optimiser: 8-bit AdamW at the rate that is the better one with AdamW, Lion at a tenth of it and
+at a third.
 """
 
 

@@ -1,6 +1,8 @@
 """Train with LoRA and with QLoRA on GSM8K, three seeds each, and draw both curves. What is there is not done again.
 
 Usage: python -m experiments.qlora_gsm8k.run RUNS GSM8K_FOLDER [PLOT.png]
+*Base + adapter + optimiser* is what a device holds from step to step, counted from shapes as `ftjax plan` does; *memory* is the most
+that the process had.
 """
 
 import pathlib
@@ -27,8 +29,8 @@ def main() -> None:
     runs.finish(
         {path: [f"--config=configs/{CONFIGS[name]}.py", f"--config.seed={seed}", *FIELDS, *files] for (name, seed), path in where.items()}
     )
-    print("| | held-out loss | numeric match, % of 64: before | after | memory | tokens/s on a core |")
-    print("|---|---|---|---|---|---|")
+    print("| | held-out loss | numeric match, % of 64: before | after | base + adapter + optimiser | memory | tokens/s on a core |")
+    print("|---|---|---|---|---|---|---|")
     for name in CONFIGS:
         read = [{key: row[key] for row in read_jsonl(where[name, seed] / "metrics.jsonl") for key in row} for seed in SEEDS]
         of = lambda key, read=read: [last[key] for last in read]  # noqa: E731
@@ -36,12 +38,29 @@ def main() -> None:
         cells = (
             interval(of("eval/loss"), 4),
             *scores,
+            held(CONFIGS[name]),
             f"{max(of('train/memory_gb')):.2f} GB",
             f"{statistics.median(of('train/tokens_per_second')):.0f}",
         )
         print("|", " | ".join((name, *cells)), "|")
     if len(sys.argv) > 3:
         draw(where, pathlib.Path(sys.argv[3]))
+
+
+def held(config: str) -> str:
+    """Return the bytes that a device holds of the base with its scales, the adapter and the optimiser, from shapes alone."""
+    from absl import flags as absl_flags
+
+    from ftjax.cli import build, footprint, plan, topology
+
+    flags, argv = absl_flags.FlagValues(), ["plan", f"--config=configs/{config}.py", *FIELDS]
+    plan.define_flags(flags, argv)
+    flags(argv)
+    here = topology.find("here")
+    resolved = plan.resolved(flags.config, here)
+    found = footprint.of(resolved, build.mesh(resolved, here.devices), here.kind)
+    parts = found.base + found.scales, found.adapter, found.optimizer
+    return f"{' + '.join(f'{size / 1e6:.1f}' for size in parts)} = {sum(parts) / 1e6:.1f} MB"
 
 
 def draw(where: dict[tuple[str, int], pathlib.Path], path: pathlib.Path) -> None:

@@ -1,5 +1,7 @@
 """Codes and scales are those of bitsandbytes, bit for bit; what they stand for is near what was quantised."""
 
+import hashlib
+import json
 import pathlib
 
 import jax
@@ -12,7 +14,9 @@ from ftjax import quant, tree
 from ftjax.quant import codes
 from ftjax.quant.quantize import quantize
 
-GOLDEN = load_file(pathlib.Path(__file__).parents[1] / "goldens" / "bitsandbytes.safetensors")
+GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
+GOLDEN = load_file(GOLDENS / "bitsandbytes.safetensors")
+NESTED = json.loads((GOLDENS / "bitsandbytes_nested.json").read_text())
 O, I = GOLDEN["weight"].shape  # noqa: E741
 ROWS = 8
 FORMATS = list(quant.SPECS)
@@ -42,6 +46,19 @@ def test_nested_scales_are_theirs(kind):
     np.testing.assert_array_equal(ours.scales.scales, GOLDEN[f"{kind}/nested/absmax_absmax"])
     np.testing.assert_array_equal(ours.scales.mean, GOLDEN[f"{kind}/nested/offset"][0])
     np.testing.assert_array_equal(ours.materialize().T[:ROWS], GOLDEN[f"{kind}/nested/values"])
+
+
+@pytest.mark.parametrize("size", NESTED)
+def test_nested_scales_are_theirs_at_every_size(size):
+    """Of each the mean differs if it is added in another order, or if the compiler makes a product with 1 / n of its quotient."""
+    o, i = map(int, size.split("x"))
+    scales = 2 + np.random.RandomState(o + i).standard_normal((o, i // 64)).astype(np.float16) * np.float32(0.4)
+    weight = np.zeros((i, o), np.float32)
+    weight[::64] = (np.float32(0.02) * scales).T
+    nested = jax.jit(lambda w: quantize(w, "nf4", nested=True).scales)(weight)
+    found = {"codes": np.asarray(nested.codes), "absmax": np.asarray(nested.scales)}
+    digests = {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in found.items()}
+    assert {"offset": int(np.asarray(nested.mean).view(np.int32)), **digests} == NESTED[size]
 
 
 def test_eight_bits_are_theirs():
