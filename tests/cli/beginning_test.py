@@ -87,7 +87,8 @@ def test_an_init_may_look_at_other_sources_than_the_training(loaded, monkeypatch
     for expected in ("tasks", "remembered"):
         with pytest.raises(Read, match=f"^{expected}$"):
             beginning.statistics(config, loaded, build.mesh(config))
-        config.calibration.sources.remembered = config.data.sources.tasks
+        with config.unlocked():
+            config.calibration.sources.remembered = config.data.sources.tasks
     assert list(config.data.sources) == ["tasks"]
 
 

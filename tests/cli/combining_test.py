@@ -26,17 +26,17 @@ def adapters(base, tmp_path_factory):
     root = tmp_path_factory.mktemp("adapters")
     methods = {"a": peft.lora(["q_proj", "v_proj"], rank=3, alpha=5), "b": peft.lora(["q_proj"], rank=3)}
     others = {"dora": peft.dora(rank=2), "more": peft.chain(peft.lora(rank=2), peft.full("norm/scale"))}
-    adapted = []
+    adapted = {}
     for seed, (name, method) in enumerate((methods | others).items()):
         trainable = moved(method, base.params, seed)
         hf_peft.save_adapter(root / name, base.model, trainable, method.plan(base.params), base_name=str(base.folder))
-        adapted.append(method.attach(base.params, trainable))
+        adapted[name] = method.attach(method.init(jax.random.key(0), base.params)[0], trainable)
     own = [["bottleneck", {"width": 2}]]
     hf_adapter.save_adapter(root / "own", own, moved(peft.bottleneck(width=2), base.params, 9), base_name=str(base.folder))
     (a,) = (root / "a").glob("adapter_config.json")
     (root / "elsewhere").mkdir()
     (root / "elsewhere" / a.name).write_text(json.dumps(json.loads(a.read_text()) | {"base_model_name_or_path": "org/other"}))
-    return root, adapted[:2]
+    return root, [adapted[name] for name in methods]
 
 
 @pytest.mark.parametrize("how", FORMS)

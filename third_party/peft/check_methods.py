@@ -1,7 +1,7 @@
 """Does PEFT compute from the folder of every method what we compute? Two halves, for two environments:
 
-    python third_party/peft/check_methods.py write DIR [MODEL]     # with ftjax; MODEL: a name or folder, else a tiny random Llama
-    python third_party/peft/check_methods.py check DIR             # with torch, transformers and peft
+    python third_party/peft/check_methods.py write DIR [MODEL [METHOD …]]     # with ftjax; all methods on a tiny random Llama
+    python third_party/peft/check_methods.py check DIR                        # with torch, transformers and peft
 
 `write` puts each method of `peft.FORMATS` and `peft.SOFT_PROMPTS`, trained tokens and the starts of LoRA that read weights or batches on
 the base, away from where it starts, reads the folder back, and keeps what that gives: logits, the gradient of the mean loss of the tokens
@@ -18,7 +18,7 @@ from functools import partial
 
 import numpy as np
 
-GRADIENTS = "gradients"
+GRADIENTS, BASES = "gradients", {"loftq": "base_loftq"}
 
 
 def inits(params, loss, tokens):
@@ -78,21 +78,22 @@ def methods():
     }
 
 
-def write(folder, name=None):
+def write(folder, base="tiny", *names):
     import jax
     import jax.numpy as jnp
 
     from ftjax import models, peft, tree, weights
-    from ftjax.hf import export, load, names
+    from ftjax.hf import export, load
+    from ftjax.hf import names as hf_names
     from ftjax.hf import peft as hf_peft
     from ftjax.peft.soft_prompt import check_no_virtual_tokens
 
-    if name is None:
+    if base == "tiny":
         sizes = {"hidden_size": 64, "intermediate_size": 128}  # in which LoftQ's groups of 64 go up
         model = models.build(models.config_from_hf(models.PRESETS["tiny-llama"] | sizes))
         params, step, tokens = model.init(jax.random.key(0)), 0.1, np.arange(16) * 37 % 257
     else:
-        model, params, tokenizer, _ = load.load(name, dtype="float32")
+        model, params, tokenizer, _ = load.load(base, dtype="float32")
         step, tokens = 0.02, tokenizer.encode("The capital of France is Paris, and the capital of Japan is Tokyo. " * 3)[:32]
     tokens = np.asarray(tokens, np.int32)[None]
     np.save(folder / "tokens.npy", tokens)
@@ -111,30 +112,29 @@ def write(folder, name=None):
         found = {}
         for path, leaf in tree.flatten(params).items():
             if path.endswith("/kernel"):
-                layers = np.asarray(leaf) if names.is_stacked(path) else np.asarray(leaf)[None]
+                layers = np.asarray(leaf) if hf_names.is_stacked(path) else np.asarray(leaf)[None]
                 for at in sorted({0, len(layers) // 2, len(layers) - 1}):
                     one = layers[at]
-                    found[names.tensors(path, leaf.shape)[at]] = one.T if names.is_transposed(path) else one
+                    found[hf_names.tensors(path, leaf.shape)[at]] = one.T if hf_names.is_transposed(path) else one
         return found
 
     export.export_model(folder / "base", model, params, None)
     np.savez(folder / "base.npz", logits=jax.jit(loss)(params, tokens)[1])
-    started = inits(params, lambda params, tokens: loss(params, tokens)[0], tokens)
-    made = methods() | started
-    kinds = {name.partition("_")[0] for name in made} | set(made)
-    assert {*peft.FORMATS, *peft.SOFT_PROMPTS} <= kinds, {*peft.FORMATS, *peft.SOFT_PROMPTS} - kinds
-    for name, method in made.items():
+    made = methods() | inits(params, lambda params, tokens: loss(params, tokens)[0], tokens)
+    if missing := {*peft.FORMATS, *peft.SOFT_PROMPTS} - set(made):
+        raise ValueError(f"check_methods: {', '.join(sorted(missing))} is not among the methods that are compared.")
+    for name in names or made:
+        method = made[name]
         if method is None:
             two = [(method, *moved(method)) for method in (peft.lora(rank=2), peft.lora(["v_proj"], rank=3, alpha=6))]
             method, trained = peft.combine([method.attach(frozen, trained) for method, frozen, trained in two], [1.0, -0.5])
             frozen = params
         else:
             frozen, trained = moved(method)
-        base = folder / "base"
         if name == "loftq":
-            base = folder / "base_loftq"
-            export.export_model(base, model, weights.dense(frozen), None)
-        hf_peft.save_adapter(folder / name, model, trained, method.plan(params), base_name=str(base), frozen=frozen)
+            export.export_model(folder / BASES[name], model, weights.dense(frozen), None)
+        about = {"base_name": str(folder / BASES.get(name, "base")), "frozen": frozen}
+        hf_peft.save_adapter(folder / name, model, trained, method.plan(params), **about)
         read = hf_peft.load_adapter(folder / name, model)
         frozen = read.join(params)
 
@@ -169,7 +169,7 @@ def check(folder):
         if golden.stem == "base":
             continue
         wanted, adapter = dict(np.load(golden)), folder / golden.stem
-        base = folder / ("base_loftq" if golden.stem == "loftq" else "base")
+        base = folder / BASES.get(golden.stem, "base")
         base = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         before = {name: value.clone() for name, value in base.state_dict().items() if name in wanted}
         model, logits = peft.PeftModel.from_pretrained(base, adapter).eval(), wanted.pop("logits")
