@@ -8,7 +8,7 @@ from ml_collections import ConfigDict, config_dict
 
 
 def sft() -> ConfigDict:
-    """Supervised fine-tuning of the default model with LoRA on every linear layer; only `data.sources` and `data.eval_sources` may grow."""
+    """Supervised fine-tuning of the default model with LoRA on every linear layer; only the blocks of sources may grow."""
     config = ConfigDict()
     config.seed = 0
     config.steps = 1000
@@ -26,13 +26,14 @@ def sft() -> ConfigDict:
     config.model.group_tokens = 0  # of S², LongLoRA: training, and it alone, attends within shifted groups of so many tokens; 0: to all
     config.tokenizer = ""  # empty: the model's; "bytes": one token a byte
 
-    config.calibration = ConfigDict({"batches": 8})  # of the training, that an init "eva", "corda" or "lora_ga" looks at before it
+    config.calibration = calibration()
     config.methods = Names(("lora",))  # applied in this order; each reads the block of its name; "nf4,lora" is ("nf4", "lora")
     config.lora = lora()
     config.dora = lora()
     config.lora_fa = lora()
     config.loftq = loftq()
     config.full = ConfigDict({"targets": text(".*"), "exclude": config_dict.placeholder(object)})
+    config.full.layers = config_dict.placeholder(object)  # indices, "first n" or "last n", and then no leaf outside them; empty: all
     config.neftune = ConfigDict({"alpha": 5.0})
     config.ia3 = rider(("k_proj", "v_proj", "down_proj"), feedforward=text(("down_proj",)))
     config.vera = rider(rank=256, d_initial=0.1, seed=0)
@@ -53,7 +54,8 @@ def sft() -> ConfigDict:
     config.bottleneck = rider(("o_proj", "down_proj"), **bottleneck("gelu", 1.0))
     config.parallel_bottleneck = rider(("down_proj",), **bottleneck("relu", 4.0))
     config.prompt_tuning = ConfigDict({"num_tokens": 20, "init": text("vocabulary")})  # or "random", or "text:" and its words
-    config.p_tuning = ConfigDict({"num_tokens": 20, "hidden_size": 128, "encoder": "mlp", "num_layers": 2})  # or "lstm", of so many layers
+    config.p_tuning = ConfigDict({"num_tokens": 20, "encoder": "mlp", "num_layers": 2})  # or "lstm", of so many layers
+    config.p_tuning.hidden_size = text(128)  # of the encoder; None: no encoder, the vectors themselves are trained
     config.prefix_tuning = ConfigDict({"num_tokens": 20, "hidden_size": config_dict.placeholder(int), "init": "random"})
     config.bitfit = rider(r"(.*/)?bias")
     config.norm_tuning = rider("norms")
@@ -91,10 +93,7 @@ def sft() -> ConfigDict:
     config.early_stopping = ConfigDict({"patience": 0})  # evaluations without a better best_metric; 0: never
     config.max_skipped_steps = 5  # steps in a row whose loss or gradient is not finite
 
-    config.lock()
-    for sources in (config.data.sources, config.data.eval_sources):
-        sources.unlock()
-    return config
+    return _locked(config)
 
 
 def judged(algorithm: str = "dpo", **loss) -> ConfigDict:
@@ -105,10 +104,7 @@ def judged(algorithm: str = "dpo", **loss) -> ConfigDict:
     # Rows of twice max_tokens with as many pairs as fit, each prompt once; but KTO crosses prompts, and steps are single responses.
     config.data.packing = {"kto": "none", "process_reward": "best_fit"}.get(algorithm, "shared")
     config.optimizer.learning_rate = 5e-5
-    config.lock()
-    for sources in (config.data.sources, config.data.eval_sources):
-        sources.unlock()
-    return config
+    return _locked(config)
 
 
 def distilled(divergence: str = "jsd") -> ConfigDict:
@@ -138,10 +134,7 @@ def distilled(divergence: str = "jsd") -> ConfigDict:
     config.student.top_k = 0  # 0: all
     config.student.top_p = 1.0
     config.checkpoint.best_metric = "divergence"
-    config.lock()
-    for sources in (config.data.sources, config.data.eval_sources):
-        sources.unlock()
-    return config
+    return _locked(config)
 
 
 def online(algorithm: str = "grpo", **loss) -> ConfigDict:
@@ -161,10 +154,7 @@ def online(algorithm: str = "grpo", **loss) -> ConfigDict:
     config.data.update({"packing": "none", "batch_size": 64})  # samples of a step
     config.optimizer.update({"learning_rate": 1e-4, "schedule": "constant"})
     config.checkpoint.best_metric = "reward"
-    config.lock()
-    for block in (config.data.sources, config.data.eval_sources, config.rewards):
-        block.unlock()
-    return config
+    return _locked(config, config.rewards)
 
 
 def rollout() -> ConfigDict:
@@ -235,9 +225,19 @@ class Names(config_dict.FieldReference):
         super().set(value, type_safe)
 
 
-def text(value: str) -> config_dict.FieldReference:
-    """Return a field that may hold a string or, later, a list of module names."""
+def text(value) -> config_dict.FieldReference:
+    """Return a field that may hold a string or, later, a list of module names; or a number or, later, None."""
     return config_dict.FieldReference(value, field_type=object)
+
+
+def calibration() -> ConfigDict:
+    """What an init "eva", "corda" or "lora_ga" of LoRA looks at before the training, and the options of each: see `ftjax.peft.inits`."""
+    config = ConfigDict()
+    config.batches = 8  # the first
+    config.sources = ConfigDict()  # as data.sources; empty: those, so the batches of the training
+    config.corda = ConfigDict({"keep": "task"})  # or "knowledge": what matters least to the sources, here text not to forget, is trained
+    config.lora_ga = ConfigDict({"gamma": 16.0})  # larger: a smaller start
+    return config
 
 
 def lora(rank: int = 16, alpha: float = 32.0) -> ConfigDict:
@@ -249,7 +249,8 @@ def lora(rank: int = 16, alpha: float = 32.0) -> ConfigDict:
     config.alpha = alpha
     config.dropout = 0.0
     config.rslora = False
-    config.init = "uniform"  # see ftjax.peft.inits; lora has also those of the weight (pissa, olora) and of the data (eva, corda, lora_ga)
+    # See ftjax.peft.inits; lora has also those of the weight (pissa, pissa_niter_N, olora) and of the data (eva, corda, lora_ga).
+    config.init = "uniform"
     config.rank_pattern = config_dict.placeholder(object)
     config.alpha_pattern = config_dict.placeholder(object)
     config.layers = config_dict.placeholder(object)  # indices, "first n" or "last n"; empty: all
@@ -367,6 +368,14 @@ def optimizer() -> ConfigDict:
     return config
 
 
+def _locked(config: ConfigDict, *others: ConfigDict) -> ConfigDict:
+    """Return the config, locked but for the blocks that a config fills in: its sources, and `others`."""
+    config.lock()
+    for block in (config.data.sources, config.data.eval_sources, config.calibration.sources, *others):
+        block.unlock()
+    return config
+
+
 def finish(config: ConfigDict, arg: str, *, tiny: str) -> ConfigDict:
     """Return the config, locked; `arg` "smoke" shrinks it to seconds on a CPU with the random model `tiny`."""
     if arg not in ("", "smoke"):
@@ -385,7 +394,8 @@ def _shrink(config: ConfigDict, tiny: str) -> None:
         config.student.max_tokens = 8
     config.tokenizer = "bytes"
     config.data.update({"max_tokens": 128, "batch_size": 4, "accumulation": min(2, config.data.accumulation)})
-    for sources, split in ((config.data.sources, "train[:64]"), (config.data.eval_sources, "test[:8]")):
+    shares = ((config.data.sources, "train[:64]"), (config.data.eval_sources, "test[:8]"), (config.calibration.sources, "train[:64]"))
+    for sources, split in shares:
         for one in sources.values():
             one.update({"path": "tasks:compare", "format": "auto", "split": split, "name": "", "columns": None, "end_marker": ""})
     for block in (config.lora, config.dora, config.lora_fa, config.loftq, config.delta_lora, config.relora):

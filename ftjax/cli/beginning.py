@@ -28,8 +28,8 @@ def method(config, loaded: build.Loaded, mesh: Mesh) -> tuple[Transform, Params,
 def statistics(config, loaded: build.Loaded, mesh: Mesh) -> dict[str, dict[str, jax.Array]]:
     """Return `{method: {path: array}}` for the methods of a config whose `init` is among `inits.CALIBRATED`; mostly there are none.
 
-    The batches are the first `config.calibration.batches` of the training, as the seed orders them. The same config on the same devices
-    gives the same bits, so a run that is resumed starts from what it started from.
+    The batches are the first `config.calibration.batches` of the training, or of other sources, as the seed orders them. The same config on
+    the same devices gives the same bits, so a run that is resumed starts from what it started from.
     """
     asked = {name: options for name, options in build.methods(config) if options.get("init") in inits.CALIBRATED}
     if not asked:
@@ -42,6 +42,7 @@ def statistics(config, loaded: build.Loaded, mesh: Mesh) -> dict[str, dict[str, 
 
     found = {}
     for name, options in asked.items():
+        build.calibrated(config, options["init"], {})  # wrong options should not have to wait for the batches
         paths = {path for row in peft.METHODS[name](**options).plan(loaded.params) for path in row.paths}
         look = calibration.weight_gradients if options["init"] == "lora_ga" else calibration.input_moments
         total = look(loss, loaded.params, _batches(config, loaded, mesh), targets=paths.__contains__)
@@ -53,6 +54,10 @@ def _batches(config, loaded: build.Loaded, mesh: Mesh) -> Iterator[Any]:
     """Yield the micro-batches of the first batches."""
     if config.calibration.batches < 1:
         raise ValueError(f"calibration.batches: at least 1, not {config.calibration.batches}.")
+    if config.calibration.get("sources"):  # configs of older runs have no such field
+        sources = config.calibration.sources
+        with config.copy_and_resolve_references().unlocked() as config:
+            config.data.sources = sources
     loader, _ = build.loader(config, build.encoder(config, loaded.tokenizer), mesh)
     parts = config.data.accumulation
     for step in range(config.calibration.batches):

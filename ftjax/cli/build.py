@@ -158,13 +158,19 @@ def method(config, statistics: Mapping[str, Mapping[str, Any]] = {}) -> Transfor
 
     `statistics`, of `ftjax.cli.beginning`, are for those whose start needs it; shapes will do where nothing is started.
     """
-    starts = {name: inits.CALIBRATED[config[name].init](found) for name, found in statistics.items()}
+    starts = {name: calibrated(config, config[name].init, found) for name, found in statistics.items()}
     options = ((name, block | {"init": starts[name]} if name in starts else block) for name, block in methods(config))
     chosen = peft.chain(*(METHODS[name](**block) for name, block in options))
     wanted = objective.needs(config)
     live = wanted.reference and (wanted.baseline or not objective.asks_once(config))  # of mismatched rows nothing is known before
     live = live and "reference" not in objective.remembers(config)
     return peft.anchored(chosen) if live or rollouts.referred(config) else chosen
+
+
+def calibrated(config, init: str, statistics: Mapping[str, Any]) -> inits.OfPath:
+    """Return an init of `inits.CALIBRATED` with its options in `config.calibration`, which configs of older runs have not."""
+    make = partial(inits.CALIBRATED[init], statistics)
+    return named(f"calibration.{init}", lambda options: make(**options), plain(config.calibration.get(init, {})))
 
 
 def quantizer(config) -> Transform | None:

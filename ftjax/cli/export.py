@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +42,8 @@ def define_flags(flags: absl_flags.FlagValues, argv) -> None:
         f"a folder, .gguf file, hub id or known name (default: the adapter's base, else {pretrained.DEFAULT})",
         flag_values=flags,
     )
-    absl_flags.DEFINE_string("adapter", "", "a PEFT folder, or a workdir, to fold in", flag_values=flags)
+    about = "a PEFT folder, or a workdir, to fold in; several as NAME=FOLDER are combined (`merge` alone)"
+    absl_flags.DEFINE_multi_string("adapter", [], about, flag_values=flags)
     absl_flags.DEFINE_string("workdir", "", "a run of `ftjax train` to export instead", flag_values=flags)
     absl_flags.DEFINE_string("step", "last", "the checkpoint of --workdir: a number, 'last' or 'best'", flag_values=flags)
     absl_flags.DEFINE_string("output", None, "the folder to write; new or empty", flag_values=flags)
@@ -60,8 +62,9 @@ def main(flags: absl_flags.FlagValues, *, check: Callable[[Found, str | None], N
     if flags.workdir and (flags.model or flags.adapter):
         raise ValueError("export: --workdir says model and method by itself; leave --model and --adapter out.")
     output = runtime.local_path("output", flags.output)
+    adapter = pretrained.only_folder(flags.adapter)
     runtime.start(flags)
-    found = trained(epath.Path(flags.workdir), flags.step) if flags.workdir else pretrained_model(flags.model, flags.adapter)
+    found = trained(epath.Path(flags.workdir), flags.step) if flags.workdir else pretrained_model(flags.model, adapter)
     if not flags.value_head:
         found = found._replace(params={name: branch for name, branch in found.params.items() if name != VALUE_HEAD})
     if flags.quantized:
@@ -85,9 +88,8 @@ class Found(NamedTuple):
     """The parameters over that base; None where it is the one of `params`."""
 
 
-def pretrained_model(name: str, adapter: str) -> Found:
-    """Return a model by name, in the dtype of its file, with a PEFT adapter attached if one is named."""
-    folder = pretrained.adapter_folder(adapter) if adapter else None
+def pretrained_model(name: str, folder: Path | None) -> Found:
+    """Return a model by name, in the dtype of its file, with the adapter of a folder attached if there is one."""
     name = name or (pretrained.base_name(folder) if folder else pretrained.DEFAULT)
     model, params, tokenizer, _ = hf_load.load(name, change=partial(pretrained.trained_in, [folder] if folder else []))
     tokenizer = pretrained.tokenizer(folder, model, base=tokenizer)

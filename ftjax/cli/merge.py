@@ -1,13 +1,16 @@
-"""Fold an adapter into its model, or several models into one, and write the result as a Hugging Face folder.
+"""Fold an adapter into its model, or several models or adapters into one, and write the result as a Hugging Face or PEFT folder.
 
 ftjax merge --model=… --adapter=DIR --output=DIR                          base + adapter, as `ftjax export`, and how much that changed
 ftjax merge --models=A,B --recipe=linear --factors=0.7,0.3 --output=DIR   a weighted average
 ftjax merge --models=A,B --recipe=ties --base=C --density=0.2 --output=DIR
 ftjax merge --models=A,B --recipe=passthrough --layers=0:16,8:24 --output=DIR
+ftjax merge --adapter=a=DIR --adapter=b=DIR --how=ties --factors=1,0.5 --density=0.5 --output=DIR    LoRAs with names: one LoRA
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,9 +19,10 @@ import numpy as np
 from absl import flags as absl_flags
 
 from ftjax import hub, weights
-from ftjax.cli import export, runtime
+from ftjax.cli import combining, export, pretrained, runtime
 from ftjax.hf import load, mix, tokenizer
 from ftjax.hf.folder import Checkpoint
+from ftjax.peft.combine import HOW
 from ftjax.types import Params, pytree, static
 from ftjax.weights import Leaf, Wrapper
 
@@ -44,9 +48,15 @@ def define_flags(flags: absl_flags.FlagValues, argv) -> None:
     absl_flags.DEFINE_list("models", [], "folders (or .gguf files, hub ids, known names) to mix", flag_values=flags)
     absl_flags.DEFINE_enum("recipe", "linear", [*mix.RECIPES, "passthrough"], "how models are mixed", flag_values=flags)
     absl_flags.DEFINE_string("base", "", f"the model they were tuned from, for {', '.join(mix.NEED_BASE)}", flags)
-    absl_flags.DEFINE_list("factors", [], "a number for each model (default: equal shares, or 1 each over a base)", flag_values=flags)
-    absl_flags.DEFINE_float("density", 0.5, "the share of each change that ties and dare keep", flag_values=flags)
+    about = "a number for each model (default: equal shares, or 1 each over a base) or adapter (default: 1 each)"
+    absl_flags.DEFINE_list("factors", [], about, flag_values=flags)
+    absl_flags.DEFINE_float("density", 0.5, "the share of each change that ties, dare and magnitude_prune keep", flag_values=flags)
     absl_flags.DEFINE_integer("seed", 0, "of what dare drops", flag_values=flags)
+    absl_flags.DEFINE_enum("how", "cat", HOW, "how adapters with names become one: see `ftjax.peft.combine`", flag_values=flags)
+    about = "of that one, for the svd forms (default: the largest of theirs)"
+    absl_flags.DEFINE_integer("rank", None, about, flag_values=flags, lower_bound=1)
+    about = "for ties of adapters: the sign of an entry is that of the sum, or of the most of them"
+    absl_flags.DEFINE_enum("sign", "total", ["total", "frequency"], about, flag_values=flags)
     absl_flags.DEFINE_list("layers", [], "for passthrough: first:end for each model", flag_values=flags)
 
 
@@ -60,6 +70,9 @@ def main(flags: absl_flags.FlagValues) -> None:
         return mix_models(flags)
     if not flags.adapter and not flags.workdir:
         raise ValueError("merge: name what to fold in: --adapter=FOLDER, --workdir=RUN or --models=A,B.")
+    folders = pretrained.adapter_folders(flags.adapter)
+    if set(folders) - {""}:
+        return combine_adapters(folders, flags)
     return export.main(flags, check=lambda found, dtype: report_change(found, dtype, flags.probe, flags.max_change))
 
 
@@ -77,10 +90,30 @@ def mix_models(flags: absl_flags.FlagValues) -> None:
             words,
             recipe=flags.recipe,
             base=_checkpoint(flags.base) if flags.base else None,
-            factors=[_number(text) for text in flags.factors] or None,
+            factors=_factors(flags),
             density=flags.density,
             seed=flags.seed,
         )
+    print(f"wrote {folder}")
+
+
+def combine_adapters(folders: Mapping[str, Path], flags: absl_flags.FlagValues) -> None:
+    """Write the LoRA that those of several folders become."""
+    if flags.workdir:
+        raise ValueError("merge: adapters with names become one adapter; leave --workdir out, or give it as --adapter=NAME=RUN.")
+    if flags.rank is not None and not flags.how.endswith("svd"):
+        raise ValueError(f"merge: --rank is for the svd forms of --how, not for {flags.how!r}, which leaves the rank no choice.")
+    folder = combining.combine(
+        runtime.local_path("output", flags.output),
+        folders,
+        flags.model,
+        factors=_factors(flags),
+        how=flags.how,
+        rank=flags.rank,
+        density=flags.density,
+        sign=flags.sign,
+        seed=flags.seed,
+    )
     print(f"wrote {folder}")
 
 
@@ -88,11 +121,14 @@ def _checkpoint(name: str) -> Checkpoint:
     return load.read(hub.find(name))
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"--factors: {text!r} is not a number.") from None
+def _factors(flags: absl_flags.FlagValues) -> list[float] | None:
+    found = []
+    for text in flags.factors:
+        try:
+            found.append(float(text))
+        except ValueError:
+            raise ValueError(f"--factors: {text!r} is not a number.") from None
+    return found or None
 
 
 def _bounds(flags: absl_flags.FlagValues) -> list[tuple[int, int]]:

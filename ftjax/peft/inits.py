@@ -8,7 +8,7 @@ rank 2r on the published weights.
 
 from __future__ import annotations
 
-import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -114,7 +114,9 @@ def eva(moments: Mapping[str, jax.Array]) -> OfPath:
     """Start A as the main directions of the matrix's own inputs, and B = 0.
 
     Paischer et al. 2024, arXiv:2410.07170: the columns of A are the first r right singular vectors of the inputs X `[tokens, i]`, which are
-    the eigenvectors of Xᵀ X. The paper also moves rank between matrices by the variance that is explained; this does not.
+    the eigenvectors of Xᵀ X. Where we differ: every matrix keeps the rank that it was given. The paper, and PEFT by its default
+    `rho=2.0`, gives the directions that explain most variance over all matrices, at most ρ r of one and r of each on average; here the
+    layers of a stacked leaf have one rank, and the layers that would get less than the leaf's largest would have to be padded.
 
     Args:
       moments: from `ftjax.peft.calibration.input_moments`.
@@ -174,8 +176,10 @@ def lora_ga(gradients: Mapping[str, jax.Array], *, gamma: float = 16.0) -> OfPat
 
     Args:
       gradients: from `ftjax.peft.calibration.weight_gradients`.
-      gamma: γ, larger for a smaller start.
+      gamma: γ > 0, larger for a smaller start.
     """
+    if not gamma > 0:
+        raise ValueError(f"inits: the gamma of lora_ga is above 0, not {gamma}.")
 
     def at(path: str) -> FromWeight:
         def factors(key: jax.Array, weight: jax.Array, rank: int) -> Factors:
@@ -202,26 +206,25 @@ def _known(statistics: Mapping[str, jax.Array], path: str, who: str) -> jax.Arra
 
 
 INITS: dict[str, Init] = {"uniform": uniform, "gaussian": gaussian, "a_zero": a_zero, "orthogonal": orthogonal}
-FROM_WEIGHT: dict[str, Callable[[], FromWeight]] = {
-    "pissa": pissa,
-    "pissa_niter_4": functools.partial(pissa, 4),
-    "pissa_niter_16": functools.partial(pissa, 16),
-    "olora": olora,
-}
+FROM_WEIGHT: dict[str, Callable[[], FromWeight]] = {"pissa": pissa, "olora": olora}
+"""And `pissa_niter_N`, which is `pissa(N)`."""
 CALIBRATED: dict[str, Callable[..., OfPath]] = {"eva": eva, "corda": corda, "lora_ga": lora_ga}
 """Each takes what `ftjax.peft.calibration` finds. By its name alone one can be planned and attached, but not started from."""
 
 
 def named(init: Init | FromWeight | OfPath | str, who: str) -> Init | FromWeight | OfPath:
-    """Return what `init` names among `INITS`, `FROM_WEIGHT` and `CALIBRATED`, or `init` itself."""
+    """Return what `init` names among `INITS`, `FROM_WEIGHT` (`pissa_niter_N` too) and `CALIBRATED`, or `init` itself."""
     if not isinstance(init, str):
         return init
     if init in FROM_WEIGHT:
         return FROM_WEIGHT[init]()
+    if randomised := re.fullmatch(r"pissa_niter_(\d+)", init):
+        return pissa(int(randomised[1]))
     if init in CALIBRATED:
         return CALIBRATED[init]({})
     if init not in INITS:
-        raise ValueError(f"{who}: there is no init {init!r}; nearest: {tree.nearest(init, [*INITS, *FROM_WEIGHT, *CALIBRATED])}.")
+        known = [*INITS, *FROM_WEIGHT, "pissa_niter_4", *CALIBRATED]
+        raise ValueError(f"{who}: there is no init {init!r}; nearest: {tree.nearest(init, known)}.")
     return INITS[init]
 
 

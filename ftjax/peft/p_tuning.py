@@ -44,8 +44,8 @@ def p_tuning(
     """
     if encoder not in ENCODERS:
         raise ValueError(f"{name}: the encoder is 'mlp' or 'lstm', not {encoder!r}.")
-    if hidden_size is not None and hidden_size < 1:
-        raise ValueError(f"{name}: hidden_size is at least 1, or None for no network, not {hidden_size}.")
+    if hidden_size is not None and not (isinstance(hidden_size, int) and hidden_size >= 1):
+        raise ValueError(f"{name}: hidden_size is at least 1, or None for no network, not {hidden_size!r}.")
     if num_layers < 1:
         raise ValueError(f"{name}: num_layers is at least 1, not {num_layers}.")
 

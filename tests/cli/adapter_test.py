@@ -116,7 +116,7 @@ def test_an_adapter_of_a_stretched_model_is_put_on_the_stretched_base(base, trai
         folder = tmp_path / str(stretched)
         adapter.export(epath.Path(folder), run, *rest, methods=METHODS, say=pytest.fail)
         flags = SimpleNamespace(model=str(base.folder), adapter=[str(folder)], dtype="float32", quantize="auto")
-        assert pretrained.load(flags).model.config == export.pretrained_model(str(base.folder), str(folder)).loaded.model.config == config
+        assert pretrained.load(flags).model.config == export.pretrained_model(str(base.folder), folder).loaded.model.config == config
     flags.adapter = [f"{name}={tmp_path / name}" for name in ("True", "False")]
     with pytest.raises(ValueError, match="were trained with different RoPEs"):
         pretrained.load(flags)

@@ -47,6 +47,51 @@ def test_an_init_of_the_data_is_made_of_what_the_first_batches_show(init, loaded
         np.testing.assert_allclose(leaf, tree.flatten(loaded.params)[path], atol=1e-5)
 
 
+OPTIONS = {"corda": {"keep": "knowledge"}, "lora_ga": {"gamma": 4.0}}
+
+
+@pytest.mark.parametrize("init", OPTIONS)
+def test_the_options_of_an_init_of_the_data_are_those_of_the_config(init, loaded, monkeypatch):
+    config, weight = smoke(init=init, targets=["q_proj"]), tree.flatten(loaded.params)[Q]
+    seen = np.random.default_rng(0).standard_normal(weight.shape, np.float32)  # square
+    found = {Q: seen.mT @ seen}
+    monkeypatch.setattr(beginning, "statistics", lambda *_: {"lora": found})
+    config.calibration[init].update(OPTIONS[init])
+    _, _, trainable = beginning.method(config, loaded, build.mesh(config))
+    a, b = (tree.flatten(trainable)[f"lora/{Q}/{side}"] for side in "ab")
+    expected, default = (
+        np.matmul(*inits.CALIBRATED[init](found, **options).at(Q).factors(None, weight, 4)) for options in (OPTIONS[init], {})
+    )
+    scale = config.lora.alpha / config.lora.rank if init == "corda" else 1.0  # see FromWeight.divided
+    np.testing.assert_allclose(scale * a @ b, expected, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(expected - default).max() > 0.1 * np.abs(expected).max()
+
+
+def test_wrong_options_of_an_init_name_their_field_before_the_data_is_read(loaded, monkeypatch):
+    monkeypatch.setattr(build, "loader", lambda *_: pytest.fail("the data was read"))
+    config = smoke(init="corda")
+    config.calibration.corda.keep = "everything"
+    with pytest.raises(ValueError, match=r"calibration\.corda: inits: corda keeps 'task' or 'knowledge', not 'everything'"):
+        beginning.statistics(config, loaded, build.mesh(config))
+
+
+def test_an_init_may_look_at_other_sources_than_the_training(loaded, monkeypatch):
+    class Read(Exception):
+        pass
+
+    def loader(config, *_):
+        raise Read(", ".join(config.data.sources))
+
+    monkeypatch.setattr(build, "loader", loader)
+    config = smoke(init="corda", targets=["q_proj"])
+    for expected in ("tasks", "remembered"):
+        with pytest.raises(Read, match=f"^{expected}$"):
+            beginning.statistics(config, loaded, build.mesh(config))
+        with config.unlocked():
+            config.calibration.sources.remembered = config.data.sources.tasks
+    assert list(config.data.sources) == ["tasks"]
+
+
 def test_the_other_inits_look_at_nothing(loaded, monkeypatch):
     monkeypatch.setattr(build, "loader", lambda *_: pytest.fail("the data was read"))
     config = smoke(init="pissa")

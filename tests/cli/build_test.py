@@ -5,6 +5,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
+from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
 from ftjax import data, models, sharding
@@ -19,6 +20,19 @@ QUICKSTART = str(pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py"
 @pytest.fixture
 def config():
     return configs.load(QUICKSTART)  # four rows
+
+
+@pytest.fixture
+def flags_of():
+    """`flags_of(*argv)`: what a command line is read as."""
+
+    def parse(*argv):
+        flags = absl_flags.FlagValues()
+        configs.define(flags, argv)
+        flags(["ftjax", *argv])
+        return flags
+
+    return parse
 
 
 def test_micro_batches_that_do_not_divide_over_the_mesh_are_refused(config):
@@ -49,6 +63,22 @@ def test_a_stored_config_holds_the_ids_of_the_text_that_a_prompt_starts_as(confi
     params = {"embed_tokens": {"kernel": jnp.arange(260.0)[:, None]}}
     prompt = build.method(stored).init(jax.random.key(0), params)[1]["prompt_tuning"]["prompt"]["embedding"]
     assert prompt[:4, 0].tolist() == [*b"Hi!", *b"H"]
+
+
+FLAGS = {
+    "full": (["--config.full.targets=['q_proj']", "--config.full.layers=last 1"], (1, 32, 32)),
+    "p_tuning": (["--config.p_tuning.hidden_size=None", "--config.p_tuning.num_tokens=3"], (3, 32)),
+    "lora": (["--config.lora.targets=['q_proj']", "--config.lora.init=pissa_niter_7"], (2, 32, 4)),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_every_option_of_a_method_has_a_flag(name, flags_of):
+    argv, shape = FLAGS[name]
+    config = flags_of(f"--config={QUICKSTART}", f"--config.methods=('{name}',)", *argv).config
+    trainable = jax.eval_shape(lambda key: build.method(config).init(key, build.architecture(config)[0].init(key))[1], jax.random.key(0))
+    leaves = jax.tree.leaves(trainable)
+    assert leaves[0].shape == shape and len(leaves) == (2 if name == "lora" else 1)
 
 
 def test_held_out_examples_without_an_answer_are_refused_by_name(tmp_path):

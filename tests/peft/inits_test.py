@@ -11,7 +11,9 @@ from ftjax.peft.lora import LoraWeight, relative
 
 LAYERS, IN, OUT, R, ALPHA = 3, 12, 8, 4, 6.0
 Q = "layers/self_attn/q_proj/kernel"
-RELATIVE = ["pissa", "pissa_niter_4", "olora"]
+RELATIVE = ["pissa", "pissa_niter_7", "olora", "corda", "lora_ga"]
+INPUTS, GRADIENTS = (np.random.default_rng(n).standard_normal((LAYERS, *size), np.float32) for n, size in enumerate([(40, IN), (IN, OUT)]))
+CALIBRATED = {"corda": inits.corda({Q: INPUTS.mT @ INPUTS}), "lora_ga": inits.lora_ga({Q: GRADIENTS})}
 
 
 @pytest.fixture
@@ -20,7 +22,7 @@ def params(key):
 
 
 def lora(init, **options):
-    return peft.lora(["q_proj"], rank=R, alpha=ALPHA, init=init, **options)
+    return peft.lora(["q_proj"], rank=R, alpha=ALPHA, init=CALIBRATED.get(init, init), **options)
 
 
 def factors(trainable):
@@ -40,6 +42,12 @@ def test_the_randomised_decomposition_finds_the_exact_one(key):
     weight = u * (0.7 ** jnp.arange(40.0))[None, None, :] @ vt
     exact, fast = (make.factors(key, weight, 5) for make in (inits.pissa(), inits.pissa(4)))
     np.testing.assert_allclose(fast[0] @ fast[1], exact[0] @ exact[1], atol=2e-4)
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 7])
+def test_the_randomised_decomposition_takes_any_number_of_iterations(iterations, params, key):
+    named, made = (factors(lora(init).init(key, params)[1]) for init in (f"pissa_niter_{iterations}", inits.pissa(iterations)))
+    assert all(np.array_equal(x, y) for x, y in zip(named, made, strict=True))
 
 
 def test_olora_is_an_orthonormal_basis_of_the_outputs(params, key):
@@ -105,6 +113,8 @@ def test_the_start_does_not_share_a_buffer_with_what_a_step_donates(params, key)
 
 WRONG = {
     "unknown": (lambda: lora("pisa"), "nearest: 'pissa'"),
+    "no number": (lambda: lora("pissa_niter_many"), "nearest: 'pissa_niter_4'"),
+    "gamma": (lambda: inits.lora_ga({}, gamma=0.0), "above 0, not 0.0"),
     "odd": (
         lambda: peft.lora(["q_proj"], rank=3, init="orthogonal").init(jax.random.key(0), {"q_proj": {"kernel": jnp.ones((4, 4))}}),
         "even rank",

@@ -162,6 +162,7 @@ def test_merging_is_refused(method, key):
         (partial(peft.p_tuning, encoder="gru"), "the encoder is 'mlp' or 'lstm', not 'gru'"),
         (partial(peft.p_tuning, encoder="lstm", num_layers=0), "num_layers is at least 1, not 0"),
         (partial(peft.p_tuning, hidden_size=0), "hidden_size is at least 1"),
+        (partial(peft.p_tuning, hidden_size="none"), "or None for no network, not 'none'"),
         (partial(peft.prefix_tuning, init="zeros"), "init is 'random', 'zero' or the keys and values of a text, not 'zeros'"),
         (partial(peft.prefix_tuning, init={}, hidden_size=3), "no network that makes them"),
     ],

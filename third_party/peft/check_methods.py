@@ -1,37 +1,15 @@
 """Does PEFT compute from the folder of every method what we compute? Two halves, for two environments:
 
-    python third_party/peft/check_methods.py write DIR     # with ftjax
-    python third_party/peft/check_methods.py check DIR     # with torch, transformers and peft
+    python third_party/peft/check_methods.py write DIR [MODEL [METHOD …]]     # with ftjax; all methods on a tiny random Llama
+    python third_party/peft/check_methods.py check DIR                        # with torch, transformers and peft
 
-`write` puts each method of `peft.FORMATS` and `peft.SOFT_PROMPTS`, away from its start, on one tiny random Llama; `check` prints the
-largest difference of PEFT's logits relative to the largest logit, and how far the adapter moved them.
+`write` puts each method of `peft.FORMATS` and `peft.SOFT_PROMPTS`, trained tokens and the starts of LoRA that read weights or batches on
+the base, away from where it starts, reads the folder back, and keeps what that gives: logits, the gradient of the mean loss of the tokens
+by every trained tensor (as a folder of the same form, so under PEFT's names), and the merged matrices of the first, middle and last layer.
+`check` prints PEFT's largest difference in each: of the logits relative to the largest logit (and how far the adapter moved them), of a
+gradient to the largest entry of its tensor, of a merged weight to the largest change of its matrix.
 
-It printed:
-
-    transformers 5.23.0, peft 0.21.2, torch 2.13.0+cpu, float32
-    adalora            1.5e-07 (moved by 0.11)
-    boft               3.0e-07 (moved by 0.11)
-    delta_lora         4.3e-07 (moved by 1.26)
-    dora               2.2e-07 (moved by 0.33)
-    hira               1.5e-07 (moved by 0.01)
-    ia3                1.5e-07 (moved by 0.04)
-    loha               1.5e-07 (moved by 0.25)
-    lokr               2.0e-07 (moved by 0.34)
-    lora               4.8e-07 (moved by 1.93)
-    lora_combined      1.7e-07 (moved by 0.42)
-    lora_fa            3.5e-07 (moved by 1.25)
-    lora_olora_rslora  4.8e-07 (moved by 0.23)
-    lora_pissa         4.2e-07 (moved by 1.15)
-    miss               4.0e-07 (moved by 1.87)
-    oft                1.9e-07 (moved by 0.17)
-    p_tuning           1.5e-07 (moved by 0.42)
-    prefix_tuning      1.5e-07 (moved by 0.25)
-    prefix_tuning_mlp  1.9e-07 (moved by 0.84)
-    prompt_tuning      1.5e-07 (moved by 0.26)
-    randlora           2.7e-06 (moved by 2.25)
-    relora             8.5e-07 (moved by 1.32)
-    shira              2.8e-07 (moved by 1.18)
-    vera               1.5e-07 (moved by 0.09)
+LoftQ's base is written dense, as what its codes stand for: so the folder needs no bitsandbytes here. A prompt is not merged.
 """
 
 import pathlib
@@ -40,88 +18,199 @@ from functools import partial
 
 import numpy as np
 
-TOKENS = (np.arange(16) * 37 % 257)[None].astype(np.int32)
+GRADIENTS, BASES = "gradients", {"loftq": "base_loftq"}
 
 
-def write(folder):
+def inits(params, loss, tokens):
+    """Return LoRA from weights and batches, `{name: method}`; on few matrices, whose decompositions take the time."""
+    from ftjax import peft
+    from ftjax.peft import calibration
+    from ftjax.peft import inits as starts
+
+    targets = ["q_proj", "v_proj"]
+    moments = calibration.input_moments(loss, params, [tokens], targets=targets)
+    gradients = calibration.weight_gradients(loss, params, [tokens], targets=targets)
+    lora = partial(peft.lora, targets, rank=4, alpha=8)
+    return {
+        "lora_eva": lora(init=starts.eva(moments)),
+        "lora_corda": lora(init=starts.corda(moments)),
+        "lora_corda_knowledge": lora(init=starts.corda(moments, keep="knowledge"), rslora=True),
+        "lora_ga": lora(init=starts.lora_ga(gradients)),
+        "lora_pissa": lora(init="pissa"),
+        "lora_olora_rslora": lora(init="olora", rslora=True),
+    }
+
+
+def methods():
+    """Return the others, `{name: method}`; None is a LoRA that is combined of two."""
+    from ftjax import peft
+
+    lora = partial(peft.lora, rank=4, alpha=8)
+    return {
+        "lora": lora(),
+        "lora_combined": None,
+        "lora_layers": lora(layers=[1]),
+        "lora_modules_to_save": peft.chain(lora(), peft.full("norm/scale")),
+        "lora_patterns": lora(rank_pattern={"v_proj": 2}, alpha_pattern={"down_proj": 5}),
+        "lora_tokens": peft.chain(lora(), peft.tokens([3, 111])),
+        "dora": peft.dora(rank=4, alpha=8),
+        "lora_fa": peft.lora_fa(rank=4, alpha=8),
+        "loftq": peft.loftq(["q_proj", "v_proj"], rank=4, alpha=8),
+        "ia3": peft.ia3(),
+        "vera": peft.vera(rank=8),
+        "hira": peft.hira(rank=4),
+        "loha": peft.loha(rank=4),
+        "lokr": peft.lokr(rank=2),
+        "miss": peft.miss(rank=4),
+        "adalora": peft.adalora(steps=9, init_rank=4, target_rank=2, alpha=8),
+        "delta_lora": peft.delta_lora(rank=4, alpha=8, start_steps=3),
+        "relora": peft.relora(rank=2, alpha=4, restarts=2),
+        "shira": peft.shira(rank=2),
+        "randlora": peft.randlora(rank=4),
+        "oft": peft.oft(block_size=4),
+        "boft": peft.boft(block_size=4),
+        "tokens": peft.tokens([3, 111, 200]),
+        "prompt_tuning": peft.prompt_tuning(5),
+        "p_tuning": peft.p_tuning(5, hidden_size=7),
+        "p_tuning_lstm": peft.p_tuning(5, hidden_size=6, encoder="lstm"),
+        "prefix_tuning": peft.prefix_tuning(5),
+        "prefix_tuning_mlp": peft.prefix_tuning(5, hidden_size=7),
+    }
+
+
+def write(folder, base="tiny", *names):
     import jax
     import jax.numpy as jnp
 
-    from ftjax import models, peft
-    from ftjax.hf import export
+    from ftjax import models, peft, tree, weights
+    from ftjax.hf import export, load
+    from ftjax.hf import names as hf_names
     from ftjax.hf import peft as hf_peft
+    from ftjax.peft.soft_prompt import check_no_virtual_tokens
 
-    made = {
-        "lora": partial(peft.lora, rank=4, alpha=8),
-        "lora_pissa": partial(peft.lora, rank=4, alpha=8, init="pissa"),
-        "lora_olora_rslora": partial(peft.lora, ["q_proj", "down_proj"], rank=4, alpha=8, init="olora", rslora=True),
-        "lora_combined": None,
-        "dora": partial(peft.dora, rank=4, alpha=8),
-        "lora_fa": partial(peft.lora_fa, rank=4, alpha=8),
-        "ia3": peft.ia3,
-        "vera": partial(peft.vera, rank=8),
-        "hira": partial(peft.hira, rank=4),
-        "loha": partial(peft.loha, rank=4),
-        "lokr": partial(peft.lokr, rank=2),
-        "miss": partial(peft.miss, rank=4),
-        "adalora": partial(peft.adalora, steps=9, init_rank=4, target_rank=2, alpha=8),
-        "delta_lora": partial(peft.delta_lora, rank=4, alpha=8, start_steps=3),
-        "relora": partial(peft.relora, rank=2, alpha=4, restarts=2),
-        "shira": partial(peft.shira, rank=2),
-        "randlora": partial(peft.randlora, rank=4),
-        "oft": partial(peft.oft, block_size=4),
-        "boft": partial(peft.boft, block_size=4),
-        "prompt_tuning": partial(peft.prompt_tuning, 5),
-        "p_tuning": partial(peft.p_tuning, 5, hidden_size=7),
-        "prefix_tuning": partial(peft.prefix_tuning, 5),
-        "prefix_tuning_mlp": partial(peft.prefix_tuning, 5, hidden_size=7),
-    }
-    assert {*peft.FORMATS, *peft.SOFT_PROMPTS} <= set(made)
-    model = models.build(models.preset("tiny-llama"))
-    params = model.init(jax.random.key(0))
-    export.export_model(folder / "base", model, params, None)
+    if base == "tiny":
+        sizes = {"hidden_size": 64, "intermediate_size": 128}  # in which LoftQ's groups of 64 go up
+        model = models.build(models.config_from_hf(models.PRESETS["tiny-llama"] | sizes))
+        params, step, tokens = model.init(jax.random.key(0)), 0.1, np.arange(16) * 37 % 257
+    else:
+        model, params, tokenizer, _ = load.load(base, dtype="float32")
+        step, tokens = 0.02, tokenizer.encode("The capital of France is Paris, and the capital of Japan is Tokyo. " * 3)[:32]
+    tokens = np.asarray(tokens, np.int32)[None]
+    np.save(folder / "tokens.npy", tokens)
 
-    def logits(tree):
-        return np.asarray(model.unembed(model.head(tree), model.apply(tree, jnp.asarray(TOKENS))[0]))[0]
+    def loss(params, tokens):
+        logits = model.unembed(model.head(params), model.apply(params, tokens)[0])
+        logps = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+        return -jnp.mean(jnp.take_along_axis(logps, tokens[:, 1:, None], axis=-1)), logits[0]
 
     def moved(method):
-        frozen, trained = method.init(jax.random.key(1), params)
+        frozen, trained = jax.jit(method.init)(jax.random.key(1), params)
         keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(trained))))
-        return frozen, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), trained)
+        return frozen, jax.tree.map(lambda x: x + step * jax.random.normal(next(keys), x.shape), trained)
 
-    np.save(folder / "base.npy", logits(params))
-    for name, make in made.items():
-        if make is None:
+    def merged(params):
+        found = {}
+        for path, leaf in tree.flatten(params).items():
+            if path.endswith("/kernel"):
+                layers = np.asarray(leaf) if hf_names.is_stacked(path) else np.asarray(leaf)[None]
+                for at in sorted({0, len(layers) // 2, len(layers) - 1}):
+                    one = layers[at]
+                    found[hf_names.tensors(path, leaf.shape)[at]] = one.T if hf_names.is_transposed(path) else one
+        return found
+
+    export.export_model(folder / "base", model, params, None)
+    np.savez(folder / "base.npz", logits=jax.jit(loss)(params, tokens)[1])
+    made = methods() | inits(params, lambda params, tokens: loss(params, tokens)[0], tokens)
+    if missing := {*peft.FORMATS, *peft.SOFT_PROMPTS} - set(made):
+        raise ValueError(f"check_methods: {', '.join(sorted(missing))} is not among the methods that are compared.")
+    for name in names or made:
+        method = made[name]
+        if method is None:
             two = [(method, *moved(method)) for method in (peft.lora(rank=2), peft.lora(["v_proj"], rank=3, alpha=6))]
             method, trained = peft.combine([method.attach(frozen, trained) for method, frozen, trained in two], [1.0, -0.5])
             frozen = params
         else:
-            method = make()
             frozen, trained = moved(method)
-        hf_peft.save_adapter(folder / name, model, trained, method.plan(params), base_name=str(folder / "base"), frozen=frozen)
-        np.save(folder / f"{name}.npy", logits(method.attach(frozen, trained)))
+        if name == "loftq":
+            export.export_model(folder / BASES[name], model, weights.dense(frozen), None)
+        about = {"base_name": str(folder / BASES.get(name, "base")), "frozen": frozen}
+        hf_peft.save_adapter(folder / name, model, trained, method.plan(params), **about)
+        read = hf_peft.load_adapter(folder / name, model)
+        frozen = read.join(params)
+
+        @jax.jit
+        def function(trained, frozen, read=read):
+            return jax.value_and_grad(lambda trained: loss(read.method.attach(frozen, trained), tokens), has_aux=True)(trained)
+
+        (_, logits), gradients = function(read.trainable, frozen)
+        hf_peft.save_adapter(folder / name / GRADIENTS, model, gradients, read.method.plan(params), frozen=frozen)
+        adapted = read.method.attach(frozen, read.trainable)
+        try:
+            check_no_virtual_tokens(tree.flatten(adapted), name)
+            matrices = merged(weights.dense(adapted))
+        except ValueError:
+            matrices = {}
+        np.savez(folder / f"{name}.npz", logits=logits, **matrices)
+        print(name, flush=True)
 
 
 def check(folder):
     import peft
     import torch
     import transformers
+    from safetensors.torch import load_file
 
+    transformers.utils.logging.disable_progress_bar()
     print(f"transformers {transformers.__version__}, peft {peft.__version__}, torch {torch.__version__}, float32")
-    worst, untouched = 0.0, np.load(folder / "base.npy")
-    for golden in sorted(folder.glob("*.npy")):
+    print(f"{'':21} logits  (moved by)  gradients  merged")
+    tokens = torch.tensor(np.load(folder / "tokens.npy"), dtype=torch.long)
+    worst, untouched = 0.0, np.load(folder / "base.npz")["logits"]
+    for golden in sorted(folder.glob("*.npz")):
         if golden.stem == "base":
             continue
-        base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-        model, wanted = peft.PeftModel.from_pretrained(base, folder / golden.stem).eval(), np.load(golden)
-        with torch.no_grad():
-            logits = model(torch.tensor(TOKENS, dtype=torch.long)).logits[0, -TOKENS.shape[1] :].numpy()  # behind a prompt's
-        error, distance = (np.abs(wanted - other).max() / np.abs(wanted).max() for other in (logits, untouched))
-        print(f"{golden.stem:18} {error:.1e} (moved by {distance:.2f})")
-        worst = max(worst, error)
-    sys.exit(int(worst > 1e-4))
+        wanted, adapter = dict(np.load(golden)), folder / golden.stem
+        base = folder / BASES.get(golden.stem, "base")
+        base = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        before = {name: value.clone() for name, value in base.state_dict().items() if name in wanted}
+        model, logits = peft.PeftModel.from_pretrained(base, adapter).eval(), wanted.pop("logits")
+
+        ours, written = (load_file(place / "adapter_model.safetensors") for place in (adapter / GRADIENTS, adapter))
+        # What is the same in both is not trained; a layer that has no adapter was read as one of zeros.
+        ours = {name: ours[name] for name, value in written.items() if not torch.equal(ours[name], value)}
+        theirs = {file_name(name): parameter for name, parameter in model.named_parameters()}
+        for name in ours:
+            theirs[name].requires_grad_(True)
+        found = model(tokens).logits[0, -tokens.shape[1] :]  # behind a prompt's
+        torch.nn.functional.cross_entropy(found[:-1], tokens[0, 1:]).backward()
+
+        row = {"logits": relative(found.detach().numpy(), logits, np.abs(logits).max())}
+        distance = np.abs(logits - untouched).max() / np.abs(logits).max()
+        row["gradients"] = max(relative(theirs[name].grad, gradient, gradient.abs().max()) for name, gradient in ours.items())
+        if wanted:
+            merged = model.merge_and_unload().state_dict()
+            change = {name: np.abs(value - before[name].numpy()).max() for name, value in wanted.items()}
+            row["merged"] = max(relative(merged[name].numpy(), wanted[name], size) for name, size in change.items() if size)
+            assert all(np.array_equal(merged[name].numpy(), wanted[name]) for name, size in change.items() if not size)
+        merged = f"{row['merged']:.1e}" if "merged" in row else ""
+        print(f"{golden.stem:20} {row['logits']:.1e} ({distance:.2f})      {row['gradients']:.1e}    {merged}", flush=True)
+        worst = max(worst, *row.values())
+    sys.exit(int(not worst <= 1e-3))
+
+
+def file_name(parameter):
+    """Return the name in an adapter's file of one of PEFT's parameters."""
+    if parameter.startswith("prompt_encoder."):
+        return "prompt_embeddings"
+    for part in (".modules_to_save.default", ".default"):
+        parameter = parameter.replace(part, "")
+    return parameter.replace("_vector.weight", "_vector")  # DoRA's lengths
+
+
+def relative(found, wanted, size):
+    return float(abs(found - wanted).max() / size)
 
 
 if __name__ == "__main__":
-    command, where = sys.argv[1:]
-    {"write": write, "check": check}[command](pathlib.Path(where))
+    command, where, *rest = sys.argv[1:]
+    pathlib.Path(where).mkdir(parents=True, exist_ok=True)
+    {"write": write, "check": check}[command](pathlib.Path(where), *rest)
