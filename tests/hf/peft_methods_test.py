@@ -7,7 +7,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import safetensors.numpy
 
@@ -175,10 +174,9 @@ def test_a_dora_on_some_layers_is_trained_on_and_written_without_the_others(tmp_
     """A magnitude of 0, for a layer without an adapter, is nothing that PEFT could read."""
     model, params = base
     adapter = hf_peft.load_adapter(GOLDENS / name, model)
-    frozen, rule = adapter.join(params), optax.adamw(0.1, weight_decay=0.1)
+    frozen = adapter.join(params)
     gradient = jax.grad(lambda trainable: jnp.sum(jnp.square(logits(model, adapter.method.attach(frozen, trainable)))))(adapter.trainable)
-    updates, _ = rule.update(gradient, rule.init(adapter.trainable), adapter.trainable)
-    trainable = optax.apply_updates(adapter.trainable, updates)
+    trainable = jax.tree.map(lambda x, g: 0.99 * x - 1e-4 * g, adapter.trainable, gradient)
     save(tmp_path / "a", model, adapter.method, params, frozen, trainable)
     found, theirs = (safetensors.numpy.load_file(path / hf_peft.WEIGHTS) for path in (tmp_path / "a", GOLDENS / name))
     assert found.keys() == theirs.keys() and all((found[key] != theirs[key]).any() for key in theirs)
