@@ -51,8 +51,9 @@ def _backward(transposed: bool, kept, dy):
     dx = None if w is None else product(dy, w, not transposed)
     if x is None:
         return dx, None
-    rows = tuple(range(dy.ndim - 1))
-    first, second = (dy, x) if transposed else (x, dy)
+    # With an axis before the rows: of plain matrices XLA:CPU multiplies the transpose of one, five times as slowly.
+    first, second = (dy[None], x[None]) if transposed else (x[None], dy[None])
+    rows = tuple(range(dy.ndim))
     return dx, _multiply(first, second, rows, rows, like.dtype)
 
 
