@@ -16,6 +16,7 @@ from ftjax.train import init_state, make_train_step
 from ftjax.types import Batch
 
 ROWS, TIME, STEPS = 16, 12, 3
+OUTPUTS = ("logps", "entropy", "greedy")
 LORA_AND_FULL = peft.chain(peft.lora("all-linear", rank=4, init="gaussian"), peft.full("norms", name="norms"))
 FULL = peft.full("everything")
 DORA_AND_FA = peft.chain(peft.lora_fa("mlp", rank=4), peft.dora("attention", rank=4, init="gaussian"))
@@ -47,29 +48,31 @@ def rows(step: int, first: int = 0, last: int = ROWS) -> Batch:
 
 
 @cache
-def start(method):
+def start(method, preset="tiny-llama"):
     """Return `(frozen, trainable)` before the first step, on the host."""
     model_key, method_key = jax.random.split(jax.random.key(1))
-    params = jax.jit(models.build(models.preset("tiny-llama")).init)(model_key)
+    params = jax.jit(models.build(models.preset(preset)).init)(model_key)
     return jax.tree.map(np.asarray, method.init(method_key, params))
 
 
-def train(mesh=None, method=LORA_AND_FULL, *, accumulation=1, chunk_tokens=TIME, **build) -> Run:
-    """Train a tiny Llama; without a mesh by the plain functions, so that they are what a mesh is compared with."""
-    model = models.build(models.preset("tiny-llama"), **build)
+def train(
+    mesh=None, method=LORA_AND_FULL, *, accumulation=1, chunk_tokens=TIME, preset="tiny-llama", loss_fn=losses.sft, outputs=OUTPUTS, **build
+) -> Run:
+    """Train a tiny model; without a mesh by the plain functions, so that they are what a mesh is compared with."""
+    model = models.build(models.preset(preset), **build)
     optimizer = optax.sgd(0.3, momentum=0.9)  # not Adam, which would blow a rounding difference of a tiny gradient up to a whole step
     make_state = partial(init_state, method=method, optimizer=optimizer)
     where = None
     if mesh is None:
-        frozen, trainable = jax.device_put(start(method))
+        frozen, trainable = jax.device_put(start(method, preset))
         state = make_state(jax.random.key(2), trainable)
     else:
         model = sharding.on_mesh(model, mesh)
-        frozen, trainable = (sharding.place(host, mesh) for host in start(method))
+        frozen, trainable = (sharding.place(host, mesh) for host in start(method, preset))
         state = sharding.init_on_mesh(make_state, jax.random.key(2), trainable, mesh=mesh)
         where = sharding.state_shardings(state, mesh)
-    score = partial(scoring.score, model, chunk_tokens=chunk_tokens)
-    step = make_train_step(score, method, losses.sft, optimizer, accumulation=accumulation, state_sharding=where)
+    score = partial(scoring.score, model, chunk_tokens=chunk_tokens, outputs=outputs)
+    step = make_train_step(score, method, loss_fn, optimizer, accumulation=accumulation, state_sharding=where)
     lost, norms = [], []
     for n in range(STEPS):
         state, metrics = step(state, frozen, rows(n) if mesh is None else my_rows(n, mesh))

@@ -77,7 +77,7 @@ def loha(
         b1, b2 = (uniform(key, (*stack, rank, o), rank) for key in (second, third))
         return {"a1": uniform(first, (*stack, i, rank), i), "b1": b1, "a2": jnp.zeros((*stack, i, rank)), "b2": b2}
 
-    leaf = functools.partial(LohaWeight, scale=scale_of(rank, alpha))
+    leaf = functools.partial(LohaWeight, scale=scale_of(name, rank, alpha))
     options = {"rank": rank, "alpha": rank if alpha is None else alpha}
     return riding(make, leaf, name=name, targets=targets, exclude=exclude, layers=layers, options=options)
 

@@ -121,7 +121,7 @@ def lokr(
             return made | {"w2_a": uniform(second, (*stack, i2, rank), i2), "w2_b": uniform(third, (*stack, rank, o2), rank)}
         return made | {"w2": uniform(second, (*stack, i2, o2), i2)}
 
-    leaf = functools.partial(LokrWeight, scale=scale_of(rank, alpha))
+    leaf = functools.partial(LokrWeight, scale=scale_of(name, rank, alpha))
     options = {
         "rank": rank,
         "alpha": rank if alpha is None else alpha,

@@ -118,7 +118,7 @@ def randlora(
         a, b = BASES[bases](TorchGenerator(seed), rank, min(sides), max(sides))
         return {"a": jnp.asarray(a), "b": jnp.asarray(b)}
 
-    leaf = functools.partial(RandloraWeight, scale=scale_of(rank, alpha))
+    leaf = functools.partial(RandloraWeight, scale=scale_of(name, rank, alpha))
     options = {"rank": rank, "alpha": alpha, "bases": bases, "seed": seed}
     return riding(make, leaf, name=name, targets=targets, exclude=exclude, layers=layers, freeze=freeze, options=options)
 

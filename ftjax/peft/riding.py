@@ -169,8 +169,10 @@ def check_rank(name: str, rank: int, path: str, shape: tuple[int, ...]) -> None:
     check_range(name, "rank", rank, min(shape[-2:]), path, shape)
 
 
-def scale_of(rank: int, alpha: float | None) -> float:
+def scale_of(name: str, rank: int, alpha: float | None) -> float:
     """Return alpha / rank; 1 without an alpha."""
+    if rank < 1:
+        raise ValueError(f"{name}: rank is from 1 to the smaller side of the matrix, not {rank}.")
     return 1.0 if alpha is None else alpha / rank
 
 

@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax import peft, quant, sharding, tree
+from ftjax import losses, peft, quant, sharding, tree, types
 from ftjax.checkpoint import Checkpoints, Record
 from tests import meshed
 
@@ -69,7 +70,6 @@ def test_what_layers_share_and_what_a_leaf_keeps_frozen_lie_on_a_mesh_too():
         peft.parallel_bottleneck(["o_proj", "down_proj"], width=4),
         peft.tokens([5, 7, 120]),
         peft.p_tuning(3, hidden_size=8),
-        peft.p_tuning(3, hidden_size=8, encoder="lstm"),
         peft.prefix_tuning(2, hidden_size=4),
         peft.adalora(["up_proj"], steps=3, init_rank=4, target_rank=2),
     )
@@ -77,8 +77,36 @@ def test_what_layers_share_and_what_a_leaf_keeps_frozen_lie_on_a_mesh_too():
     assert_equal(meshed.train(mesh, method, chunk_tokens=5), meshed.train(method=method))
 
 
+def test_every_other_method_on_a_mesh_trains_to_the_weights_of_one_device():
+    method = peft.chain(
+        peft.loftq(["down_proj"], rank=4, format="int4", group=8, nested=False),
+        peft.hira(["q_proj"], rank=4),
+        peft.ia3(["k_proj", "gate_proj"], feedforward=["gate_proj"]),
+        peft.boft(["v_proj"], block_size=4, factors=2),
+        peft.delta_lora(["o_proj"], rank=4, start_steps=1),
+        peft.relora(["o_proj"], rank=4, every_steps=2, prune="reset"),
+        peft.lokr(["gate_proj"], rank=2, decompose_both=True),
+        peft.miss(["up_proj"], rank=8),
+        peft.miss(["up_proj"], rank=8, form="bat", name="bat"),
+        peft.bitfit(),
+        peft.value_head(),
+        peft.p_tuning(3, hidden_size=8, encoder="lstm"),
+    )
+
+    def loss_fn(scores, batch):
+        mean, metrics = losses.sft(scores, batch)
+        return mean + types.Mean(jnp.sum(jnp.square(scores.values - 1) * batch.loss_mask), jnp.zeros(())), metrics
+
+    options = dict(method=method, preset="tiny-qwen2", loss_fn=loss_fn, outputs=("logps", "values"))
+    run = meshed.train(sharding.make_mesh(data=2, fsdp=2, tensor=2), chunk_tokens=5, **options)
+    assert_equal(run, meshed.train(**options))
+    before = tree.flatten(meshed.start(method, "tiny-qwen2")[1])
+    assert {path.split("/")[0] for path, leaf in run.trained.items() if not np.array_equal(leaf, before[path])} == set(run.state.trainable)
+
+
 def test_adapters_over_a_quantised_base_train_on_a_mesh_to_the_weights_of_one_device():
-    method = peft.chain(quant.nf4(["q_proj", "down_proj"], group=8), peft.lora(["q_proj", "down_proj"], rank=4, init="gaussian"))
+    low_rank = peft.lora(["q_proj", "down_proj"], rank=4, init="gaussian")
+    method = peft.chain(quant.nf4(["q_proj", "down_proj"], group=8), low_rank, peft.prompt_tuning(4))
     run = meshed.train(sharding.make_mesh(data=2, fsdp=2, tensor=2), method, chunk_tokens=5)
     assert_equal(run, meshed.train(method=method))
     codes = tree.flatten(run.frozen)["layers/mlp/down_proj/kernel"].codes

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from ftjax import losses, peft, scoring, sharding, train, tree, weights
-from ftjax.types import masked_mean
+from ftjax.checkpoint import Checkpoints, Record
+from ftjax.types import TrainState, masked_mean
 from tests import tiny, toy
 
 VECTORS = r".*(norm/scale|bias)"
@@ -159,18 +160,35 @@ def test_every_array_of_a_method_has_a_place_on_a_mesh(method, key):
 
 
 @pytest.mark.parametrize("method", CASES)
-def test_every_trainable_leaf_gets_a_gradient_and_a_method_learns(method, key):
+def test_every_trainable_leaf_gets_a_gradient_and_a_method_learns_in_one_program(method, key, caplog):
     frozen, start = method.init(key, base(method, key))
     score = partial(scoring.score, HOMES.get(method, toy).MODEL, outputs=("logps", *(["values"] if "value_head" in start else [])))
     optimizer = optax.adam(0.03)
     step = train.make_train_step(score, method, objective, optimizer)
     state, batch, seen = train.init_state(key, jax.tree.map(jnp.copy, start), method, optimizer), toy.batch(key), []
-    for _ in range(30):
-        state, metrics = step(state, frozen, batch)
-        seen.append(metrics["loss"].value())
+    with jax.log_compiles():
+        for _ in range(30):
+            state, metrics = step(state, frozen, batch)
+            seen.append(metrics["loss"].value())
+    assert len([record for record in caplog.records if "Compiling" in record.getMessage()]) == 1
     assert np.mean(seen[-3:]) < 0.97 * seen[0]
     still = [path for path, leaf in tree.flatten(state.trainable).items() if np.array_equal(leaf, tree.flatten(start)[path])]
     assert not still
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_what_a_method_trains_and_what_its_optimizer_remembers_are_saved_bit_for_bit(method, key, tmp_path):
+    fresh = train.init_state(key, method.init(key, base(method, key))[1], method, optax.adam(0.03))
+    there = jax.tree.map(lambda x: jnp.asarray(np.arange(1, x.size + 1).reshape(x.shape) % 5, x.dtype), (fresh.trainable, fresh.opt_state))
+    state = TrainState(jnp.array(7), jax.random.fold_in(key, 1), *there)
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state, Record(7, {}))
+    found, _ = checkpoints.restore(fresh)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    for (path, leaf), expected in zip(sharding.rules.paths(found), jax.tree.leaves(state), strict=True):
+        assert leaf.dtype == expected.dtype, path
+        same = (jax.random.key_data(one) if path == "key" else one for one in (leaf, expected))
+        np.testing.assert_array_equal(*same, err_msg=path)
 
 
 @pytest.mark.parametrize("method", CASES)
