@@ -1,7 +1,7 @@
 """Does PEFT compute from the folder of every method what we compute? Two halves, for two environments:
 
     python third_party/peft/check_methods.py write DIR [MODEL [METHOD …]]     # with ftjax; all methods on a tiny random Llama
-    python third_party/peft/check_methods.py check DIR                        # with torch, transformers and peft
+    python third_party/peft/check_methods.py check DIR [DTYPE [METHOD …]]     # with torch, transformers and peft; in float32
 
 `write` puts each method of `peft.FORMATS` and `peft.SOFT_PROMPTS`, trained tokens and the starts of LoRA that read weights or batches on
 the base, away from where it starts, reads the folder back, and keeps what that gives: logits, the gradient of the mean loss of the tokens
@@ -49,7 +49,7 @@ def methods():
     return {
         "lora": lora(),
         "lora_combined": None,
-        "lora_layers": lora(layers=[1]),
+        "lora_layers": lora(layers=[0]),
         "lora_modules_to_save": peft.chain(lora(), peft.full("norm/scale")),
         "lora_patterns": lora(rank_pattern={"v_proj": 2}, alpha_pattern={"down_proj": 5}),
         "lora_tokens": peft.chain(lora(), peft.tokens([3, 111])),
@@ -154,25 +154,25 @@ def write(folder, base="tiny", *names):
         print(name, flush=True)
 
 
-def check(folder):
+def check(folder, dtype="float32", *names):
     import peft
     import torch
     import transformers
     from safetensors.torch import load_file
 
     transformers.utils.logging.disable_progress_bar()
-    print(f"transformers {transformers.__version__}, peft {peft.__version__}, torch {torch.__version__}, float32")
-    print(f"{'':21} logits  (moved by)  gradients  merged")
+    print(f"transformers {transformers.__version__}, peft {peft.__version__}, torch {torch.__version__}, {dtype}")
+    print(f"{'':20} logits  (moved by)  gradients  merged")
     tokens = torch.tensor(np.load(folder / "tokens.npy"), dtype=torch.long)
     worst, untouched = 0.0, np.load(folder / "base.npz")["logits"]
     for golden in sorted(folder.glob("*.npz")):
-        if golden.stem == "base":
+        if golden.stem == "base" or golden.stem not in (names or [golden.stem]):
             continue
         wanted, adapter = dict(np.load(golden)), folder / golden.stem
         base = folder / BASES.get(golden.stem, "base")
-        base = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        base = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
         before = {name: value.clone() for name, value in base.state_dict().items() if name in wanted}
-        model, logits = peft.PeftModel.from_pretrained(base, adapter).eval(), wanted.pop("logits")
+        model, logits = peft.PeftModel.from_pretrained(base, adapter).to(base.dtype).eval(), wanted.pop("logits")
 
         ours, written = (load_file(place / "adapter_model.safetensors") for place in (adapter / GRADIENTS, adapter))
         # What is the same in both is not trained; a layer that has no adapter was read as one of zeros.
