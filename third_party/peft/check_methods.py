@@ -104,7 +104,7 @@ def write(folder, base="tiny", *names):
         return -jnp.mean(jnp.take_along_axis(logps, tokens[:, 1:, None], axis=-1)), logits[0]
 
     def moved(method):
-        frozen, trained = jax.jit(method.init)(jax.random.key(1), params)
+        frozen, trained = method.init(jax.random.key(1), params)
         keys = iter(jax.random.split(jax.random.key(2), len(jax.tree.leaves(trained))))
         return frozen, jax.tree.map(lambda x: x + step * jax.random.normal(next(keys), x.shape), trained)
 
