@@ -11,11 +11,13 @@ gradient to the largest entry of its tensor, of a merged weight to the largest c
 
 LoftQ's base is written dense, as what its codes stand for: so the folder needs no bitsandbytes here. A prompt is not merged.
 
-It printed, on the tiny Llama (the methods that are not in a table have not been run since it compares gradients and merged weights):
+It printed, on the tiny Llama (not run yet: `lora_pissa`, `lora_olora_rslora`, `lora_corda`, `lora_corda_knowledge`, `lora_ga`, `lora_eva`,
+`p_tuning_lstm`, `prefix_tuning` and `prefix_tuning_mlp`):
 
     transformers 5.23.0, peft 0.21.2, torch 2.13.0+cpu, float32
                          logits  (moved by)  gradients  merged
     adalora              2.4e-07 (0.11)      1.1e-06    1.6e-07
+    boft                 2.5e-07 (0.13)      6.9e-07    8.0e-07
     delta_lora           6.0e-07 (3.23)      2.5e-06    0.0e+00
     dora                 4.2e-07 (0.81)      1.1e-06    1.7e-07
     hira                 1.9e-07 (0.02)      7.5e-07    0.0e+00
@@ -32,13 +34,16 @@ It printed, on the tiny Llama (the methods that are not in a table have not been
     lora_tokens          1.7e-07 (0.79)      3.2e-06    0.0e+00
     miss                 2.9e-07 (2.10)      4.2e-06    0.0e+00
     oft                  3.4e-07 (0.24)      8.2e-07    4.7e-07
+    p_tuning             2.5e-07 (0.46)      2.8e-07
+    prompt_tuning        1.9e-07 (0.37)      4.4e-07
     randlora             1.7e-05 (2.06)      4.3e-05    4.0e-07
     relora               1.4e-06 (2.09)      2.2e-06    0.0e+00
     shira                3.9e-07 (1.58)      9.1e-07    0.0e+00
+    tokens               1.7e-07 (0.85)      5.5e-07    0.0e+00
     vera                 2.4e-07 (0.11)      8.9e-07    3.8e-07
 
-On smollm2-135m-instruct, ours in float32 and PEFT's in float64. In float32 PEFT's own gradients of `lora` are 5.2e-04 from its own in
-float64 in the worst tensor (5.5e-05 in the median one), where ours are 4.3e-05 (7.3e-06):
+On smollm2-135m-instruct, these methods so far, ours in float32 and PEFT's in float64. In float32 PEFT's own gradients of `lora` are
+5.2e-04 from its own in float64 in the worst tensor (5.5e-05 in the median one), where ours are 4.3e-05 (7.3e-06):
 
     transformers 5.23.0, peft 0.21.2, torch 2.13.0+cpu, float64
                          logits  (moved by)  gradients  merged
