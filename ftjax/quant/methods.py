@@ -15,7 +15,7 @@ import jax
 from ftjax import tree
 from ftjax.kernels import int4_matmul
 from ftjax.quant.permuted import PermutedWeight
-from ftjax.quant.quantize import quantize
+from ftjax.quant.quantize import check_finite, quantize
 from ftjax.quant.weight import SPECS, QuantizedWeight
 from ftjax.types import Params, Plan, Transform
 from ftjax.weights import Weight
@@ -48,7 +48,7 @@ def quantized(
 
     Raises:
       ValueError: a filter matches nothing, or a leaf that is no plain matrix, or one that is packed otherwise; the rows do not divide into
-        groups; there is no such format or implementation.
+        groups; a matrix, if it is not traced, has a number that is not finite; there is no such format or implementation.
 
     Example:
       >>> import jax.numpy as jnp
@@ -67,6 +67,7 @@ def quantized(
         flat = tree.flatten(params)
         paths = tree.matches(params, targets, who=name, exclude=exclude)
         found = {path: _multiplied(packed(path, flat[path]), implementation) for path in paths}
+        check_finite(name, found)
         return tree.replace(params, found), {}
 
     def packed(path: str, leaf: Any) -> QuantizedWeight | PermutedWeight:

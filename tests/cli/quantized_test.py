@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 from ftjax import models, peft, quant, tree, weights
-from ftjax.cli import export as cli_export
 from ftjax.cli import build, main, pretrained
+from ftjax.cli import export as cli_export
 from ftjax.hf import export, load
 from ftjax.hf.lazy import LazyTensor
 from ftjax.hf.tokenizer import byte_tokenizer
