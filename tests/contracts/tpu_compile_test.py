@@ -98,6 +98,7 @@ def test_without_gathering_leaves_rows_do_leave_their_device(v5e, monkeypatch):
     [
         ("v5e:2x2", "nf4", 2048, jnp.bfloat16),
         ("v5e:2x2", "int8", 16, jnp.float32),
+        ("v5e:2x2", "uint8", 2048, jnp.bfloat16),
         ("v5p:2x2x1", "uint4", 2048, jnp.bfloat16),
         ("v5p:2x2x1", "nf4", 16, jnp.bfloat16),
         ("v6e:2x2", "int4", 2048, jnp.bfloat16),
