@@ -65,7 +65,9 @@ def sft() -> ConfigDict:
     config.nf4 = quantizer(group=64, nested=True)
     config.fp4 = quantizer(group=64, nested=True)
     config.int4 = quantizer(group=64)
+    config.uint4 = quantizer(group=64)
     config.int8 = quantizer()
+    config.uint8 = quantizer()
 
     config.loss = ConfigDict({"label_smoothing": 0.0})
     config.reference = reference()
@@ -400,7 +402,7 @@ def _shrink(config: ConfigDict, tiny: str) -> None:
             one.update({"path": "tasks:compare", "format": "auto", "split": split, "name": "", "columns": None, "end_marker": ""})
     for block in (config.lora, config.dora, config.lora_fa, config.loftq, config.delta_lora, config.relora):
         block.update({"rank": 4, "alpha": 8.0})
-    for block in (config.nf4, config.fp4, config.int4, config.loftq):
+    for block in (config.nf4, config.fp4, config.int4, config.uint4, config.loftq):
         block.group = 16
     config.adalora.update({"init_rank": 4, "target_rank": 2})
     if "rollout" in config:

@@ -2,7 +2,7 @@
 
 Command: ftjax train --config=configs/qlora_smollm2_gsm8k.py --workdir=runs/qlora_smollm2_gsm8k
 Local files: --config.data.sources.gsm8k.path=train.jsonl --config.data.eval_sources.gsm8k.path=test.jsonl
-Another format: --config.methods=int8,lora, or fp4, or int4.
+Another format: --config.methods=int8,lora, or fp4, int4, uint4, uint8.
 Hardware: 2 CPU cores. UNTESTED at full length
 """
 

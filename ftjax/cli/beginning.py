@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ftjax import peft, sharding
+from ftjax import peft, quant, sharding, tree
 from ftjax.cli import build, objective
 from ftjax.peft import calibration, inits
 from ftjax.types import Batch, Params, Transform
@@ -22,6 +22,7 @@ def method(config, loaded: build.Loaded, mesh: Mesh) -> tuple[Transform, Params,
         return build.method(config, found).init(key, params)
 
     frozen, trainable = sharding.init_on_mesh(init, key, loaded.params, found, mesh=mesh)
+    quant.check_finite("model", tree.flatten(frozen))  # LoftQ's, that nobody saw while they were traced
     return build.method(config, jax.eval_shape(lambda found: found, found)), frozen, trainable
 
 

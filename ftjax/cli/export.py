@@ -21,12 +21,13 @@ from absl import flags as absl_flags
 from etils import epath
 from ml_collections import ConfigDict
 
-from ftjax import quant, sharding, tree
+from ftjax import sharding, tree
 from ftjax.checkpoint import Checkpoints
 from ftjax.cli import ahead, beginning, build, objective, pretrained, rollouts, runtime, sweep
 from ftjax.hf import export as hf_export
 from ftjax.hf import load as hf_load
 from ftjax.hf import packed as hf_packed
+from ftjax.hf import quantized, quantized_parts
 from ftjax.peft.soft_prompt import check_no_virtual_tokens
 from ftjax.train import init_state
 from ftjax.types import VALUE_HEAD, Params
@@ -137,11 +138,12 @@ def _over_dense(config: ConfigDict, loaded: build.Loaded, params: Params) -> Fou
 def _packing(params: Params) -> dict[str, dict[str, Any]]:
     """Return how the matrices of a tree are packed, adapters on them or not."""
     found = {path: next(filter(_is_packed, jax.tree.leaves(leaf, is_leaf=_is_packed)), None) for path, leaf in tree.flatten(params).items()}
-    return {path: {"format": part.format, "group": part.group, "nested": part.nested} for path, part in found.items() if part is not None}
+    bases = {path: quantized_parts.plain(part) for path, part in found.items() if part is not None}
+    return {path: {"format": base.format, "group": base.group, "nested": base.nested} for path, base in bases.items()}
 
 
 def _is_packed(leaf: Any) -> bool:
-    return isinstance(leaf, quant.QuantizedWeight)
+    return isinstance(leaf, quantized.Packed)
 
 
 def repacked(found: Found) -> Found:

@@ -52,7 +52,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     )
     about = "an adapter's folder, or the workdir of `ftjax train`; where rows choose, several as NAME=FOLDER (`generate --prompts` alone)"
     absl_flags.DEFINE_multi_string("adapter", [], about, flags)
-    about = "store the model's matrices as nf4, fp4, int4 or int8; none: not; auto: as the run of the adapter had them"
+    about = f"store the model's matrices as {', '.join(quant.METHODS)}; none: not; auto: as the run of the adapter had them"
     absl_flags.DEFINE_enum("quantize", "auto", ["auto", "none", *quant.METHODS], about, flag_values=flags)
     absl_flags.DEFINE_string("dtype", "auto", "of the weights: float32, bfloat16, or auto for the faster one here", flags)
 

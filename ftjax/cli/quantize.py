@@ -27,7 +27,9 @@ def define_flags(flags: absl_flags.FlagValues, argv) -> None:
     del argv
     absl_flags.DEFINE_string("model", pretrained.DEFAULT, "a folder, .gguf file, hub id or known name", flag_values=flags)
     absl_flags.DEFINE_enum("format", "nf4", list(quant.METHODS), "of the numbers", flag_values=flags)
-    absl_flags.DEFINE_integer("group", None, "rows that share a scale (default: 64; all for int8)", flag_values=flags, lower_bound=2)
+    absl_flags.DEFINE_integer(
+        "group", None, "rows that share a scale (default: 64; all for int8 and uint8)", flag_values=flags, lower_bound=2
+    )
     absl_flags.DEFINE_bool("nested", None, "quantise the scales too (default: for nf4 and fp4)", flag_values=flags)
     absl_flags.DEFINE_string("targets", "all-linear", "which matrices: a regular expression over whole paths, or a named filter", flags)
     absl_flags.DEFINE_string("exclude", "", "which of them not", flag_values=flags)

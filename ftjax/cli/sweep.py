@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from ftjax import logs, sharding, sweep, tree
+from ftjax import logs, quant, sharding, sweep, tree
 from ftjax.checkpoint import Checkpoints
 from ftjax.cli import adapter, beginning, build, measure, objective, show, standing
 from ftjax.cli import members as sweep_members
@@ -122,6 +122,7 @@ def _load(run: Run, members: Sequence[Member]) -> tuple[Cast, Params]:
     found = beginning.statistics(config, loaded, mesh)
     owns = [_own(member.config, loaded.params, found) for member in members]
     model = sharding.init_on_mesh(partial(_shared, members[0].config), keys[0], loaded.params, found, mesh=mesh)
+    quant.check_finite("model", tree.flatten(model))
 
     def start(keys: jax.Array, params: Params, found: Params) -> tuple[Params, Params]:
         arguments = [repr(build.methods(member.config)) for member in members]

@@ -27,7 +27,9 @@ def content(sums: Mapping[str, int]) -> dict[str, dict[str, int]]:
 
 
 def verified(tensors: Mapping[str, LazyTensor], found: Mapping[str, Mapping[str, int]], path: Path) -> dict[str, LazyTensor]:
-    """Return tensors that are checked whenever the whole of them is read; a host of a mesh that reads a part of one cannot.
+    """Return tensors that are checked when they are first read, each as a whole and once in a process, whatever part of it is asked for.
+
+    So every host of a mesh reads all of a folder that has checksums, and not its own shards only.
 
     Args:
       tensors: by their names in the file.
@@ -45,12 +47,18 @@ def verified(tensors: Mapping[str, LazyTensor], found: Mapping[str, Mapping[str,
 
 
 def _checked(name: str, tensor: LazyTensor, expected: int, path: Path) -> LazyTensor:
+    checked = False
+
     def fetch(index: Index) -> np.ndarray:
-        block = tensor.read(index)
-        whole = all(cut.indices(size)[:2] == (0, size) for cut, size in zip(index, tensor.shape, strict=True))
-        if whole and _sum(block) != expected:
+        nonlocal checked
+        if checked:
+            return tensor.read(index)
+        found = tensor.read()
+        if _sum(found) != expected:
             raise ValueError(f"hf: {name} is not what was written, says {path}: the file is damaged; download or copy it again")
-        return block
+        checked = True
+        block = found[index]
+        return block if block.shape == found.shape else block.copy()  # a view would keep the rest
 
     return LazyTensor(tensor.shape, tensor.dtype, fetch, tensor.packed)
 

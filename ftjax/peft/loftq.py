@@ -70,7 +70,7 @@ def loftq(
 
     Raises:
       ValueError: a filter matches nothing, a leaf that is no matrix, or one that is quantised already; an argument is out of range; the
-        rows do not divide into groups.
+        rows do not divide into groups; a matrix, if it is not traced, has a number that is not finite.
 
     Example:
       >>> params = {"layers": {"q_proj": {"kernel": jax.random.normal(jax.random.key(0), (2, 64, 6))}}}
@@ -97,6 +97,7 @@ def loftq(
             root = jnp.sqrt(spec.scales(path, leaf.shape))[..., None, None]
             packed[path] = dataclasses.replace(base, dtype_name=jnp.dtype(leaf.dtype).name)
             trained[f"{path}/a"], trained[f"{path}/b"] = a / root, b / root
+        quant.check_finite(name, packed)
         return tree.replace(params, packed), {name: tree.unflatten(trained)}
 
     def attach(frozen: Params, trainable: Params, *, key: jax.Array | None = None) -> Params:

@@ -14,7 +14,8 @@ import jax
 
 from ftjax import tree
 from ftjax.kernels import int4_matmul
-from ftjax.quant.quantize import quantize
+from ftjax.quant.permuted import PermutedWeight
+from ftjax.quant.quantize import check_finite, quantize
 from ftjax.quant.weight import SPECS, QuantizedWeight
 from ftjax.types import Params, Plan, Transform
 from ftjax.weights import Weight
@@ -30,7 +31,7 @@ def quantized(
     implementation: str = "auto",
     name: str = "",
 ) -> Transform:
-    """Store frozen matrices in a 4-bit or 8-bit format; those that are in it already stay as they are.
+    """Store frozen matrices in a 4-bit or 8-bit format; those that are in it already stay as they are, and get the implementation.
 
     y = x D(codes, scales)   (see `ftjax.quant.quantize` and `ftjax.kernels.int4_matmul.decode`)
 
@@ -47,7 +48,7 @@ def quantized(
 
     Raises:
       ValueError: a filter matches nothing, or a leaf that is no plain matrix, or one that is packed otherwise; the rows do not divide into
-        groups; there is no such format or implementation.
+        groups; a matrix, if it is not traced, has a number that is not finite; there is no such format or implementation.
 
     Example:
       >>> import jax.numpy as jnp
@@ -65,12 +66,14 @@ def quantized(
         del key
         flat = tree.flatten(params)
         paths = tree.matches(params, targets, who=name, exclude=exclude)
-        found = {path: dataclasses.replace(packed(path, flat[path]), implementation=implementation) for path in paths}
+        found = {path: _multiplied(packed(path, flat[path]), implementation) for path in paths}
+        check_finite(name, found)
         return tree.replace(params, found), {}
 
-    def packed(path: str, leaf: Any) -> QuantizedWeight:
-        if isinstance(leaf, QuantizedWeight):
-            return checked(path, leaf)
+    def packed(path: str, leaf: Any) -> QuantizedWeight | PermutedWeight:
+        if isinstance(leaf, QuantizedWeight | PermutedWeight):
+            check(path, leaf.base if isinstance(leaf, PermutedWeight) else leaf)
+            return leaf
         if isinstance(leaf, Weight) or len(leaf.shape) < 2 or not path.endswith("kernel"):
             raise ValueError(f"{name}: {path!r} with shape {list(leaf.shape)} is no plain matrix; target kernels, and quantise first.")
         try:
@@ -78,11 +81,10 @@ def quantized(
         except ValueError as error:
             raise ValueError(f"{name}: {path!r}: {error} Choose another group, or exclude it.") from error
 
-    def checked(path: str, leaf: QuantizedWeight) -> QuantizedWeight:
+    def check(path: str, leaf: QuantizedWeight) -> None:
         found, wanted = (leaf.format, leaf.group, leaf.nested), (format, group or leaf.shape[-2], nested)
         if found != wanted:
             raise ValueError(f"{name}: {path!r} is packed already, {_described(*found)}, and not {_described(*wanted)}; leave it as it is.")
-        return leaf
 
     def attach(frozen: Params, trainable: Params, *, key: jax.Array | None = None) -> Params:
         del trainable, key
@@ -93,6 +95,12 @@ def quantized(
         return (Plan(name, tree.describe(targets), paths, {"group": group, "nested": nested}, format),)
 
     return Transform(init, attach, plan)
+
+
+def _multiplied(leaf: QuantizedWeight | PermutedWeight, implementation: str) -> QuantizedWeight | PermutedWeight:
+    if isinstance(leaf, PermutedWeight):
+        return dataclasses.replace(leaf, base=_multiplied(leaf.base, implementation))
+    return dataclasses.replace(leaf, implementation=implementation)
 
 
 def _described(format: str, group: int, nested: bool) -> str:
@@ -107,6 +115,8 @@ def packing(plans: Iterable[Plan]) -> dict[str, dict[str, Any]]:
 nf4 = partial(quantized, "nf4", nested=True)
 fp4 = partial(quantized, "fp4", nested=True)
 int4 = partial(quantized, "int4")
+uint4 = partial(quantized, "uint4")
 int8 = partial(quantized, "int8", group=None)
-METHODS = {"nf4": nf4, "fp4": fp4, "int4": int4, "int8": int8}
+uint8 = partial(quantized, "uint8", group=None)
+METHODS = {"nf4": nf4, "fp4": fp4, "int4": int4, "uint4": uint4, "int8": int8, "uint8": uint8}
 """`{name: function}`, for configs, as `ftjax.peft.METHODS`."""

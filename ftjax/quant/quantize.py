@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from ftjax import tree
 from ftjax.kernels import int4_matmul
@@ -48,6 +52,32 @@ def quantize(w: Float[Array, "*l i o"], format: str = "nf4", *, group: int | Non
         one = _over_layers(one)
     found = one(w)
     return QuantizedWeight(found.codes, found.scales, found.zeros, format, jnp.dtype(w.dtype).name)
+
+
+def _finite(w: QuantizedWeight) -> Bool[Array, "*l"]:
+    """Return of each matrix whether its scales are finite; they are not if a number that they are of was not."""
+    layers, scales = w.codes.ndim - 2, w.scales
+    parts = (scales.mean, scales.scales) if isinstance(scales, NestedScales) else (scales,)
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x), axis=tuple(range(layers, x.ndim))) for x in parts]), axis=0)
+
+
+def check_finite(who: str, leaves: Mapping[str, Any]) -> None:
+    """Refuse packed matrices among leaves by path whose scales are not finite. While they are traced nothing is known of them.
+
+    Raises:
+      ValueError: there is one; the message names it.
+    """
+    for path, leaf in leaves.items():
+        for part in jax.tree.leaves(leaf, is_leaf=lambda part: isinstance(part, QuantizedWeight)):
+            if not isinstance(part, QuantizedWeight) or isinstance(part.codes, jax.core.Tracer):
+                continue
+            fine = jax.device_get(_finite(part))
+            if not fine.all():
+                layers = f", in layers {np.flatnonzero(~fine).tolist()}" if fine.ndim else ""
+                raise ValueError(
+                    f"{who}: {path!r} holds numbers that are not finite{layers}: the file is damaged, or its training diverged. No "
+                    "format can store them."
+                )
 
 
 def _over_layers(one):

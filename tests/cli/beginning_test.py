@@ -118,3 +118,11 @@ def test_what_was_random_in_the_frozen_tree_is_exported_as_it_was_trained(argume
     merged = peft.merge(adapter.method, adapter.join(base.params), adapter.trainable)
     exported = load.load_params(folder.read(tmp_path / "model"), base.model)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), exported, merged)
+
+
+def test_a_base_that_loftq_packs_is_finite(loaded):
+    config = smoke()
+    config.methods = ("loftq",)
+    spoiled = tree.replace(loaded.params, {Q: tree.flatten(loaded.params)[Q].at[1, 5, 3].set(np.nan)})
+    with pytest.raises(ValueError, match=rf"model: '{Q}' holds numbers that are not finite, in layers \[1\]"):
+        beginning.method(config, loaded._replace(params=spoiled), build.mesh(config))

@@ -54,10 +54,11 @@ def test_what_is_held_adds_up_to_the_bytes_of_real_trees(methods, params, key):
     assert found.peak == found.held + max(found.moments.values())
 
 
-def test_scales_are_counted_apart(params):
-    packed, dense = planned(methods=("int4", "lora")), planned()
+@pytest.mark.parametrize(("format", "of_a_group"), [("int4", 1), ("uint4", 2)])
+def test_scales_and_zeros_are_counted_apart(format, of_a_group, params):
+    packed, dense = planned(methods=(format, "lora")), planned()
     numbers = sum(x.size for path, x in tree.flatten(params).items() if "_proj" in path)
-    assert packed.scales == numbers // 16 * 4 and dense.base - packed.base == numbers * 7 // 2 and dense.scales == 0
+    assert packed.scales == of_a_group * numbers // 16 * 4 and dense.base - packed.base == numbers * 7 // 2 and dense.scales == 0
 
 
 def test_a_mesh_divides_what_its_rules_split(params):

@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from ftjax import models, quant, tree, weights
+from ftjax import models, peft, quant, tree, weights
+from ftjax.cli import build, main, pretrained
 from ftjax.cli import export as cli_export
-from ftjax.cli import main, pretrained
 from ftjax.hf import export, load
 from ftjax.hf.lazy import LazyTensor
 from ftjax.hf.tokenizer import byte_tokenizer
 from ftjax.logs.writers import read_jsonl
+from ftjax.quant.permuted import PermutedWeight
 
 UP = "layers/mlp/up_proj/kernel"
 FIELDS = (
@@ -128,13 +130,28 @@ def test_the_memory_that_quantising_takes_is_that_of_a_few_tensors_whatever_the_
     assert peaks[2] < 6 * largest
 
 
-def test_a_model_is_quantised_from_the_command_line(base, tmp_path, capsys):
-    argv = ["quantize", f"--model={base.folder}", "--format=int4", "--group=32", "--exclude=.*down_proj/kernel"]
+def test_a_matrix_whose_rows_are_sorted_in_the_file_is_its_own_dense_base(monkeypatch):
+    """As packed again without a config's quantiser: sorted once, and not twice."""
+    base = quant.quantize(jax.random.normal(jax.random.key(0), (1, 64, 8)), "uint4", group=32)
+    params = tree.unflatten({UP: PermutedWeight(base, jax.random.permutation(jax.random.key(1), 64)[None])})
+    loaded = build.Loaded(None, params, None, "test", False)
+    config = ConfigDict({"methods": ("uint4",), "uint4": {"targets": "all-linear", "group": 32}})
+    monkeypatch.setattr(build, "model", lambda *args, packed: loaded)
+    method = peft.lora(["up_proj"], rank=1)
+    attached = method.attach(*method.init(jax.random.key(2), params))
+    found = cli_export._over_dense(config, loaded, attached)
+    np.testing.assert_array_equal(weights.materialize(tree.flatten(found.params)[UP]), tree.flatten(params)[UP].materialize())
+    assert found.packing == {UP: {"format": "uint4", "group": 32, "nested": False}}
+
+
+@pytest.mark.parametrize(("format", "bits"), [("int4", 5), ("uint4", 6), ("uint8", 10)])
+def test_a_model_is_quantised_from_the_command_line(format, bits, base, tmp_path, capsys):
+    argv = ["quantize", f"--model={base.folder}", f"--format={format}", "--group=32", "--exclude=.*down_proj/kernel"]
     assert main.main([*argv, f"--output={tmp_path / 'packed'}"]) == 0
     out = capsys.readouterr().out
-    assert "bits 5" in out and "MB → " in out
+    assert f"bits {bits}" in out and "MB → " in out
     found = load.load(str(tmp_path / "packed")).params
-    options = {"quantizer": quant.int4(group=32, exclude=".*down_proj/kernel"), "dtype": "float32"}
+    options = {"quantizer": quant.METHODS[format](group=32, exclude=".*down_proj/kernel"), "dtype": "float32"}
     jax.tree.map(np.testing.assert_array_equal, found, load.load(str(base.folder), **options).params)
     assert main.main([*argv, "--targets=layers/nothing", f"--output={tmp_path / 'none'}"]) == 1
     assert "matched no leaf; nearest" in capsys.readouterr().err

@@ -105,8 +105,9 @@ def test_every_other_method_on_a_mesh_trains_to_the_weights_of_one_device():
 
 
 def test_adapters_over_a_quantised_base_train_on_a_mesh_to_the_weights_of_one_device():
+    formats = quant.nf4(["q_proj"], group=8), quant.uint4(["down_proj"], group=8)
     low_rank = peft.lora(["q_proj", "down_proj"], rank=4, init="gaussian")
-    method = peft.chain(quant.nf4(["q_proj", "down_proj"], group=8), low_rank, peft.prompt_tuning(4))
+    method = peft.chain(*formats, low_rank, peft.prompt_tuning(4))
     run = meshed.train(sharding.make_mesh(data=2, fsdp=2, tensor=2), method, chunk_tokens=5)
     assert_equal(run, meshed.train(method=method))
     codes = tree.flatten(run.frozen)["layers/mlp/down_proj/kernel"].codes

@@ -47,11 +47,16 @@ def test_a_method_over_packed_matrices_is_that_over_dense_ones(method, key):
         np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4 * (1 + np.abs(two).max()))
 
 
-def test_qlora_is_a_chain(key):
+def test_every_format_has_a_method():
+    assert set(quant.METHODS) == set(quant.SPECS)
+
+
+@pytest.mark.parametrize("format", quant.METHODS)
+def test_qlora_is_a_chain(format, key):
     params, batch = toy.init(key), toy.batch(key)
-    method = peft.chain(BASE, peft.lora("all-linear", rank=2))
+    method = peft.chain(quant.METHODS[format]("layers/.*kernel", group=4), peft.lora("all-linear", rank=2))
     frozen, trainable = method.init(key, params)
-    assert set(trainable) == {"lora"} and [row.method for row in method.plan(params)] == ["nf4", "lora"]
+    assert set(trainable) == {"lora"} and [row.method for row in method.plan(params)] == [format, "lora"]
     got = losses.sft(scoring.score(toy.MODEL, method.attach(frozen, trainable), batch), batch)[0].value()
     dense = losses.sft(scoring.score(toy.MODEL, weights.dense(frozen), batch), batch)[0].value()
     assert got == pytest.approx(dense, rel=1e-5) and got != losses.sft(scoring.score(toy.MODEL, params, batch), batch)[0].value()

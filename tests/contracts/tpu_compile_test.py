@@ -18,9 +18,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ftjax import models, quant, sharding, weights
+from ftjax import models, quant, sharding, tree, weights
 from ftjax.cli import abstract
 from ftjax.cli import config as configs
+from ftjax.quant.permuted import PermutedWeight
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
 HBM = 15.75 * 2**30  # of a v5e chip, as libtpu has it
@@ -97,6 +98,7 @@ def test_without_gathering_leaves_rows_do_leave_their_device(v5e, monkeypatch):
     [
         ("v5e:2x2", "nf4", 2048, jnp.bfloat16),
         ("v5e:2x2", "int8", 16, jnp.float32),
+        ("v5e:2x2", "uint8", 2048, jnp.bfloat16),
         ("v5p:2x2x1", "uint4", 2048, jnp.bfloat16),
         ("v5p:2x2x1", "nf4", 16, jnp.bfloat16),
         ("v6e:2x2", "int4", 2048, jnp.bfloat16),
@@ -117,6 +119,24 @@ def test_products_with_packed_matrices_compile_and_hold_nothing_but_packed_bytes
     assert memory.temp_size_in_bytes == 0
     assert memory.argument_size_in_bytes == 2 * rows * 1024 * jnp.dtype(dtype).itemsize + packed
     assert (1024, 1024) not in shapes(compiled.as_text())
+
+
+@pytest.mark.parametrize("name", ["up_proj", "down_proj"])
+def test_a_matrix_of_sorted_rows_is_multiplied_by_the_kernel_on_a_mesh(v5e, name):
+    """By columns and by rows, forwards and backwards."""
+    mesh, path = sharding.make_mesh(data=2, fsdp=2, tensor=4, devices=v5e), f"layers/mlp/{name}/kernel"
+    base = jax.eval_shape(lambda w: quant.quantize(w, "uint4"), jax.ShapeDtypeStruct((2, 1024, 1024), jnp.bfloat16))
+    params = tree.unflatten({path: PermutedWeight(base, jax.ShapeDtypeStruct((2, 1024), jnp.int32))})
+    params = sharding.abstract(params, sharding.shardings(params, mesh))
+    x = jax.ShapeDtypeStruct((16, 128, 1024), jnp.bfloat16, sharding=sharding.batch_sharding(mesh, ndim=3))
+
+    def both(x, y, params):
+        w = jax.tree.map(lambda array: array[0], tree.flatten(sharding.leaves_on_mesh(params, mesh))[path])
+        out, pullback = jax.vjp(lambda x: weights.dot(x, w), x)
+        return out, pullback(y)[0]
+
+    hlo = jax.jit(both).lower(x, x, params).compile().as_text()
+    assert re.search(r"%int4_product[.\d]* = ", hlo) and re.search(r"%int4_product_transposed[.\d]* = ", hlo)
 
 
 def test_a_quantised_base_is_multiplied_by_the_kernel_and_never_dense(v5e):

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax import models, peft, tree
-from ftjax.hf import checksums, export, folder, load, quantized, quantized_bitsandbytes
+from ftjax import models, peft, sharding, tree
+from ftjax.hf import checksums, export, folder, load, quantized, write
 from ftjax.hf.lazy import LazyTensor, from_array
-from ftjax.quant import SPECS, NestedScales, QuantizedWeight, quantize
+from ftjax.quant import SPECS, NestedScales, QuantizedWeight
 from ftjax.quant.permuted import PermutedWeight
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -117,13 +117,16 @@ def test_dense_is_still_dense(tmp_path, model):
     np.testing.assert_array_equal(tree.flatten(again(out))[path], packed.materialize())
 
 
-def test_nf4_with_nested_scales_takes_4_127_bits_a_number_on_disk():
+@pytest.mark.parametrize("layout", ["bitsandbytes", "ftjax"])
+def test_nf4_with_nested_scales_takes_4_127_bits_a_number_on_disk(layout, tmp_path):
+    """Header, tables and all."""
     i = o = 4096
-    shapes = jax.eval_shape(lambda w: quantize(w, "nf4", nested=True), jax.ShapeDtypeStruct((i, o), jnp.bfloat16))
-    lazy = jax.tree.map(lambda s: LazyTensor(s.shape, s.dtype, lambda index, s=s: np.zeros(s.shape, s.dtype)[index]), shapes)
-    tensors = quantized_bitsandbytes.write(lazy)
-    num_bytes = sum(int(np.prod(tensor.shape)) * tensor.dtype.itemsize for tensor in tensors.values())
-    assert set(tensors) >= {"weight", "weight.absmax"} and 8 * num_bytes / (i * o) == pytest.approx(4.127, abs=1e-3)
+    weight = jax.tree.map(lambda array: from_array(array[0]), random_packed((1, i, o), "nf4", 64, nested=True))
+    tensors = {f"up.{part}": tensor for part, tensor in quantized.LAYOUTS[layout].write(weight).items()}
+    entries = [write.Entry(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+    write.write_shards(tmp_path, entries, (tensor.read() for tensor in tensors.values()))
+    (file,) = tmp_path.iterdir()
+    assert 8 * file.stat().st_size / (i * o) == pytest.approx(4.127, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +194,34 @@ def test_a_flipped_bit_is_seen(tmp_path, written, seed):
     read_all(written)
     with pytest.raises(ValueError, match="is not what was written"):
         read_all(copy(written, tmp_path / "flipped", data))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flipped_bit_is_seen_on_a_mesh_that_reads_parts(tmp_path, written, model, seed):
+    data = bytearray((written / "model.safetensors").read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    codes = header[f"model.layers.{seed % 2}.mlp.up_proj.weight"]["data_offsets"]
+    data[start + int(np.random.default_rng(seed).integers(*codes))] ^= 1 << seed
+    place = sharding.placement(sharding.make_mesh(data=1, fsdp=2, tensor=4))
+    with pytest.raises(ValueError, match="is not what was written"):
+        load.load_params(folder.read(copy(written, tmp_path / "flipped", data)), model, place=place)
+
+
+def test_a_tensor_is_checked_when_a_part_of_it_is_read_and_once():
+    array, reads, sums = np.arange(12.0).reshape(3, 4), [], {}
+    list(checksums.recorded(["a"], [array], sums))
+
+    def fetch(index):
+        reads.append(array[index].shape)
+        return array[index]
+
+    lazy = LazyTensor(array.shape, array.dtype, fetch)
+    found = checksums.verified({"a": lazy}, checksums.content(sums), "test")["a"]
+    for _ in range(2):
+        np.testing.assert_array_equal(found.read((slice(1, 2),)), array[1:2])
+    found.read()
+    assert reads == [(3, 4), (1, 4), (3, 4)]
 
 
 @pytest.mark.parametrize("left", [0, 7, 100, 0.5, 0.99])

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from safetensors.numpy import load_file
 
 from ftjax import models, quant, sharding, tree, weights
-from ftjax.hf import folder, load, quantized, quantized_gptq
+from ftjax.hf import folder, load, quantized, quantized_gptq, quantized_parts
 from ftjax.hf.lazy import LazyTensor, from_array
 from ftjax.hf.quantized_parts import Parts
 from ftjax.quant import QuantizedWeight
@@ -179,6 +179,18 @@ def test_a_quantiser_leaves_what_is_in_its_format_and_refuses_another():
     assert same["layers"]["mlp"]["up_proj"]["kernel"].format == "nf4"
     with pytest.raises(ValueError, match="'layers/mlp/down_proj/kernel' is packed already, nf4 by 64 rows"):
         load.load_params(checkpoint, model, quantizer=quant.int4(), place=lambda path, tensor: pytest.fail("read"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantiser_chooses_what_multiplies_the_packed_matrices_of_a_folder(loaded, kind):
+    model, expected = loaded[kind]
+    base = quantized_parts.plain(expected["layers"]["mlp"]["up_proj"]["kernel"])
+    method = quant.METHODS[base.format](group=base.group, nested=base.nested, implementation="reference")
+    params = load.load_params(folder.read(GOLDENS / kind), model, dtype="float32", quantizer=method)
+    found, _ = method.init(jax.random.key(0), params)
+    assert quantized_parts.plain(found["layers"]["mlp"]["up_proj"]["kernel"]).implementation == "reference" != base.implementation
+    for one, two in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(one, two)
 
 
 def test_an_embedding_is_not_packed():

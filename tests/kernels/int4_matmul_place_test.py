@@ -14,6 +14,7 @@ from ftjax.quant import quantize
 
 CASES = {  # how [192, 64] is split, its groups, whether in the TPU kernel, and the rows, columns and groups of a device
     "by columns, in the TPU kernel": ((None, "tensor"), 64, True, (192, 32, 3)),
+    "by rows, in the TPU kernel": (("tensor", None), 32, True, (96, 64, 3)),
     "by rows": (("tensor", None), 32, False, (96, 64, 3)),
     "by rows, of three groups": (("tensor", None), 64, False, (192, 64, 3)),
     "by rows, all of one group": (("tensor", None), None, False, (96, 64, 1)),

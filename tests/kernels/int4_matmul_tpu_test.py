@@ -20,15 +20,22 @@ CASES = [  # every format and group, both dtypes
     ("int4", 128, jnp.bfloat16),
     ("uint4", 512, jnp.float32),  # the whole column, of two tiles
     ("int8", 512, jnp.bfloat16),
+    ("uint8", 64, jnp.float32),
 ]
+
+
+def test_every_format_is_among_them():
+    assert {format for format, *_ in CASES} == set(SPECS)
 
 
 def packed(format, shape, group, dtype=jnp.float32):
     """A matrix of random bytes: all codes, and scales of both signs."""
     i, o, random = *shape, np.random.default_rng(0)
-    codes = random.integers(-127, 128, (i, o), np.int8) if format == "int8" else random.integers(0, 256, (i // 2, o), np.uint8)
+    low = {"int8": -127, "uint8": -128}.get(format)
+    codes = random.integers(0, 256, (i // 2, o), np.uint8) if low is None else random.integers(low, 128, (i, o), np.int8)
     scales = random.normal(size=(i // group, o)).astype(np.float32)
-    zeros = jnp.asarray(random.integers(0, 16, scales.shape).astype(np.float32)) if format == "uint4" else None
+    span = {"uint4": (0, 16), "uint8": (-128, 128)}.get(format)
+    zeros = None if span is None else jnp.asarray(random.integers(*span, scales.shape).astype(np.float32))
     return QuantizedWeight(jnp.asarray(codes), jnp.asarray(scales), zeros, format, jnp.dtype(dtype).name)
 
 
@@ -75,11 +82,15 @@ def test_a_gradient_that_is_zero_or_of_the_wrong_matrix_would_be_found(monkeypat
         assert bool(relative(gradient, expected) > 1e-5) is found
 
 
-def test_nothing_is_read_before_it_is_written_and_what_is_summed_is_not_parallel():
-    """This interpreter fills vector memory with NaN, looks for races and refuses a parallel axis after one that is summed over."""
-    w, y = packed("nf4", (192, 100), 32), rows((20, 100))  # odd sides are one block
-    found = tpu.product_transposed(w._spec, y, w._packed(), tiles=tpu.Tiles(8, 64, 100), interpret=pltpu.InterpretParams(detect_races=True))
-    assert relative(found, np.asarray(y, np.float64) @ np.asarray(w.materialize(), np.float64).T) < 1e-5
+@pytest.mark.parametrize("form", [tpu.product, tpu.product_transposed], ids=["product", "transposed"])
+def test_nothing_is_read_before_it_is_written_and_what_is_summed_is_not_parallel(form):
+    """On grids of 3 x 2 x 3 and 3 x 3 x 2. This interpreter fills vector memory with NaN, and takes parallel axes in a random order."""
+    w = packed("nf4", (192, 256), 32)
+    dense = np.asarray(w.materialize(), np.float64)
+    dense = dense if form is tpu.product else dense.T
+    x = rows((20, dense.shape[0]))
+    found = form(w._spec, x, w._packed(), tiles=tpu.Tiles(8, 64, 128), interpret=pltpu.InterpretParams(random_seed=0))
+    assert relative(found, np.asarray(x, np.float64) @ dense) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -102,3 +102,9 @@ def test_after_one_iteration_the_base_needs_only_the_plan(key):
 def test_what_cannot_start_is_said(options, message, key):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(partial(start, **options), matrices(key))
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_a_number_that_is_not_finite_is_refused(iterations, key):
+    with pytest.raises(ValueError, match=rf"loftq: '{PATH}' holds numbers that are not finite, in layers \[1\]"):
+        start(matrices(key).at[1, 5, 3].set(jnp.nan), rank=RANK, iterations=iterations)

@@ -126,3 +126,13 @@ def test_nf4_with_nested_scales_takes_4_127_bits_a_number():
 def test_what_cannot_be_quantised_is_said(shape, options, message):
     with pytest.raises(ValueError, match=message):
         quantize(jnp.ones(shape), **options)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("format", quant.METHODS)
+def test_a_number_that_is_not_finite_is_refused_where_it_can_be_seen(format, value, key):
+    params = {"layers": {"up_proj": {"kernel": jax.random.normal(key, (3, 128, 6)).at[1, 5, 3].set(value)}}}
+    method = quant.METHODS[format]()
+    with pytest.raises(ValueError, match=rf"{format}: 'layers/up_proj/kernel' holds numbers that are not finite, in layers \[1\]"):
+        method.init(key, params)
+    jax.eval_shape(method.init, key, params)

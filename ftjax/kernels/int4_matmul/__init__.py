@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from ftjax.kernels.int4_matmul.decode import Packed, Spec, dense, pack, unpack, values
 from ftjax.kernels.int4_matmul.implementations import IMPLEMENTATIONS, Choice, Implementation, check, choice
-from ftjax.kernels.int4_matmul.place import Place, part, run
+from ftjax.kernels.int4_matmul.place import Place, gathered, part, run
 
 
 def product(
@@ -73,6 +73,7 @@ __all__ = [
     "choice",
     "dense",
     "check",
+    "gathered",
     "pack",
     "part",
     "product",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ftjax.kernels.int4_matmul import decode, implementations
@@ -39,8 +39,7 @@ def run(direction: str, spec: Spec, implementation: str, place: Place | None, x:
         return one(x, w)
     i, o = _sides(place, spec, w)
     summed, kept = (i, o) if direction == "product" else (o, i)
-    first = place.rows if x.ndim > 1 and x.shape[0] % _parts(place, place.rows) == 0 else None
-    lead = () if x.ndim == 1 else (first, *(None,) * (x.ndim - 2))
+    lead = _lead(place, x)
 
     def part(x: jax.Array, w: Packed) -> jax.Array:
         return one(x, w) if summed is None else jax.lax.psum(one(x, w), summed)
@@ -48,6 +47,13 @@ def run(direction: str, spec: Spec, implementation: str, place: Place | None, x:
     # Nothing is differentiated through it, so nothing needs to know what varies where; and Pallas does not say.
     arrays = (P(*lead, summed), specs(place, spec, w))
     return jax.shard_map(part, mesh=place.mesh, in_specs=arrays, out_specs=P(*lead, kept), check_vma=False)(x, w)
+
+
+def gathered(place: Place | None, x: jax.Array) -> jax.Array:
+    """Return `[..., n]` with the whole of its last axis on each device that has the row."""
+    if place is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(place.mesh, P(*_lead(place, x), None)))
 
 
 def specs(place: Place, spec: Spec, w: Packed) -> Packed:
@@ -64,6 +70,13 @@ def part(place: Place, spec: Spec, w: Packed) -> Packed:
         return jax.ShapeDtypeStruct([size // _parts(place, entry) for size, entry in zip(array.shape, where, strict=True)], array.dtype)
 
     return jax.tree.map(shard, w, specs(place, spec, w))
+
+
+def _lead(place: Place, x: jax.Array) -> tuple[Any, ...]:
+    """Return what the axes of x before its last are split over."""
+    if x.ndim == 1:
+        return ()
+    return (None if x.shape[0] % _parts(place, place.rows) else place.rows, *(None,) * (x.ndim - 2))
 
 
 def _sides(place: Place, spec: Spec, w: Packed) -> tuple[Any, Any]:
