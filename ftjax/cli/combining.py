@@ -11,7 +11,7 @@ import jax
 from ftjax import hub, models, peft
 from ftjax.cli import pretrained
 from ftjax.hf import adapter as hf_adapter
-from ftjax.hf import architecture, gguf_file, load
+from ftjax.hf import architecture, load
 from ftjax.hf import peft as hf_peft
 from ftjax.hf import tokenizer as hf_tokenizer
 from ftjax.types import Model, Params
@@ -39,7 +39,7 @@ def combine(output: Path, folders: Mapping[str, Path], base: str, *, factors: Se
     params = jax.eval_shape(model.init, jax.random.key(0))
     adapted = [_attached(name, folder, model, params) for name, folder in folders.items()]
     method, trainable = peft.combine(adapted, factors, **options)
-    words = hf_tokenizer.from_gguf(gguf_file.open_file(place)) if place.suffix == ".gguf" else hf_tokenizer.load(place)
+    words = hf_tokenizer.load(place)
     words = _common_tokenizer({name: pretrained.tokenizer(folder, model, base=words) for name, folder in folders.items()})
     hf_peft.save_adapter(output, model, trainable, method.plan(params), base_name=base, tokenizer=words)
     if config != published:

@@ -54,7 +54,7 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_multi_string("adapter", [], about, flags)
     about = f"store the model's matrices as {', '.join(quant.METHODS)}; none: not; auto: as the run of the adapter had them"
     absl_flags.DEFINE_enum("quantize", "auto", ["auto", "none", *quant.METHODS], about, flag_values=flags)
-    absl_flags.DEFINE_string("dtype", "auto", "of the weights: float32, bfloat16, or auto for the faster one here", flags)
+    absl_flags.DEFINE_string("dtype", "auto", "of the weights: float32, bfloat16, or auto, which is bfloat16", flags)
 
 
 def load(flags: absl_flags.FlagValues) -> Adapted:

@@ -21,7 +21,7 @@ import numpy as np
 
 from ftjax import models, tree, weights
 from ftjax.hf import checksums, names, quantized
-from ftjax.hf.lazy import Index, LazyTensor, cast, swap
+from ftjax.hf.lazy import Index, LazyTensor, cast, swap, unstacked
 from ftjax.hf.write import SHARD_BYTES, Entry, new_folder, write_json, write_shards, write_tokenizer
 from ftjax.types import VALUE_HEAD, Model, Params
 
@@ -154,9 +154,9 @@ def _matrices(path: str, leaf: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _lazy(array: jax.Array | LazyTensor, layer: int | None) -> LazyTensor:
-    shape = array.shape if layer is None else array.shape[1:]
     if isinstance(array, LazyTensor):
-        return array if layer is None else LazyTensor(shape, array.dtype, lambda at: array.read((slice(layer, layer + 1), *at))[0])
+        return array if layer is None else unstacked(array, layer)
+    shape = array.shape if layer is None else array.shape[1:]
     return LazyTensor(shape, array.dtype, lambda index: np.asarray(array if layer is None else _layer(array, layer))[index])
 
 

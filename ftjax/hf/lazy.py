@@ -68,6 +68,11 @@ def stack(layers: Sequence[LazyTensor]) -> LazyTensor:
     return LazyTensor((len(layers), *shape), dtype, fetch)
 
 
+def unstacked(tensor: LazyTensor, layer: int) -> LazyTensor:
+    """Return one layer of a stack."""
+    return LazyTensor(tensor.shape[1:], tensor.dtype, lambda index: tensor.read((slice(layer, layer + 1), *index))[0])
+
+
 def aligned(tensor: LazyTensor) -> LazyTensor:
     """Return the array, to be read into memory that a device of the host takes over without a copy."""
     return LazyTensor(tensor.shape, tensor.dtype, lambda index: stack([tensor]).read((slice(None), *index))[0])

@@ -15,8 +15,10 @@ import numpy as np
 
 from ftjax import weights
 from ftjax.hf import names
-from ftjax.hf.lazy import Index, LazyTensor, aligned_empty
+from ftjax.hf.lazy import Index, LazyTensor, aligned_empty, unstacked
 from ftjax.quant import NestedScales, QuantizedWeight, quantize
+from ftjax.quant.quantize import NOT_FINITE
+from ftjax.quant.weight import magnitudes
 from ftjax.weights import Leaf
 
 _quantize = jax.jit(quantize, static_argnames=("format", "group", "nested"))
@@ -114,7 +116,7 @@ class Packer:
 
 
 def _block(tensor: LazyTensor, layer: int | None) -> np.ndarray:
-    return tensor.read() if layer is None else tensor.read((slice(layer, layer + 1),))[0]
+    return tensor.read() if layer is None else unstacked(tensor, layer).read()
 
 
 def _packed(path: str, block: np.ndarray, layer: int | None, options: Mapping[str, Any]) -> QuantizedWeight:
@@ -126,12 +128,13 @@ def _packed(path: str, block: np.ndarray, layer: int | None, options: Mapping[st
 
 def _sound(path: str, block: np.ndarray, layer: int | None, scales: Any) -> Any:
     """Return the scales of a matrix, if its numbers are finite."""
-    summary = (scales.mean, scales.scales) if isinstance(scales, NestedScales) else (scales,)
-    if not all(np.isfinite(part).all() for part in summary):  # the largest magnitude of a group is not finite if a number of it is not
+    if not all(
+        np.isfinite(part).all() for part in magnitudes(scales)
+    ):  # the largest magnitude of a group is not finite if a number of it is not
         bad = ~np.isfinite(block.astype(np.float32))
         place = "" if layer is None else f", layer {layer},"
         raise ValueError(
             f"hf: {path!r}{place} holds {bad.sum():,} numbers that are not finite, the first at {np.argwhere(bad)[:1].tolist()} of "
-            f"{list(block.shape)}: the file is damaged, or its training diverged. No format can store them."
+            f"{list(block.shape)}: {NOT_FINITE}"
         )
     return scales

@@ -142,7 +142,7 @@ def load_adapter(folder: str | Path, model: Model) -> Adapter:
         adapter = _of_norms(folder, config, found, leaves, problems)
     else:
         adapter = _on_matrices(folder, check(config, str(folder / CONFIG)), found, leaves, problems)
-    method, trainable = whole.beside(adapter.method, adapter.trainable, saved)
+    method, trainable = whole.beside("full", adapter.method, adapter.trainable, saved, leaves)
     method, trainable, problems = biases.beside(method, trainable, trained, leaves)
     _complain(folder, problems)
     method, trainable = value_head.beside(method, trainable, head)

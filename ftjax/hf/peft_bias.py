@@ -71,9 +71,7 @@ def write(
     found = {}
     for path, row in alone.items():
         array = np.asarray(tree.flatten(trainable[row.method])[path])
-        for name, one in zip(
-            peft_whole.chosen(path, leaves[path].shape, row), array if names.is_stacked(path) else array[None], strict=True
-        ):
+        for name, one in peft_whole.write(path, leaves[path].shape, row, array).items():
             module = name.removesuffix(".bias")
             found[f"{tensors.PREFIX}{module}{_UNDER if module in modules else '.bias'}"] = one
     return found
@@ -122,8 +120,7 @@ def beside(method: Transform, trainable: Params, biases: Biases | None, leaves: 
     wanted = every - whole if biases.which == ALL else _of(adapted(rows, leaves), every)
     if problems := peft_whole.misfits(biases.found, wanted, leaves, shown=biases.shown):
         return method, trainable, problems
-    rules, trained = peft_whole.rules("bitfit", biases.found, leaves)
-    return peft.chain(method, *(peft.bitfit(**options) for options in rules)), {**trainable, **trained}, []
+    return *peft_whole.beside("bitfit", method, trainable, biases.found, leaves), []
 
 
 def adapted(rows: Sequence[Plan], leaves: Mapping[str, Any]) -> set[str]:

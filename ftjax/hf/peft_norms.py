@@ -39,11 +39,8 @@ def write(rows: Iterable[Plan], trainable: Mapping[str, Params], leaves: Mapping
         flat = tree.flatten(trainable[row.method])
         every = every and "layers" not in row.options
         for path in row.paths:
-            layers = np.asarray(flat[path])
-            layers = layers if names.is_stacked(path) else layers[None]
-            for name, one in zip(peft_whole.chosen(path, leaves[path].shape, row), layers, strict=True):
-                module, _, leaf = name.rpartition(".")
-                found[f"{tensors.PREFIX}{module}.{_UNDER}{leaf}"] = one.T if names.is_transposed(path) else one
+            for name, one in peft_whole.write(path, leaves[path].shape, row, np.asarray(flat[path])).items():
+                found[f"{tensors.PREFIX}{_owner(name)}.{_UNDER}{name.rpartition('.')[2]}"] = one
     modules = sorted({name.removeprefix(tensors.PREFIX).partition(f".{_UNDER}")[0] for name in found})
     return _FIELDS | {"target_modules": short(paths, leaves) if every else modules}, found
 

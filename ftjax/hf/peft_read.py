@@ -99,7 +99,7 @@ def leaves_and_options(parts: Parts, config: Mapping[str, Any], leaves: Mapping[
     options |= {option: read(config) for option, read in form.reads.items()}
     for option in form.patterns:
         options[PATTERNS[option]] = {}
-    if (on := _layers(parts, leaves)) is not None:
+    if on := _layers(parts, leaves):
         options["layers"] = on
     least = {axis: options[option] for axis, option in form.at_least.items()}
     for path, layers in parts.layers.items():
@@ -111,7 +111,7 @@ def leaves_and_options(parts: Parts, config: Mapping[str, Any], leaves: Mapping[
             scale = {module: form.scale(values["rank"], values["alpha"], options) for module, values in local.items()}
             scales = {module: scale[module] / scale[first] for module in layers}
         for field, value in tensors.stack(path, shape, layers, form, scales, least=least).items():
-            arrays[f"{path}/{field}"] = value if on is None or not form.tensors[field].trained else value[on]
+            arrays[f"{path}/{field}"] = value[on] if on and form.tensors[field].trained else value
         for option in form.patterns:
             if local[first][option] != options[option]:
                 options[PATTERNS[option]][path] = local[first][option]
@@ -120,11 +120,7 @@ def leaves_and_options(parts: Parts, config: Mapping[str, Any], leaves: Mapping[
     return arrays, {"targets": short(parts.layers, leaves), **options}
 
 
-def _layers(parts: Parts, leaves: Mapping[str, Any]) -> list[int] | None:
-    """Return the layers that have the adapter, where it is on the same ones of all leaves; None where it is on all, or they differ."""
-    if not all(map(names.is_stacked, parts.layers)):
-        return None
-    modules = {path: names.modules(path, leaves[path].shape) for path in parts.layers}
-    found = {tuple(index for index, module in enumerate(modules[path]) if module in layers) for path, layers in parts.layers.items()}
-    one = found.pop()
-    return None if found or len(one) == len(next(iter(modules.values()))) else list(one)
+def _layers(parts: Parts, leaves: Mapping[str, Any]) -> list[int]:
+    """Return the layers that have the adapter, where it is on the same ones of all leaves; none where it is on all, or they differ."""
+    found = tensors.common_layers(parts.layers, leaves)
+    return found if any(len(found) < len(names.modules(path, leaves[path].shape)) for path in parts.layers) else []

@@ -7,7 +7,8 @@ base_model.model.model.norm.weight [d]   (in `modules_to_save`)         <->   fu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -70,20 +71,6 @@ def write_leaf(
             turned = tensor.turn[0](one, *shape[-2:]) if tensor.turn else theirs(one, tensor.axes)
             found[f"{PREFIX}{module}.{key_of(tensor, path)}"] = turned
     return found
-
-
-def write_whole(path: str, shape: Shape, value: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the tensors of a leaf that was trained itself."""
-    layers = value if names.is_stacked(path) else value[None]
-    pairs = zip(names.tensors(path, shape), layers, strict=True)
-    return {PREFIX + name: one.T if names.is_transposed(path) else one for name, one in pairs}
-
-
-def read_whole(path: str, tensors: Sequence[LazyTensor]) -> np.ndarray:
-    """Return a leaf that was trained itself, float32; the inverse of `write_whole`."""
-    values = [tensor.read().astype(np.float32) for tensor in tensors]
-    values = [value.T for value in values] if names.is_transposed(path) else values
-    return np.stack(values) if names.is_stacked(path) else values[0]
 
 
 def assign(module: str, found: Found, form: Format, path: str, sizes: Mapping[str, int]) -> tuple[Found, list[str]]:
@@ -170,6 +157,14 @@ def _check_stackable(path: str, field: str, values: Mapping[str, np.ndarray], fo
         raise ValueError(
             f"peft: not yet: layers of {path!r} whose {field!r} have different shapes, {differing} among [{', '.join(letters)}]"
         )
+
+
+def common_layers(on: Mapping[str, Collection[str]], shapes: Mapping[str, Any]) -> list[int]:
+    """Return the layers whose modules have the adapter, `{path: modules}`, if they are the same of all leaves; else none."""
+    if not all(map(names.is_stacked, on)):
+        return []
+    found = {tuple(n for n, m in enumerate(names.modules(path, shapes[path].shape)) if m in modules) for path, modules in on.items()}
+    return list(found.pop()) if len(found) == 1 else []
 
 
 def leader(path: str, shape: Shape, ranks: Mapping[str, int], present: Collection[str]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from ftjax import peft, tree
 from ftjax.hf import names
@@ -22,6 +23,20 @@ def chosen(path: str, shape: Sequence[int], row: Plan) -> list[str]:
     """Return the Hugging Face tensors that a rule trains of one of its leaves."""
     every = names.tensors(path, tuple(shape))
     return [every[layer] for layer in row.options["layers"]] if "layers" in row.options else every
+
+
+def write(path: str, shape: Sequence[int], row: Plan, value: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the tensors of a leaf that a rule trained itself, by their names in the model."""
+    layers = value if names.is_stacked(path) else value[None]
+    pairs = zip(chosen(path, shape, row), layers, strict=True)
+    return {name: one.T if names.is_transposed(path) else one for name, one in pairs}
+
+
+def _stacked(path: str, layers: Sequence[LazyTensor]) -> np.ndarray:
+    """Return a leaf that was trained itself, float32; the inverse of `write`."""
+    values = [tensor.read().astype(np.float32) for tensor in layers]
+    values = [value.T for value in values] if names.is_transposed(path) else values
+    return np.stack(values) if names.is_stacked(path) else values[0]
 
 
 def rules(kind: str, found: Mapping[str, LazyTensor], leaves: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Params]:
@@ -43,14 +58,14 @@ def rules(kind: str, found: Mapping[str, LazyTensor], leaves: Mapping[str, Any])
     for number, (layers, by_path) in enumerate(groups.items(), start=1):
         name = kind if number == 1 else f"{kind}_{number}"
         options.append({"targets": "|".join(map(re.escape, by_path)), "layers": layers, "name": name})
-        trainable[name] = tree.unflatten({path: jnp.asarray(tensors.read_whole(path, parts)) for path, parts in by_path.items()})
+        trainable[name] = tree.unflatten({path: jnp.asarray(_stacked(path, layers)) for path, layers in by_path.items()})
     return options, trainable
 
 
 def read(
     config: Mapping[str, Any], found: Mapping[str, LazyTensor], leaves: Mapping[str, Any]
-) -> tuple[dict[str, list[LazyTensor]], dict[str, LazyTensor], list[str]]:
-    """Return the tensors of each leaf of `modules_to_save`, the other tensors of a folder, and what does not fit."""
+) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor], list[str]]:
+    """Return the tensors of `modules_to_save` by their names in the model, the other tensors of a folder, and what does not fit."""
     if not config.get("modules_to_save"):
         return {}, dict(found), []
     parameters = {name: path for path in leaves for name in names.tensors(path, leaves[path].shape)}
@@ -62,17 +77,19 @@ def read(
         else:
             rest[full_name] = tensor
     paths = {parameters[name] for name in saved}
-    every = {path: names.tensors(path, leaves[path].shape) for path in leaves if path in paths}
-    problems = misfits(saved, [name for of in every.values() for name in of], leaves) + tied(paths, leaves)
-    return ({} if problems else {path: [saved[name] for name in of] for path, of in every.items()}), rest, problems
+    wanted = {name for path in paths for name in names.tensors(path, leaves[path].shape)}
+    problems = misfits(saved, wanted, leaves) + tied(paths, leaves)
+    return {} if problems else saved, rest, problems
 
 
-def beside(method: Transform, trainable: Params, saved: Mapping[str, Sequence[LazyTensor]]) -> tuple[Transform, Params]:
-    """Return a method and its trained tree with `full` on what was saved whole, or as they are where that is nothing."""
-    if not saved:
+def beside(
+    kind: str, method: Transform, trainable: Params, found: Mapping[str, LazyTensor], leaves: Mapping[str, Any]
+) -> tuple[Transform, Params]:
+    """Return a method and its trained tree with those of `kind` on what was trained itself, or as they are where that is nothing."""
+    if not found:
         return method, trainable
-    tree_ = tree.unflatten({path: jnp.asarray(tensors.read_whole(path, found)) for path, found in saved.items()})
-    return peft.chain(method, peft.full("|".join(map(re.escape, saved)))), {**trainable, "full": tree_}
+    options, trained = rules(kind, found, leaves)
+    return peft.chain(method, *(peft.METHODS[kind](**each) for each in options)), {**trainable, **trained}
 
 
 def tied(paths: Collection[str], leaves: Mapping[str, Any]) -> list[str]:

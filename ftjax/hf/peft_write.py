@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ftjax import peft, tree
-from ftjax.hf import names
+from ftjax.hf import names, peft_whole
 from ftjax.hf import peft_bias as biases
 from ftjax.hf import peft_head as head
 from ftjax.hf import peft_norms as norms
@@ -67,7 +67,8 @@ def _on_modules(model: Model, trainable: Params, plans: Sequence[Plan], frozen: 
         config |= {biases.FIELD: word} if parts.biases else {}
     found |= biases.write(parts.biases, trainable, modules, leaves)
     for path, row in parts.whole.items():
-        found |= tensors.write_whole(path, leaves[path].shape, np.asarray(flat[row.method][path]))
+        written = peft_whole.write(path, leaves[path].shape, row, np.asarray(flat[row.method][path]))
+        found |= {f"{tensors.PREFIX}{name}": one for name, one in written.items()}
     config["modules_to_save"] = shortest_names(owners(parts.whole, leaves), owners(leaves, leaves), str.endswith) or None
     return config, found
 
@@ -163,19 +164,11 @@ def _config(
     config["target_modules"] = short(paths, leaves)
     named = set(targeted(config, owners(leaves, leaves)))
     modules = {module for found in carriers.values() for module in found}
-    if modules != named and (layers := _common(carriers, leaves)) and "layers_to_transform" in config:
+    if modules != named and (layers := tensors.common_layers(carriers, leaves)) and "layers_to_transform" in config:
         config["layers_to_transform"] = layers
     elif modules != named:
         config["target_modules"] = sorted(modules)
     return config
-
-
-def _common(carriers: Mapping[str, Mapping[str, int]], leaves: Mapping[str, Any]) -> list[int]:
-    """Return the layers on which all these leaves have the adapter, if they are the same and all leaves are layers'."""
-    if not all(map(names.is_stacked, carriers)):
-        return []
-    found = {tuple(n for n, module in enumerate(names.modules(path, leaves[path].shape)) if module in on) for path, on in carriers.items()}
-    return list(found.pop()) if len(found) == 1 else []
 
 
 def model_leaves(model: Model) -> dict[str, Any]:

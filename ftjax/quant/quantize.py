@@ -15,7 +15,7 @@ from ftjax.kernels import int4_matmul
 from ftjax.quant import blockwise, codes
 from ftjax.quant.blockwise import TINY
 from ftjax.quant.mean import mean
-from ftjax.quant.weight import SPECS, NestedScales, QuantizedWeight
+from ftjax.quant.weight import SPECS, NestedScales, QuantizedWeight, magnitudes
 
 
 def quantize(w: Float[Array, "*l i o"], format: str = "nf4", *, group: int | None = 64, nested: bool = False) -> QuantizedWeight:
@@ -54,11 +54,14 @@ def quantize(w: Float[Array, "*l i o"], format: str = "nf4", *, group: int | Non
     return QuantizedWeight(found.codes, found.scales, found.zeros, format, jnp.dtype(w.dtype).name)
 
 
+NOT_FINITE = "the file is damaged, or its training diverged. No format can store them."
+"""What to say of numbers that are not finite."""
+
+
 def _finite(w: QuantizedWeight) -> Bool[Array, "*l"]:
     """Return of each matrix whether its scales are finite; they are not if a number that they are of was not."""
-    layers, scales = w.codes.ndim - 2, w.scales
-    parts = (scales.mean, scales.scales) if isinstance(scales, NestedScales) else (scales,)
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x), axis=tuple(range(layers, x.ndim))) for x in parts]), axis=0)
+    layers = w.codes.ndim - 2
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x), axis=tuple(range(layers, x.ndim))) for x in magnitudes(w.scales)]), axis=0)
 
 
 def check_finite(who: str, leaves: Mapping[str, Any]) -> None:
@@ -74,10 +77,7 @@ def check_finite(who: str, leaves: Mapping[str, Any]) -> None:
             fine = jax.device_get(_finite(part))
             if not fine.all():
                 layers = f", in layers {np.flatnonzero(~fine).tolist()}" if fine.ndim else ""
-                raise ValueError(
-                    f"{who}: {path!r} holds numbers that are not finite{layers}: the file is damaged, or its training diverged. No "
-                    "format can store them."
-                )
+                raise ValueError(f"{who}: {path!r} holds numbers that are not finite{layers}: {NOT_FINITE}")
 
 
 def _over_layers(one):

@@ -50,6 +50,11 @@ class NestedScales:
         return jnp.swapaxes(numbers * scales + self.mean[..., None, None], -1, -2)
 
 
+def magnitudes(scales: Any) -> tuple[Any, ...]:
+    """Return the floating-point arrays that scales are made of: one that is not finite is of numbers that were not."""
+    return (scales.mean, scales.scales) if isinstance(scales, NestedScales) else (scales,)
+
+
 class PackedWeight(Weight):
     """A matrix `[..., i, o]` that is multiplied as it is packed, in one layout of its codes or another."""
 

@@ -74,7 +74,7 @@ def check_numbers(model, params, name):
         close(leaf.T if hf_names.is_transposed(path) else leaf, golden[key], 1e-5, key)
 
 
-def close(got, want, tolerance, what):
+def close(got, want, tolerance, what=""):
     assert np.abs(np.asarray(got) - want).max() <= tolerance * np.abs(want).max(), what
 
 

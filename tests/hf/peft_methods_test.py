@@ -2,7 +2,6 @@
 
 import json
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,8 @@ from ftjax.hf import names as hf_names
 from ftjax.hf import peft as hf_peft
 from ftjax.hf import peft_config
 from ftjax.peft.layers import chosen
+from tests.hf.conftest import GOLDENS, close, logits
 
-GOLDENS = Path(__file__).parents[1] / "goldens" / "peft"  # third_party/peft/folder_golden.py
 FOLDERS = {"dora": "dora", "dora_layers": "dora", "dora_modules": "dora", "ia3": "ia3", "vera": "vera", "vera_drawn": "vera"} | {
     name: name.partition("_")[0]
     for name in (
@@ -70,11 +69,6 @@ LAYERS = {
 }
 
 
-def logits(model, params):
-    hidden, _ = model.apply(params, jnp.asarray((np.arange(10, dtype=np.int32) * 11 % 61)[None]))
-    return model.unembed(model.head(params), hidden)[0]
-
-
 @pytest.mark.parametrize("name", FOLDERS)
 def test_logits_gradients_and_merged_weights_are_those_of_peft(base, name):
     model, params = base
@@ -106,10 +100,6 @@ def test_logits_gradients_and_merged_weights_are_those_of_peft(base, name):
         path, layer = hf_names.path(key.removeprefix("merged|") + ".weight")
         ours = merged[path] if layer is None else merged[path][layer]
         close(ours.T if hf_names.is_transposed(path) else ours, golden[key], 1e-5, key)
-
-
-def close(got, want, tolerance, what=""):
-    assert np.abs(np.asarray(got) - want).max() <= tolerance * np.abs(want).max(), what
 
 
 def trained(method, params):

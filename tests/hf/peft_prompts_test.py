@@ -2,7 +2,6 @@
 
 import json
 import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +10,10 @@ import pytest
 import safetensors.numpy
 
 from ftjax import models, peft, tree
-from ftjax.hf import folder, load
 from ftjax.hf import peft as hf_peft
 from ftjax.peft.prefix_tuning import split
+from tests.hf.conftest import GOLDENS, close, logits
 
-GOLDENS = Path(__file__).parents[1] / "goldens" / "peft"  # third_party/peft/prompts_golden.py
 ENCODED = {
     "prompt_tuning": peft.prompt_tuning(4, init="random"),
     "p_tuning": peft.p_tuning(4, hidden_size=5),
@@ -25,22 +23,6 @@ ENCODED = {
 }
 WIDTH = 12
 names = pytest.mark.parametrize("name", ENCODED)
-
-
-@pytest.fixture(scope="module")
-def base():
-    checkpoint = folder.read(GOLDENS / "base")
-    model = models.build(models.config_from_hf(checkpoint.config))
-    return model, load.load_params(checkpoint, model)
-
-
-def logits(model, params):
-    hidden, _ = model.apply(params, jnp.asarray((np.arange(10, dtype=np.int32) * 11 % 61)[None]))
-    return model.unembed(model.head(params), hidden)[0]
-
-
-def close(got, want, tolerance, what=""):
-    assert np.abs(np.asarray(got) - want).max() <= tolerance * np.abs(want).max(), what
 
 
 def method_of(name):

@@ -11,20 +11,9 @@ import safetensors.numpy
 
 from ftjax import models, peft, tree, weights
 from ftjax.hf import peft as hf_peft
-from tests.hf.conftest import GOLDENS
+from tests.hf.conftest import GOLDENS, contents, logits
 
-TOKENS = jnp.asarray((np.arange(10, dtype=np.int32) * 11 % 61)[None])
 EMBEDDING = "embed_tokens/kernel"
-
-
-def logits(model, params):
-    hidden, _ = model.apply(params, TOKENS)
-    return model.unembed(model.head(params), hidden)[0]
-
-
-def contents(folder):
-    config = json.loads((folder / hf_peft.CONFIG).read_text())
-    return config, safetensors.numpy.load_file(folder / hf_peft.WEIGHTS)
 
 
 @pytest.mark.parametrize(("name", "ids", "key"), [("tokens", (5, 22, 44), "."), ("lora_tokens", (0, 3, 16), ".token_adapter.")])
