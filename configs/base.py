@@ -237,6 +237,7 @@ def calibration() -> ConfigDict:
     config = ConfigDict()
     config.batches = 8  # the first
     config.sources = ConfigDict()  # as data.sources; empty: those, so the batches of the training
+    config.eva = ConfigDict({"rho": 1.0})  # above: rank / rho directions on average, where they explain most, and at most the rank
     config.corda = ConfigDict({"keep": "task"})  # or "knowledge": what matters least to the sources, here text not to forget, is trained
     config.lora_ga = ConfigDict({"gamma": 16.0})  # larger: a smaller start
     return config

@@ -8,6 +8,7 @@ rank 2r on the published weights.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -110,25 +111,45 @@ def olora() -> FromWeight:
     return FromWeight(factors)
 
 
-def eva(moments: Mapping[str, jax.Array]) -> OfPath:
-    """Start A as the main directions of the matrix's own inputs, and B = 0.
+def eva(moments: Mapping[str, jax.Array], *, rho: float = 1.0) -> OfPath:
+    """Start A as the main directions of the matrix's own inputs, and B = 0; the directions go where they explain most.
 
-    Paischer et al. 2024, arXiv:2410.07170: the columns of A are the first r right singular vectors of the inputs X `[tokens, i]`, which are
-    the eigenvectors of Xᵀ X. Where we differ: every matrix keeps the rank that it was given. The paper, and PEFT by its default
-    `rho=2.0`, gives the directions that explain most variance over all matrices, at most ρ r of one and r of each on average; here the
-    layers of a stacked leaf have one rank, and the layers that would get less than the leaf's largest would have to be padded.
+    Paischer et al. 2024, arXiv:2410.07170: the columns of A are the first right singular vectors of the inputs X `[tokens, i]`, which are
+    the eigenvectors of Xᵀ X. Direction j explains the share λ_j / Σ λ of its matrix's inputs. With ρ > 1 only those directions start so
+    that are among the n r / ρ that explain most, over all n matrices. The other columns, and their rows of B, are zero and get no
+    gradient, so they are never trained: the matrix has the lower rank.
+
+    Where we differ: the r of the paper is rank / ρ here, because the layers of a stacked leaf have one shape. A run so has the time and the
+    memory of `rank`; the scale is that of `rank` in all, where PEFT sets alpha so that it is that of its r. With other ranks in a
+    `rank_pattern`, each matrix is judged as if all had its own.
 
     Args:
-      moments: from `ftjax.peft.calibration.input_moments`.
+      moments: from `ftjax.peft.calibration.input_moments`, of the same targets.
+      rho: ρ ≥ 1, the most directions of a matrix over the mean. At 1 each has all of its rank; the paper and PEFT have 2.
     """
+    if not rho >= 1:
+        raise ValueError(f"inits: the rho of eva is at least 1, not {rho}.")
+
+    def shares(moment: jax.Array, values: jax.Array) -> jax.Array:
+        return values / jnp.trace(moment, axis1=-2, axis2=-1)[..., None]
+
+    @functools.cache
+    def least(rank: int) -> jax.Array:
+        """Return the smallest share that is among the n r / ρ largest."""
+        found = [shares(moment, jnp.linalg.eigvalsh(moment)[..., -rank:]).ravel() for moment in moments.values()]
+        everywhere = jnp.sort(jnp.concatenate(found))
+        return everywhere[-max(int(everywhere.size / rho), 1)]
 
     def at(path: str) -> Init:
         def factors(key: jax.Array, shape: tuple[int, ...], rank: int) -> Factors:
             del key
             moment = _known(moments, path, "eva")
             *layers, i, o = shape
-            _, vectors = jnp.linalg.eigh(moment)  # in ascending order
-            return vectors[..., ::-1][..., :rank], jnp.zeros((*layers, rank, o), jnp.float32)
+            values, vectors = (found[..., ::-1][..., :rank] for found in jnp.linalg.eigh(moment))  # of those in ascending order
+            if rho > 1:
+                # Not quite the smallest share: eigenvalues come a little different with the vectors and without.
+                vectors = jnp.where((shares(moment, values) >= least(rank) * (1 - 1e-5))[..., None, :], vectors, 0.0)
+            return vectors, jnp.zeros((*layers, rank, o), jnp.float32)
 
         return factors
 

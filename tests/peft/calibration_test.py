@@ -82,6 +82,35 @@ def test_eva_starts_along_the_inputs_that_vary_most(batches, key):
     np.testing.assert_array_equal(b, 0.0)
 
 
+@pytest.mark.parametrize("rho", [1.5, 2.0])
+def test_eva_gives_its_ranks_to_the_directions_that_explain_most(rho, batches, key):
+    params, rank = toy.init(key), 4
+    rng, decays = np.random.default_rng(0), {UP: (0.2, 0.5, 0.9), DOWN: (0.7, 0.4, 0.3)}  # else all layers come out alike
+    moments = {}
+    for path, by_layer in decays.items():
+        size = tree.flatten(params)[path].shape[1]
+        seen = rng.standard_normal((toy.LAYERS, 40, size)) * np.power.outer(by_layer, np.arange(size))[:, None]
+        moments[path] = jnp.asarray(seen.mT @ seen, jnp.float32)
+    frozen, trainable = (method := peft.lora(rank=rank, init=inits.eva(moments, rho=rho))).init(key, params)
+    values = {path: np.linalg.eigvalsh(np.float64(moment)) for path, moment in moments.items()}
+    shares = {path: (found / found.sum(axis=1, keepdims=True))[:, ::-1][:, :rank] for path, found in values.items()}
+    count = int(len(shares) * toy.LAYERS * rank / rho)
+    least = np.sort(np.concatenate([share.ravel() for share in shares.values()]))[-count]
+    kept = {path: np.linalg.norm(tree.flatten(trainable)[f"lora/{path}/a"], axis=1) > 0.5 for path in shares}
+    for path, share in shares.items():
+        np.testing.assert_array_equal(kept[path], share >= least)
+    assert sum(each.sum() for each in kept.values()) == count
+    assert len({row.sum() for each in kept.values() for row in each}) > 1, "all ranks came out equal: the test shows nothing"
+
+    for batch in batches:
+        gradients = jax.grad(lambda trainable, batch=batch: loss(method.attach(frozen, trainable), batch))(trainable)
+        trainable = jax.tree.map(lambda x, dx: x - 0.1 * jnp.sign(dx), trainable, gradients)
+    for path, each in kept.items():
+        for side, axis in (("a", 1), ("b", 2)):
+            moved = np.linalg.norm(tree.flatten(trainable)[f"lora/{path}/{side}"], axis=axis)
+            np.testing.assert_array_equal(moved > 0, each)  # what has no direction stays at zero, exactly
+
+
 @pytest.mark.parametrize("keep", ["task", "knowledge"])
 def test_corda_trains_a_part_of_the_weight_chosen_by_its_inputs(keep, batches, key):
     params = toy.init(key)

@@ -115,6 +115,7 @@ WRONG = {
     "unknown": (lambda: lora("pisa"), "nearest: 'pissa'"),
     "no number": (lambda: lora("pissa_niter_many"), "nearest: 'pissa_niter_4'"),
     "gamma": (lambda: inits.lora_ga({}, gamma=0.0), "above 0, not 0.0"),
+    "rho": (lambda: inits.eva({}, rho=0.5), "at least 1, not 0.5"),
     "odd": (
         lambda: peft.lora(["q_proj"], rank=3, init="orthogonal").init(jax.random.key(0), {"q_proj": {"kernel": jnp.ones((4, 4))}}),
         "even rank",
