@@ -5,11 +5,13 @@ import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
-# The suite compiles far more than it computes: no optimisation by LLVM and, before JAX 0.12, no fusions through MLIR. What the environment
-# says wins: XLA_FLAGS="--xla_backend_optimization_level=3 --xla_backend_extra_options=" compiles as for users.
+# The suite compiles far more than it computes: no optimisation by LLVM and, before JAX 0.12, no fusions through MLIR. Whoever names a level
+# decides: XLA_FLAGS=--xla_backend_optimization_level=3 compiles as for users.
 os.environ["XLA_FLAGS"] = " ".join(
     (
-        "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+        "--xla_backend_optimization_level=0 --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+        if "optimization_level" not in os.environ.get("XLA_FLAGS", "")
+        else "",
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
     )

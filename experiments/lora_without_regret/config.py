@@ -7,7 +7,9 @@ from configs import base
 
 TARGETS = {"all": "all-linear", "attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "mlp": ["gate_proj", "up_proj", "down_proj"]}
 RATES = {"full": (1e-5, 3e-5, 1e-4, 3e-4), "lora": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
+NEAR = {"full": (3e-5, 1e-4, 3e-4), "lora": (3e-4, 1e-3, 3e-3)}
 RANKS = (1, 8, 64)
+SEEDS = (0, 1, 2)
 
 
 def get_config(arg: str = "lora_all"):
