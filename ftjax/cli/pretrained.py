@@ -21,6 +21,7 @@ from ftjax.hf import load as hf_load
 from ftjax.hf import peft as hf_peft
 from ftjax.hf import tokenizer as hf_tokenizer
 from ftjax.hf.folder import read_json
+from ftjax.kernels import int4_matmul
 from ftjax.models import Config
 from ftjax.types import Model, Params, Transform
 
@@ -46,7 +47,7 @@ class Adapted(NamedTuple):
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
-    """Define `--model`, `--adapter` and `--dtype`."""
+    """Define `--model`, `--adapter`, `--quantize`, `--implementation` and `--dtype`."""
     absl_flags.DEFINE_string(
         "model", "", f"a folder, a .gguf file, a hub id or a known name (default: the adapter's base, else {DEFAULT})", flags
     )
@@ -54,6 +55,8 @@ def define_flags(flags: absl_flags.FlagValues) -> None:
     absl_flags.DEFINE_multi_string("adapter", [], about, flags)
     about = f"store the model's matrices as {', '.join(quant.METHODS)}; none: not; auto: as the run of the adapter had them"
     absl_flags.DEFINE_enum("quantize", "auto", ["auto", "none", *quant.METHODS], about, flag_values=flags)
+    about = "of the products with packed matrices; empty: as the run of the adapter had it, else auto"
+    absl_flags.DEFINE_enum("implementation", "", ["", "auto", *int4_matmul.IMPLEMENTATIONS], about, flag_values=flags)
     absl_flags.DEFINE_string("dtype", "auto", "of the weights: float32, bfloat16, or auto, which is bfloat16", flags)
 
 
@@ -61,7 +64,7 @@ def load(flags: absl_flags.FlagValues) -> Adapted:
     """Return the model that the flags name, the adapter on it, or the adapters that have names beside each other.
 
     Raises:
-      ValueError: the model is unknown, or an adapter belongs to another base.
+      ValueError: the model is unknown, an adapter belongs to another base, or nothing is packed for the implementation that is asked for.
       FileNotFoundError: an adapter's folder holds none.
     """
     folders = adapter_folders(flags.adapter)
@@ -73,6 +76,8 @@ def load(flags: absl_flags.FlagValues) -> Adapted:
     quantizer = _quantizer(flags.quantize, list(folders.values()))
     change = partial(trained_in, list(folders.values()))
     found = hf_load.load(name, dtype=build.dtype(flags.dtype), change=change, quantizer=quantizer)
+    if flags.implementation:
+        found = found._replace(params=quant.multiplied_by(found.params, flags.implementation))
     found = found._replace(params=quant.for_device(found.params, sharding.make_mesh(devices=jax.local_devices()[:1])))
     if set(folders) <= {""}:
         folder = folders.get("")

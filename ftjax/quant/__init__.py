@@ -1,7 +1,7 @@
 """Quantised weights: matrices of 4 or 8 bits a number that multiply as they are, and methods that put them in the place of dense ones."""
 
 from ftjax.quant.hopper import HopperWeight, for_device, for_hopper
-from ftjax.quant.methods import METHODS, fp4, int4, int8, nf4, packing, quantized, uint4, uint8
+from ftjax.quant.methods import METHODS, fp4, int4, int8, multiplied_by, nf4, packing, quantized, uint4, uint8
 from ftjax.quant.quantize import check_finite, quantize
 from ftjax.quant.weight import SPECS, NestedScales, PackedWeight, QuantizedWeight
 
@@ -18,6 +18,7 @@ __all__ = [
     "fp4",
     "int4",
     "int8",
+    "multiplied_by",
     "nf4",
     "packing",
     "quantize",

@@ -97,6 +97,19 @@ def quantized(
     return Transform(init, attach, plan)
 
 
+def multiplied_by(params: Params, implementation: str) -> Params:
+    """Return the tree whose packed matrices have this implementation of their products (see `quantized`).
+
+    Raises:
+      ValueError: there is no such implementation, or no packed matrix.
+    """
+    int4_matmul.check(implementation)
+    found = {path: leaf for path, leaf in tree.flatten(params).items() if isinstance(leaf, QuantizedWeight | PermutedWeight)}
+    if not found:
+        raise ValueError(f"quant: {implementation!r} multiplies packed matrices, and this model has none.")
+    return tree.replace(params, {path: _multiplied(leaf, implementation) for path, leaf in found.items()})
+
+
 def _multiplied(leaf: QuantizedWeight | PermutedWeight, implementation: str) -> QuantizedWeight | PermutedWeight:
     if isinstance(leaf, PermutedWeight):
         return dataclasses.replace(leaf, base=_multiplied(leaf.base, implementation))

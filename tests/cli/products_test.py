@@ -55,3 +55,17 @@ def test_generate_and_eval_say_it_of_decoding(base, tmp_path, capsys):
     assert main.main(["eval", *data, *given]) == 0
     err = capsys.readouterr().err
     assert said in err and "(3 rows at a time, while decoding)" in err
+
+
+def test_generate_takes_an_implementation_and_one_that_cannot_says_why(base, capsys):
+    def said(*options):
+        code = main.main(["generate", f"--model={base.folder}", "--prompt=a", "--max_tokens=1", "--compile_cache=off", *options])
+        return code, capsys.readouterr().err
+
+    assert "not by 'tpu'" in said("--quantize=int8", "--implementation=auto")[1]
+    code, err = said("--quantize=int8", "--implementation=reference")
+    assert code == 0 and "7 packed matrices are multiplied by 'reference'" in err and "not by" not in err  # no other was asked
+    code, err = said("--quantize=int8", "--implementation=tpu")
+    assert code == 1 and "kernel: " in err and "'tpu'" in err
+    code, err = said("--implementation=reference")
+    assert code == 1 and "'reference' multiplies packed matrices, and this model has none" in err
