@@ -1,18 +1,16 @@
 """How much faster is an epoch of DPO if pairs share rows? The time of each width of batch, measured, times how often an epoch has it.
 
-Usage: python experiments/preference_speed/packing.py MODEL.gguf harmless_base_test.jsonl.gz --dtype bfloat16 [--max_tokens 512]
+Usage: python -m experiments.preference_speed.packing MODEL.gguf harmless_base_test.jsonl.gz --dtype bfloat16 [--max_tokens 512]
 A step is that of step.py, its reference live. All kinds have the same positions a batch where full: 4 pairs of rows of `max_tokens`, or 4
 packed rows twice as wide. Prints a Markdown table.
 """
 
 import argparse
-import collections
-import statistics
-import time
 from functools import partial
 
 import jax
 
+from experiments import epochs
 from ftjax import data, losses, optimizers, peft, scoring, train
 from ftjax.cli import runtime
 from ftjax.hf import load
@@ -49,33 +47,14 @@ def main() -> None:
         return losses.with_reference(batch, look(frozen, batch))
 
     print(f"{len(items.sequences.lengths) // 2} pairs, {tokens:,} tokens; {args.dtype}, JAX {jax.__version__}")
-    print("| rows are | steps an epoch | positions filled | seconds an epoch | tokens/s | against packed |")
-    print("|---|---|---|---|---|---|")
-    packed = None
+    ways = {}
     for name, (packing, buckets) in KINDS.items():
         options = {"max_tokens": args.max_tokens, "packing": packing, "buckets": buckets, "responses": 2}
-        loader, loss = data.make_loader(items.sequences, batch_size=ROWS, **options), partial(losses.dpo, beta=0.1)
+        loss = partial(losses.dpo, beta=0.1)
         loss = loss if packing == "none" else losses.unpacked(loss)
         step = train.make_train_step(look, method, loss, optimizer, complete=complete)
-        _, plan = loader.plan(0)
-        total = 0.0
-        for width, count in collections.Counter(map(int, plan.widths)).items():
-            batch = jax.device_put(loader.batch(list(plan.widths).index(width)))
-            runs = []
-            for _ in range(args.repeats + 1):  # the first compiles
-                start = time.time()
-                state, metrics = step(state, frozen, batch)
-                metrics["loss"].value()
-                runs.append(time.time() - start)
-            seconds = statistics.median(runs[1:])
-            print(f"{name}: {tuple(batch.tokens.shape)}: {seconds:.2f} s, {count} times an epoch", flush=True)
-            total += count * seconds
-        packed = packed or total
-        print(
-            f"| {name} | {loader.steps_per_epoch} | {100 * loader.efficiency:.1f} % | {total:.0f} | {tokens / total:.0f} "
-            f"| {total / packed:.2f} x |",
-            flush=True,
-        )
+        ways[name] = data.make_loader(items.sequences, batch_size=ROWS, **options), step
+    epochs.compare(ways, state, frozen, tokens=tokens, repeats=args.repeats)
 
 
 if __name__ == "__main__":

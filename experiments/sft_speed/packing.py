@@ -1,18 +1,16 @@
 """How much faster is an epoch if rows are packed? The time of each width of batch, measured, times how often an epoch has it.
 
-Usage: python experiments/sft_speed/packing.py MODEL DATA.jsonl --dtype bfloat16 [--max_tokens 512] [--repeats 3]
+Usage: python -m experiments.sft_speed.packing MODEL DATA.jsonl --dtype bfloat16 [--max_tokens 512] [--repeats 3]
 A step is LoRA as in step.py. All kinds have the same positions a batch where full (4 x 512); padded ones have more rows of fewer tokens.
 Prints a Markdown table.
 """
 
 import argparse
-import collections
-import statistics
-import time
 from functools import partial
 
 import jax
 
+from experiments import epochs
 from ftjax import data, losses, optimizers, peft, scoring, train
 from ftjax.cli import runtime
 from ftjax.hf import load
@@ -42,33 +40,9 @@ def main() -> None:
     optimizer = optimizers.build("adamw", learning_rate=1e-4, steps=100)
     step = train.make_train_step(partial(scoring.score, model), method, losses.sft, optimizer)
     state = train.init_state(jax.random.key(0), trainable, method, optimizer)
-    seconds: dict[tuple[int, int], float] = {}
     print(f"{len(sequences.lengths)} sequences, {tokens:,} tokens; {args.dtype}, JAX {jax.__version__}")
-    print("| rows are | steps an epoch | positions filled | seconds an epoch | tokens/s | against packed |")
-    print("|---|---|---|---|---|---|")
-    packed = None
-    for name, options in KINDS.items():
-        loader = data.make_loader(sequences, max_tokens=args.max_tokens, seed=0, **options)
-        _, plan = loader.plan(0)
-        total = 0.0
-        for width, count in collections.Counter(map(int, plan.widths)).items():
-            shape = (options["batch_size"], width)
-            if shape not in seconds:
-                batch = jax.device_put(loader.batch(list(plan.widths).index(width)))
-                runs = []
-                for _ in range(args.repeats + 1):  # the first compiles
-                    start = time.time()
-                    state, metrics = step(state, frozen, batch)
-                    jax.block_until_ready((state, metrics))
-                    runs.append(time.time() - start)
-                seconds[shape] = statistics.median(runs[1:])
-            total += count * seconds[shape]
-        packed = packed or total
-        print(
-            f"| {name} | {loader.steps_per_epoch} | {100 * loader.efficiency:.1f} % | {total:.0f} | {tokens / total:.0f} "
-            f"| {total / packed:.2f} x |",
-            flush=True,
-        )
+    loaders = {name: data.make_loader(sequences, max_tokens=args.max_tokens, seed=0, **options) for name, options in KINDS.items()}
+    epochs.compare({name: (loader, step) for name, loader in loaders.items()}, state, frozen, tokens=tokens, repeats=args.repeats)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ftjax import data, losses, peft, quant, scoring
+from ftjax import data, losses, peft, scoring
 from ftjax.cli import build, environments, measure, objective, preferences, pretrained, products, rollouts, runtime
 from ftjax.cli import config as configs
 from ftjax.train import Score, make_eval_step
@@ -102,12 +102,12 @@ def run(flags: absl_flags.FlagValues) -> tuple[dict[str, Any], Table]:
     return found, table(found)
 
 
-_OF_DATA = ("dtype", "format", "split", "template", "template_variables", "row_tokens")
+_OF_CONFIG = ("dtype", "quantize", "implementation", "format", "split", "template", "template_variables", "row_tokens")
 
 
 def _check_unused(flags: absl_flags.FlagValues) -> None:
     """Refuse the flags that a config speaks for."""
-    if given := [f"--{name}" for name in _OF_DATA if flags[name].present]:
+    if given := [f"--{name}" for name in _OF_CONFIG if flags[name].present]:
         raise ValueError(
             f"eval: {', '.join(given)}: with --config these are fields of the config; change them there, as in "
             "--config.model.dtype=float32 or --config.data.eval_sources.NAME.split=test."
@@ -140,7 +140,7 @@ def from_flags(flags: absl_flags.FlagValues) -> Setting:
     loader, _ = data.load({"data": source}, encoder, batch_size=8, shuffle=False)
     count = 200 if flags.examples is None else flags.examples
     return Setting(
-        name=_name(adapted.name, adapted.adapter),
+        name=adapted.title,
         model=adapted.model,
         params=adapted.params,
         score=partial(scoring.score, adapted.model, outputs=("logps", "greedy")),
@@ -157,8 +157,6 @@ def from_flags(flags: absl_flags.FlagValues) -> Setting:
 def from_config(flags: absl_flags.FlagValues) -> Setting:
     """Return the setting of a config: its model, its held-out data, its `eval.generate`."""
     config = flags.config
-    if flags.model:
-        config.model.update({"name": flags.model, "random": False})
     if environments.used(config):
         raise ValueError("eval: answers are of one turn, and this config's policy is answered; `ftjax train` measures whole episodes.")
     if rollouts.used(config):  # what it was not shown while it learnt by rewards: the answers
@@ -166,17 +164,15 @@ def from_config(flags: absl_flags.FlagValues) -> Setting:
             config.algorithm = "sft"
             del config.rollout
     mesh = build.mesh(config)
-    loaded = build.model(config, mesh)
-    loaded = loaded._replace(params=quant.for_device(loaded.params, mesh))
-    folder = pretrained.only_folder(flags.adapter)
-    encoder = build.encoder(config, pretrained.tokenizer(folder, loaded.model, base=loaded.tokenizer))
+    adapted = pretrained.of_config(flags, mesh)
+    encoder = build.encoder(config, adapted.tokenizer)
     loader, _ = build.loader(config, encoder, mesh, held_out=True)
     asked = config.eval.generate
     return Setting(
-        name=_name(loaded.name, str(folder or "")),
-        model=loaded.model,
-        params=pretrained.attach(loaded.model, loaded.params, folder),
-        score=objective.score(config, loaded.model, mesh, ("logps", "greedy")),
+        name=adapted.title,
+        model=adapted.model,
+        params=adapted.params,
+        score=objective.score(config, adapted.model, mesh, ("logps", "greedy")),
         encoder=encoder,
         batches=(build.on_mesh(batch, mesh) for batch in itertools.islice(loader.epoch(), flags.batches or None)),
         examples=build.held_out_examples(config, asked.examples if flags.examples is None else flags.examples),
@@ -250,7 +246,3 @@ def write_json(path: Path, found: dict[str, Any]) -> None:
     partial_path = path.with_name(f"{path.name}.partial")
     partial_path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial_path, path)
-
-
-def _name(model: str, adapter: str) -> str:
-    return f"{model} + {adapter}" if adapter else model

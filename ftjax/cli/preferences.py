@@ -25,7 +25,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from ftjax import data, losses, quant, scoring
+from ftjax import data, losses, scoring
 from ftjax.cli import build, measure, objective, pretrained, runtime
 from ftjax.hf import load as hf_load
 from ftjax.train import Score
@@ -72,7 +72,7 @@ def from_flags(flags: absl_flags.FlagValues) -> Setting:
     score, base = partial(scoring.score, adapted.model), adapted.base if adapted.adapter else None
     reference = _other(flags.reference, flags.dtype, adapted.model) or (None if base is None else Reader(score, base))
     return Setting(
-        name=f"{adapted.name} + {adapted.adapter}" if adapted.adapter else adapted.name,
+        name=adapted.title,
         source=f"{flags.data} [{flags.split}]",
         policy=Reader(score, adapted.params),
         reference=reference,
@@ -84,23 +84,19 @@ def from_flags(flags: absl_flags.FlagValues) -> Setting:
 def from_config(flags: absl_flags.FlagValues) -> Setting:
     """Return the setting of a config of pairs: its model, its held-out data."""
     config = flags.config
-    if flags.model:
-        config.model.update({"name": flags.model, "random": False})
     with config.unlocked():
         config.data.update({"packing": "none", "bad_rows": "skip"})
     mesh = build.mesh(config)
-    loaded = build.model(config, mesh)
-    loaded = loaded._replace(params=quant.for_device(loaded.params, mesh))
-    folder = pretrained.only_folder(flags.adapter)
-    encoder = build.encoder(config, pretrained.tokenizer(folder, loaded.model, base=loaded.tokenizer))
+    adapted = pretrained.of_config(flags, mesh)
+    encoder = build.encoder(config, adapted.tokenizer)
     loader, reports = build.loader(config, encoder, mesh, held_out=True)
-    score = partial(objective.score, config, loaded.model, mesh)
+    score = partial(objective.score, config, adapted.model, mesh)
     read = lambda params, batch, *, outputs: score(outputs)(params, batch)  # noqa: E731
     return Setting(
-        name=f"{loaded.name} + {folder}" if folder else loaded.name,
+        name=adapted.title,
         source=", ".join(source.path for source in config.data.eval_sources.values()),
-        policy=Reader(read, pretrained.attach(loaded.model, loaded.params, folder)),
-        reference=_other(flags.reference, config.model.dtype, loaded.model) or (Reader(read, loaded.params) if folder else None),
+        policy=Reader(read, adapted.params),
+        reference=_other(flags.reference, config.model.dtype, adapted.model) or (Reader(read, adapted.base) if adapted.adapter else None),
         batches=(build.on_mesh(batch, mesh) for batch in itertools.islice(loader.epoch(), flags.batches or None)),
         left_out=sum(sum(report.skipped.values()) for report in reports.values()),
     )

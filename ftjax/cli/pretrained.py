@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 from absl import flags as absl_flags
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ftjax import hub, peft, quant, sharding
@@ -44,6 +45,11 @@ class Adapted(NamedTuple):
     """The parameters without the adapter."""
     tokenizers: Mapping[str, Any] = {}
     """The tokenizer of each adapter that has a name, in the order of the stack."""
+
+    @property
+    def title(self) -> str:
+        """The model, and the adapter on it."""
+        return f"{self.name} + {self.adapter}" if self.adapter else self.name
 
 
 def define_flags(flags: absl_flags.FlagValues) -> None:
@@ -86,6 +92,16 @@ def load(flags: absl_flags.FlagValues) -> Adapted:
     stacked = peft.stack_adapters(found.params, {name: attach(found.model, found.params, folder) for name, folder in folders.items()})
     tokenizers = {name: tokenizer(folder, found.model, base=found.tokenizer) for name, folder in folders.items()}
     return Adapted(found.model, stacked, found.tokenizer, name, ", ".join(folders), found.params, tokenizers)
+
+
+def of_config(flags: absl_flags.FlagValues, mesh: Mesh) -> Adapted:
+    """Return the model of `--config`, or another of its kind that `--model` names, on a mesh, and the adapter of `--adapter` on it."""
+    if flags.model:
+        flags.config.model.update({"name": flags.model, "random": False})
+    found = build.model(flags.config, mesh)
+    base, folder = quant.for_device(found.params, mesh), only_folder(flags.adapter)
+    words = tokenizer(folder, found.model, base=found.tokenizer)
+    return Adapted(found.model, attach(found.model, base, folder), words, found.name, str(folder or ""), base)
 
 
 def trained_in(folders: Sequence[Path], config: Config) -> Config:

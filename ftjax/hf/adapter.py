@@ -22,7 +22,7 @@ import numpy as np
 from ftjax import peft, tree
 from ftjax.hf import architecture
 from ftjax.hf.folder import file_tensors, read_json
-from ftjax.hf.write import Entry, new_folder, write_json, write_safetensors, write_tokenizer
+from ftjax.hf.write import write_adapter
 from ftjax.peft.inits import CALIBRATED
 from ftjax.types import Model, Params, Transform
 
@@ -78,12 +78,7 @@ def save_adapter(
             raise ValueError(f"adapter: the arguments of {name} are not plain data, so no file can hold them: {error}") from error
     config = {"format": FORMAT, "base_model_name_or_path": base_name or None, "methods": [[name, dict(o)] for name, o in methods]}
     arrays = {path: np.asarray(array) for path, array in _flat(trainable, own or {}).items()}
-    with new_folder(Path(folder)) as temporary:
-        write_json(temporary / CONFIG, config)
-        write_safetensors(temporary / WEIGHTS, [Entry(path, x.dtype, x.shape) for path, x in arrays.items()], arrays.values())
-        if tokenizer is not None:
-            write_tokenizer(temporary, tokenizer)
-    return Path(folder)
+    return write_adapter(Path(folder), (CONFIG, config), (WEIGHTS, arrays), tokenizer)
 
 
 def load_adapter(folder: str | Path, model: Model) -> Adapter:

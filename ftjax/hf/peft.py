@@ -23,7 +23,7 @@ from ftjax.hf.lazy import LazyTensor
 from ftjax.hf.peft_config import check, kind_of
 from ftjax.hf.peft_read import leaves_and_options, sort
 from ftjax.hf.peft_write import contents, model_leaves
-from ftjax.hf.write import Entry, new_folder, write_json, write_safetensors, write_tokenizer
+from ftjax.hf.write import write_adapter
 from ftjax.types import Model, Params, Plan, Transform
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -92,12 +92,7 @@ def save_adapter(
     soft = any(row.known_as in peft.SOFT_PROMPTS for row in plans)
     config, found = prompts.write(model.config, trainable, plans) if soft else contents(model, trainable, plans, frozen or {})
     config |= {"base_model_name_or_path": base_name or None}
-    with new_folder(Path(folder)) as temporary:
-        write_json(temporary / CONFIG, config)
-        write_safetensors(temporary / WEIGHTS, [Entry(n, x.dtype, x.shape) for n, x in found.items()], found.values())
-        if tokenizer is not None:
-            write_tokenizer(temporary, tokenizer)
-    return Path(folder)
+    return write_adapter(Path(folder), (CONFIG, config), (WEIGHTS, found), tokenizer)
 
 
 def load_adapter(folder: str | Path, model: Model) -> Adapter:

@@ -65,6 +65,18 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
         write_json(path, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
+def write_adapter(
+    folder: Path, config: tuple[str, Mapping[str, Any]], arrays: tuple[str, Mapping[str, np.ndarray]], tokenizer: Any = None
+) -> Path:
+    """Write a new folder of a JSON object, a safetensors file, each with its name, and a tokenizer if there is one; return the folder."""
+    with new_folder(folder) as temporary:
+        write_json(temporary / config[0], config[1])
+        write_safetensors(temporary / arrays[0], [Entry(n, x.dtype, x.shape) for n, x in arrays[1].items()], arrays[1].values())
+        if tokenizer is not None:
+            write_tokenizer(temporary, tokenizer)
+    return folder
+
+
 def write_safetensors(path: Path, entries: Iterable[Entry], arrays: Iterable[np.ndarray]) -> None:
     """Write a safetensors file, taking the arrays one at a time in the order of the entries; only one is in memory."""
     entries = list(entries)

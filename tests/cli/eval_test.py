@@ -128,6 +128,7 @@ def test_the_interval_is_wilsons(right, n, low, high):
         (["--data=tasks:sort", "--adapter=gs://b/run"], 1, "--adapter: gs://b/run is not on this machine"),
         ([f"--config={CONFIG}:smoke", "--dtype=float32", "--split=test"], 1, "--dtype, --split: with --config"),
         ([f"--config={CONFIG}:smoke", "--row_tokens=8"], 1, "--row_tokens: with --config"),
+        ([f"--config={CONFIG}:smoke", "--quantize=nf4", "--implementation=tpu"], 1, "--quantize, --implementation: with --config"),
         ([f"--config={CONFIG}:smoke", "--template_variables={}"], 1, "--template_variables: with --config"),
         (["--data=tasks:sort", "--template_variables=[1]"], 1, "--template_variables: a JSON object is expected, not '[1]'"),
     ],
