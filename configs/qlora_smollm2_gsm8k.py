@@ -3,7 +3,8 @@
 Command: ftjax train --config=configs/qlora_smollm2_gsm8k.py --workdir=runs/qlora_smollm2_gsm8k
 Local files: --config.data.sources.gsm8k.path=train.jsonl --config.data.eval_sources.gsm8k.path=test.jsonl
 Another format: --config.methods=int8,lora, or fp4, int4, uint4, uint8.
-Hardware: 2 CPU cores. UNTESTED at full length
+Hardware: 2 CPU cores. UNTESTED at full length; cut to 100 steps of 512 tokens, three seeds, 2026-11-29 (experiments/qlora_gsm8k): held-out
+loss 0.865 instead of LoRA's 0.814, in 0.41 of the base's memory.
 """
 
 from configs import base

@@ -29,14 +29,20 @@ def main() -> None:
     runs.finish(
         {path: [f"--config=configs/{CONFIGS[name]}.py", f"--config.seed={seed}", *FIELDS, *files] for (name, seed), path in where.items()}
     )
-    print("| | held-out loss | numeric match, % of 64: before | after | base + adapter + optimiser | memory | tokens/s on a core |")
-    print("|---|---|---|---|---|---|---|")
+    columns = ("held-out loss", "… less LoRA's, same seed", "numeric match, % of 64: before", "after", "base + adapter + optimiser")
+    print("| |", " | ".join((*columns, "memory", "tokens/s on a core")), "|")
+    print("|---|---|---|---|---|---|---|---|")
+    peer: list[float] = []
     for name in CONFIGS:
         read = [{key: row[key] for row in read_jsonl(where[name, seed] / "metrics.jsonl") for key in row} for seed in SEEDS]
         of = lambda key, read=read: [last[key] for last in read]  # noqa: E731
         scores = [interval([100 * value for value in of(f"eval/score_{when}")], 1) for when in ("before", "after")]
+        losses = of("eval/loss")
+        apart = interval([loss - other for loss, other in zip(losses, peer, strict=True)], 4, sign="+") if peer else ""
+        peer = peer or losses
         cells = (
-            interval(of("eval/loss"), 4),
+            interval(losses, 4),
+            apart,
             *scores,
             held(CONFIGS[name]),
             f"{max(of('train/memory_gb')):.2f} GB",
