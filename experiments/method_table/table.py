@@ -38,7 +38,7 @@ def main() -> None:
         memory, speed, scores = max(row["memory"]), max(row["speed"]), [100 * score for score in row["score"]]
         cells = (
             f"`{row['method']}`",
-            f"{row['rate']:g}",
+            f"{row['rate']:g}{edge(row['method'], row['rate'])}",
             f"{row['trained']:,}",
             f"{memory:.2f} GB",
             f"{speed:.0f}",
@@ -88,6 +88,14 @@ def summary(results: list[Row], method: str) -> Row | None:
     chosen = sorted((row for row in mine if row["rate"] == rate), key=lambda row: row["seed"])
     columns = {name: [row[name] for row in chosen] for name in ("seed", "loss", "score", "memory", "speed")}
     return {"method": method, "rate": rate, "trained": chosen[0]["trained"], **columns}
+
+
+def edge(method: str, rate: float) -> str:
+    """Return an arrow to where no rate was tried, if the best one is at that end."""
+    tried = METHODS[method][1]
+    if len(tried) == 1:
+        return ""
+    return " ↓" if rate == min(tried) else " ↑" if rate == max(tried) else ""
 
 
 def against(row: Row, peer: Row | None) -> str:
