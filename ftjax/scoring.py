@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
 from ftjax import weights
 from ftjax.kernels.logps import DIFFERENTIABLE, token_logps
@@ -62,7 +63,7 @@ def score_against(
     params: Params,
     batch: Batch,
     *,
-    divergence: Callable[..., jax.Array],
+    divergence: Callable[..., Float[Array, "*b"]],
     chunk_tokens: int | None = None,
     batch_shards: int = 1,
     outputs: tuple[str, ...] = ("logps", "greedy"),
@@ -78,7 +79,7 @@ def score_against(
       teacher: the teacher's, or None.
       params: the student's parameters, attached.
       batch: tokens `[*b, t]` and masks.
-      divergence: `(student logits, teacher logits) -> [...]` of one token, e.g. `losses.distillation.jsd`; with stored log-probabilities
+      divergence: `(student logits, teacher logits)`, of one token, e.g. `losses.distillation.jsd`; with stored log-probabilities
         `(student logits, ids, logps)`, e.g. `losses.distillation.stored_kl`.
       chunk_tokens: tokens of each row whose logits exist at a time, as in `score`.
       batch_shards: as in `score`.
@@ -118,8 +119,8 @@ def score_against(
 
 def likeliest(
     model: Model, params: Params, batch: Batch, *, count: int, chunk_tokens: int | None = None, batch_shards: int = 1
-) -> tuple[jax.Array, jax.Array]:
-    """Return what a model finds most likely in the place of every counted token: `Batch.teacher_ids` and `teacher_logps` `[*b, t, k]`.
+) -> tuple[Int[Array, "*b t k"], Float[Array, "*b t k"]]:
+    """Return what a model finds most likely in the place of every counted token: `Batch.teacher_ids` and `teacher_logps`.
 
     Args:
       model: the architecture.
@@ -142,9 +143,9 @@ def likeliest(
 class _Read(NamedTuple):
     """What a model makes of a batch before its head."""
 
-    hidden: jax.Array
-    counted: jax.Array
-    """`[b, t]`: 1 where position t predicts a token t + 1 that counts."""
+    hidden: Float[Array, "b t d"]
+    counted: Float[Array, "b t"]
+    """1 where position t predicts a token t + 1 that counts."""
     head: Params
     chunk: int
 
@@ -178,8 +179,8 @@ def _scores(
     return Scores(**{name: _back(value).reshape(shape) for name, value in found.items()}, values=values)
 
 
-def _values(head: Params, hidden: jax.Array, real: jax.Array) -> jax.Array:
-    """Return `hidden [b, t, d] · w + b` in float32, 0 in the padding, whose hidden states may be anything."""
+def _values(head: Params, hidden: Float[Array, "b t d"], real: Bool[Array, "b t"]) -> Float[Array, "b t"]:
+    """Return `hidden · w + b` in float32, 0 in the padding, whose hidden states may be anything."""
     hidden = jnp.where(real[..., None], hidden, jnp.zeros((), hidden.dtype)).astype(jnp.float32)
     values = weights.dot(hidden, head["kernel"])[..., 0]
     if "bias" in head:

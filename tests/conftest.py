@@ -27,7 +27,22 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The shapes in the signatures of these modules are checked at every call; a new module joins by being listed.
-jaxtyping.install_import_hook(["ftjax.weights", "ftjax.kernels.logps", "ftjax.rollout.sampling"], "beartype.beartype")
+jaxtyping.install_import_hook(
+    [
+        "ftjax.weights",
+        "ftjax.losses",
+        "ftjax.scoring",
+        "ftjax.kernels.logps",
+        "ftjax.kernels.per_token",
+        "ftjax.kernels.product",
+        "ftjax.quant.blockwise",
+        "ftjax.quant.codes",
+        "ftjax.quant.mean",
+        "ftjax.quant.quantize",
+        "ftjax.rollout.sampling",
+    ],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # an int may stand for a float
+)
 
 
 MAPPINGS = pathlib.Path("/proc/self/maps")

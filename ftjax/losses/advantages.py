@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Real, Shaped
+
+from ftjax.losses.responses import Given
 
 
 def group_relative(
-    rewards: jax.Array, counted: jax.Array | None = None, *, scale: str = "group", epsilon: float = 1e-4, ddof: int = 1
-) -> jax.Array:
-    """Return (r - mean of its group) / (std + ε), `[p, g]`.
+    rewards: Float[Given, "p g"], counted: Shaped[Given, "p g"] | None = None, *, scale: str = "group", epsilon: float = 1e-4, ddof: int = 1
+) -> Float[Array, "p g"]:
+    """Return (r - mean of its group) / (std + ε).
 
     Shao et al., 2024, arXiv 2402.03300: GRPO; without a scale: Dr. GRPO, Liu et al., 2025, arXiv 2503.20783; with that of
     the batch: Liu et al., 2025, arXiv 2508.08221. With the scale "group" a KL term in the loss is held against rewards over their group's
     deviation σ: its β is βσ, another one for each prompt, and smaller as the policy grows sure (`experiments/preference_frontier`).
 
     Args:
-      rewards: `[p, g]`.
-      counted: `[p, g]`, 1 where there is a reward; all if None.
+      rewards: of each response.
+      counted: 1 where there is a reward; all if None.
       scale: "group": the standard deviation of each group; "batch": of all rewards; "none": 1, which is Dr. GRPO's.
       epsilon: ≥ 0, added to the standard deviation: TRL's 1e-4, verl's 1e-6. A group of equal rewards has the advantage 0 at any.
       ddof: 1 for the sample's standard deviation, n - 1, as TRL and verl have it; 0 for the population's.
@@ -40,15 +43,17 @@ def group_relative(
     return centred / jnp.where(centred == 0, 1, jnp.broadcast_to(deviation, centred.shape) + epsilon)
 
 
-def decoupled(rewards: jax.Array, weights: jax.Array, counted: jax.Array | None = None, *, epsilon: float = 1e-4) -> jax.Array:
-    """Return Σ_k w_k (r_k - mean of its group) / (std + ε), standardised over the batch, `[p, g]`: each of several rewards by itself.
+def decoupled(
+    rewards: Float[Given, "k p g"], weights: Float[Given, " k"], counted: Shaped[Given, "k p g"] | None = None, *, epsilon: float = 1e-4
+) -> Float[Array, "p g"]:
+    """Return Σ_k w_k (r_k - mean of its group) / (std + ε), standardised over the batch: each of several rewards by itself.
 
     GDPO, 2026, arXiv 2601.05242: a sum of rewards, normalised as one, gives different combinations of them the same advantage.
 
     Args:
-      rewards: `[k, p, g]`, of k reward functions.
-      weights: `[k]`.
-      counted: `[k, p, g]`, 1 where there is a reward; all if None.
+      rewards: of k reward functions.
+      weights: of each function.
+      counted: 1 where there is a reward; all if None.
       epsilon: as in `group_relative`.
     """
     counted = _counted(rewards, counted)
@@ -57,8 +62,8 @@ def decoupled(rewards: jax.Array, weights: jax.Array, counted: jax.Array | None 
     return known * (total - _mean(total, known, axis=None)) / (_deviation(total, known, axis=None, ddof=1) + epsilon)
 
 
-def leave_one_out(rewards: jax.Array, counted: jax.Array | None = None) -> jax.Array:
-    """Return r - mean of the *other* rewards of its group, `[p, g]`: RLOO, Ahmadian et al., 2024, arXiv 2402.14740.
+def leave_one_out(rewards: Float[Given, "p g"], counted: Shaped[Given, "p g"] | None = None) -> Float[Array, "p g"]:
+    """Return r - mean of the *other* rewards of its group: RLOO, Ahmadian et al., 2024, arXiv 2402.14740.
 
     It is g / (g - 1) times r - mean of the group. A reward without others has the advantage 0.
     """
@@ -68,22 +73,26 @@ def leave_one_out(rewards: jax.Array, counted: jax.Array | None = None) -> jax.A
     return jnp.where(others > 0, counted * (known - baseline), 0)
 
 
-def preferred(rewards: jax.Array, opponents: jax.Array, counted: jax.Array | None = None) -> jax.Array:
-    """Return σ(r - r') - ½, `[p, g]`: how much oftener than not a response beats an opponent's, by the model of Bradley and Terry.
+def preferred(
+    rewards: Float[Given, "p g"], opponents: Float[Given, "p g"], counted: Shaped[Given, "p g"] | None = None
+) -> Float[Array, "p g"]:
+    """Return σ(r - r') - ½: how much oftener than not a response beats an opponent's, by the model of Bradley and Terry.
 
     Nash-MD's p - ½, Munos et al., 2023, arXiv 2312.00886, where a reward stands in for a judge of pairs, as in TRL.
 
     Args:
-      rewards: `[p, g]`.
-      opponents: `[p, g]`: what the response that each is compared with is worth.
-      counted: `[p, g]`, 1 where there are both; all if None.
+      rewards: of each response.
+      opponents: what the response that each is compared with is worth.
+      counted: 1 where there are both; all if None.
     """
     counted = _counted(rewards, counted)
     return counted * (jax.nn.sigmoid(_known(rewards, counted) - _known(opponents, counted)) - 0.5)
 
 
-def optimal_baseline(rewards: jax.Array, lengths: jax.Array, counted: jax.Array | None = None) -> jax.Array:
-    """Return r - Σ l r / Σ l over its group, `[p, g]`, l the responses' lengths in tokens: OPO, Hao et al., 2025, arXiv 2505.23585.
+def optimal_baseline(
+    rewards: Float[Given, "p g"], lengths: Real[Given, "p g"], counted: Shaped[Given, "p g"] | None = None
+) -> Float[Array, "p g"]:
+    """Return r - Σ l r / Σ l over its group, l the responses' lengths in tokens: OPO, Hao et al., 2025, arXiv 2505.23585.
 
     The baseline of the least variance, where the squared norm of a response's gradient grows with its length.
     """
@@ -92,45 +101,51 @@ def optimal_baseline(rewards: jax.Array, lengths: jax.Array, counted: jax.Array 
     return counted * (_known(rewards, counted) - _mean(rewards, weights, axis=1))
 
 
-def greedy_baseline(rewards: jax.Array, greedy: jax.Array, counted: jax.Array | None = None) -> jax.Array:
-    """Return r - the reward of the greedy response to the same prompt, `[p, g]`: ReMax, Li et al., 2023, arXiv 2310.10505.
+def greedy_baseline(
+    rewards: Float[Given, "p g"], greedy: Float[Given, " p"], counted: Shaped[Given, "p g"] | None = None
+) -> Float[Array, "p g"]:
+    """Return r - the reward of the greedy response to the same prompt: ReMax, Li et al., 2023, arXiv 2310.10505.
 
     Args:
-      rewards: `[p, g]`.
-      greedy: `[p]`.
-      counted: `[p, g]`, 1 where there is a reward, of both; all if None.
+      rewards: of each response.
+      greedy: of the greedy response to each prompt.
+      counted: 1 where there is a reward, of both; all if None.
     """
     counted = _counted(rewards, counted)
     return jnp.where(counted > 0, rewards - greedy[:, None], 0)
 
 
-def reinforce_plus_plus(rewards: jax.Array, mask: jax.Array, *, gamma: float = 1.0) -> jax.Array:
-    """Return the discounted sums of rewards to come, whitened over all tokens, `[*b, t]`: REINFORCE++, Hu et al., 2025, arXiv 2501.03262.
+def reinforce_plus_plus(rewards: Float[Given, "*b t"], mask: Float[Given, "*b t"], *, gamma: float = 1.0) -> Float[Array, "*b t"]:
+    """Return the discounted sums of rewards to come, whitened over all tokens: REINFORCE++, Hu et al., 2025, arXiv 2501.03262.
 
     Args:
-      rewards: `[*b, t]`, of each token, a penalty for the KL divergence included: see `shaping.token_rewards`.
-      mask: `[*b, t]`: tokens that count.
+      rewards: of each token, a penalty for the KL divergence included: see `shaping.token_rewards`.
+      mask: tokens that count.
       gamma: in [0, 1], the discount.
     """
     returns, _ = gae(rewards, jnp.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
     return whiten(returns, mask)
 
 
-def reinforce_plus_plus_baseline(rewards: jax.Array, mask: jax.Array, counted: jax.Array | None = None) -> jax.Array:
-    """Return r - mean of its group, whitened over all tokens of the batch, `[p, g, t]`: REINFORCE++ with a baseline, of the same paper.
+def reinforce_plus_plus_baseline(
+    rewards: Float[Given, "p g"], mask: Float[Given, "p g t"], counted: Shaped[Given, "p g"] | None = None
+) -> Float[Array, "p g t"]:
+    """Return r - mean of its group, whitened over all tokens of the batch: REINFORCE++ with a baseline, of the same paper.
 
     Args:
-      rewards: `[p, g]`.
-      mask: `[p, g, t]`: tokens that count.
-      counted: `[p, g]`, 1 where there is a reward; all if None.
+      rewards: of each response.
+      mask: tokens that count.
+      counted: 1 where there is a reward; all if None.
     """
     counted = _counted(rewards, counted)
     mask = mask * counted[..., None]
     return whiten(jnp.broadcast_to(group_relative(rewards, counted, scale="none")[..., None], mask.shape), mask)
 
 
-def gae(rewards: jax.Array, values: jax.Array, mask: jax.Array, *, gamma: float = 1.0, lam: float = 0.95) -> tuple[jax.Array, jax.Array]:
-    """Return advantages A and returns A + V, `[*b, t]`: generalised advantage estimation.
+def gae(
+    rewards: Float[Given, "*b t"], values: Float[Given, "*b t"], mask: Float[Given, "*b t"], *, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Float[Array, "*b t"], Float[Array, "*b t"]]:
+    """Return advantages A and returns A + V: generalised advantage estimation.
 
     δ_t = r_t + γ V_t' - V_t        A_t = δ_t + γλ A_t'        t' the next token that counts; nothing comes after the last
 
@@ -138,9 +153,9 @@ def gae(rewards: jax.Array, values: jax.Array, mask: jax.Array, *, gamma: float 
     there, and have 0.
 
     Args:
-      rewards: `[*b, t]`, of each token.
-      values: `[*b, t]`: of the state that the token was drawn in, `shaping.state_values(scores.values)`.
-      mask: `[*b, t]`: tokens that count.
+      rewards: of each token.
+      values: of the state that the token was drawn in, `shaping.state_values(scores.values)`.
+      mask: tokens that count.
       gamma: γ in [0, 1], the discount; 1 is usual, as a response has few tokens.
       lam: λ in [0, 1]: 1 is the return minus the value, 0 trusts the values.
     """
@@ -159,12 +174,12 @@ def gae(rewards: jax.Array, values: jax.Array, mask: jax.Array, *, gamma: float 
     return advantages, advantages + values
 
 
-def whiten(values: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsilon: float = 1e-8) -> jax.Array:
+def whiten(values: Float[Given, "*b"], mask: Float[Given, "*b"], *, shift_mean: bool = True, epsilon: float = 1e-8) -> Float[Array, "*b"]:
     """Return (x - mean) / sqrt(var + ε) where the mask is 1 and 0 elsewhere; the variance is the sample's, n - 1.
 
     Args:
-      values: of any shape; all of a step at once.
-      mask: of the same shape.
+      values: all of a step at once.
+      mask: 1 for the values that count.
       shift_mean: whether the mean is taken away; otherwise only the scale changes, as for rewards.
       epsilon: against a division by 0 where all values are equal.
     """
@@ -173,7 +188,7 @@ def whiten(values: jax.Array, mask: jax.Array, *, shift_mean: bool = True, epsil
     return mask * (scaled if shift_mean else scaled + mean)
 
 
-def zero_variance_share(rewards: jax.Array, counted: jax.Array | None = None) -> jax.Array:
+def zero_variance_share(rewards: Float[Given, "p g"], counted: Shaped[Given, "p g"] | None = None) -> Float[Array, ""]:
     """Return the share of groups whose rewards are all equal, which teach nothing; of groups with two rewards or more."""
     counted = _counted(rewards, counted)
     spread = [jnp.max(jnp.where(counted > 0, sign * rewards, -jnp.inf), axis=1) for sign in (1, -1)]
@@ -182,21 +197,21 @@ def zero_variance_share(rewards: jax.Array, counted: jax.Array | None = None) ->
     return jnp.sum(equal).astype(rewards.dtype) / jnp.maximum(jnp.sum(groups), 1).astype(rewards.dtype)
 
 
-def _known(values: jax.Array, counted: jax.Array) -> jax.Array:
+def _known(values: Given, counted: Given) -> jax.Array:
     """Return what counts, and 0 for the rest, whatever it is."""
     return jnp.where(counted > 0, values, 0)
 
 
-def _counted(rewards: jax.Array, counted: jax.Array | None) -> jax.Array:
+def _counted(rewards: Given, counted: Given | None) -> Given:
     return jnp.ones_like(rewards) if counted is None else counted.astype(rewards.dtype)
 
 
-def _mean(values: jax.Array, weights: jax.Array, *, axis: int | None) -> jax.Array:
+def _mean(values: Given, weights: Given, *, axis: int | None) -> jax.Array:
     total = jnp.sum(_known(values, weights) * weights, axis=axis, keepdims=True)
     return total / jnp.maximum(jnp.sum(weights, axis=axis, keepdims=True), 1)
 
 
-def _deviation(values: jax.Array, mask: jax.Array, *, axis: int | None, ddof: int) -> jax.Array:
+def _deviation(values: Given, mask: Given, *, axis: int | None, ddof: int) -> jax.Array:
     squares = mask * jnp.square(_known(values, mask) - _mean(values, mask, axis=axis))
     count = jnp.sum(mask, axis=axis, keepdims=True)
     return jnp.sqrt(jnp.sum(squares, axis=axis, keepdims=True) / jnp.maximum(count - ddof, 1))

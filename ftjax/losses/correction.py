@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ftjax.losses.responses import token_average
 from ftjax.losses.surrogates import capped_exp
@@ -17,22 +18,22 @@ LEAST = 0.0
 """No lower bound: a token that the trainer finds unlikely weighs little by itself."""
 
 
-def token_truncate(logratio: jax.Array, *, cap: float = 3.0, floor: float = LEAST) -> jax.Array:
-    """Return each token's w between `floor` and `cap`, `[*b, t]` of log w `[*b, t]`."""
+def token_truncate(logratio: Float[Array, "*b t"], *, cap: float = 3.0, floor: float = LEAST) -> Float[Array, "*b t"]:
+    """Return each token's w between `floor` and `cap`, of log w."""
     return jnp.clip(capped_exp(logratio), floor, cap)
 
 
-def token_mask(logratio: jax.Array, *, cap: float = 3.0, floor: float = LEAST) -> jax.Array:
+def token_mask(logratio: Float[Array, "*b t"], *, cap: float = 3.0, floor: float = LEAST) -> Float[Array, "*b t"]:
     """Return each token's w, and 0 where it is beyond `floor` or `cap`: IcePop."""
     return _within(capped_exp(logratio), cap, floor)
 
 
-def sequence_truncate(logratio: jax.Array, *, cap: float = 3.0, floor: float = LEAST) -> jax.Array:
+def sequence_truncate(logratio: Float[Array, "*b t"], *, cap: float = 3.0, floor: float = LEAST) -> Float[Array, "*b t"]:
     """Return the product of a response's w between `floor` and `cap`, for each of its tokens."""
     return jnp.clip(_product(logratio), floor, cap)
 
 
-def sequence_mask(logratio: jax.Array, *, cap: float = 3.0, floor: float = LEAST) -> jax.Array:
+def sequence_mask(logratio: Float[Array, "*b t"], *, cap: float = 3.0, floor: float = LEAST) -> Float[Array, "*b t"]:
     """Return the product of a response's w, and 0 where it is beyond `floor` or `cap`."""
     return _within(_product(logratio), cap, floor)
 
@@ -43,11 +44,18 @@ CORRECTIONS = {
     "sequence_truncate": sequence_truncate,
     "sequence_mask": sequence_mask,
 }
-"""Functions of log π_old - log π_behavior `[*b, t]`, which is 0 where the mask is."""
+"""Functions of log π_old - log π_behavior, which is 0 where the mask is."""
 
 
-def off_policy_mask(logps: jax.Array, behavior: jax.Array, advantages: jax.Array, mask: jax.Array, *, threshold: float) -> jax.Array:
-    """Return 0 for the tokens of a bad response that the policy has left behind, and 1 for all others, `[*b, t]`.
+def off_policy_mask(
+    logps: Float[Array, "*b t"],
+    behavior: Float[Array, "*b t"],
+    advantages: Float[Array, "*b t"],
+    mask: Float[Array, "*b t"],
+    *,
+    threshold: float,
+) -> Float[Array, "*b t"]:
+    """Return 0 for the tokens of a bad response that the policy has left behind, and 1 for all others.
 
     Left behind: mean_t [ log π_behavior - log π ] > `threshold`; bad: A < 0. DeepSeek-AI, 2025, "DeepSeek-V3.2", arXiv 2512.02556.
     """

@@ -6,6 +6,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ftjax.losses.responses import token_sum
 from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
@@ -14,15 +15,17 @@ SATURATED = math.log(99)
 """The margin βΔ at which the gradient of -log σ, σ(-βΔ), is 1 % of its largest: such a pair teaches nothing more."""
 
 
-def diagnose(scores: Scores, batch: Batch, chosen_rewards: jax.Array, rejected_rewards: jax.Array, counted: jax.Array) -> Metrics:
+def diagnose(
+    scores: Scores, batch: Batch, chosen_rewards: Float[Array, " b"], rejected_rewards: Float[Array, " b"], counted: Float[Array, " b"]
+) -> Metrics:
     """Return the metrics of pairs `[b, 2, t]`, each a mean over pairs unless it says tokens.
 
     Args:
       scores: of the policy.
       batch: the pairs.
-      chosen_rewards: `[b]`, the implicit rewards.
-      rejected_rewards: `[b]`.
-      counted: `[b]`: 0 for a pair that only fills the batch.
+      chosen_rewards: the implicit rewards.
+      rejected_rewards: likewise.
+      counted: 0 for a pair that only fills the batch.
 
     Returns:
       `rewards/{chosen,rejected,margin}`; `rewards/accuracy`, where a tie counts one half, so that two equal policies have 0.5 (TRL: 0);
@@ -53,8 +56,8 @@ def diagnose(scores: Scores, batch: Batch, chosen_rewards: jax.Array, rejected_r
     return jax.tree.map(jax.lax.stop_gradient, metrics)
 
 
-def gradient_share(nll: jax.Array, pair: jax.Array, counted: jax.Array) -> Mean:
-    """Return the part of the pull on the chosen responses' log-probabilities that is the NLL's, in [0, 1]; arguments are `[b]`.
+def gradient_share(nll: Float[Array, " b"], pair: Float[Array, " b"], counted: Float[Array, " b"]) -> Mean:
+    """Return the part of the pull on the chosen responses' log-probabilities that is the NLL's, in [0, 1].
 
     Args:
       nll: the size of the gradient of the NLL term in the chosen log-probability of each pair.

@@ -1,7 +1,7 @@
 """Distillation: divergences of a student from its teacher, token by token, and the loss that averages them.
 
-The divergences read the logits of one token, student `[..., v]` and teacher `[..., v]`, and return `[...]`; `scoring.score_against` takes
-one and writes `Scores.divergence` without holding the logits. S and T are the two distributions at a temperature.
+The divergences read the logits of one token, the student's and the teacher's; `scoring.score_against` takes one and writes
+`Scores.divergence` without holding the logits. S and T are the two distributions at a temperature.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
 
@@ -54,18 +55,18 @@ def distill(scores: Scores, batch: Batch, *, divergence_coef: float = 1.0, nll_c
     return loss, jax.tree.map(jax.lax.stop_gradient, metrics)
 
 
-def forward_kl(student: jax.Array, teacher: jax.Array, *, temperature: float = 1.0) -> jax.Array:
+def forward_kl(student: Float[Array, "*b v"], teacher: Float[Array, "*b v"], *, temperature: float = 1.0) -> Float[Array, "*b"]:
     """Return KL(T ‖ S): the student covers whatever the teacher may say."""
     student, teacher = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
     return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
 
 
-def reverse_kl(student: jax.Array, teacher: jax.Array, *, temperature: float = 1.0) -> jax.Array:
+def reverse_kl(student: Float[Array, "*b v"], teacher: Float[Array, "*b v"], *, temperature: float = 1.0) -> Float[Array, "*b"]:
     """Return KL(S ‖ T): the student keeps to what the teacher would say; MiniLLM's, Gu et al., 2023, arXiv 2306.08543."""
     return forward_kl(teacher, student, temperature=temperature)
 
 
-def jsd(student: jax.Array, teacher: jax.Array, *, beta: float = 0.5, temperature: float = 1.0) -> jax.Array:
+def jsd(student: Float[Array, "*b v"], teacher: Float[Array, "*b v"], *, beta: float = 0.5, temperature: float = 1.0) -> Float[Array, "*b"]:
     """Return β KL(T ‖ M) + (1 - β) KL(S ‖ M), M = β T + (1 - β) S: the generalised Jensen–Shannon divergence, 0 < β < 1.
 
     Agarwal et al., 2023, arXiv 2306.13649, equation 1. It goes to 0 at both ends; divided by β it is the forward KL at β → 0, by 1 - β the
@@ -82,7 +83,7 @@ def jsd(student: jax.Array, teacher: jax.Array, *, beta: float = 0.5, temperatur
     return beta * kl(teacher) + (1 - beta) * kl(student)
 
 
-def uld(student: jax.Array, teacher: jax.Array, *, temperature: float = 1.0) -> jax.Array:
+def uld(student: Float[Array, "*b v"], teacher: Float[Array, "*b _"], *, temperature: float = 1.0) -> Float[Array, "*b"]:
     """Return Σ_n | S_(n) - T_(n) | of the probabilities in falling order, the shorter vocabulary filled up with zeros.
 
     Universal logit distillation, Boizard et al., 2024, arXiv 2402.12030: it asks for no common vocabulary.
@@ -93,15 +94,15 @@ def uld(student: jax.Array, teacher: jax.Array, *, temperature: float = 1.0) -> 
     return jnp.sum(jnp.abs(student - teacher), axis=-1)
 
 
-def stored_kl(student: jax.Array, ids: jax.Array, logps: jax.Array) -> jax.Array:
+def stored_kl(student: Float[Array, "*b v"], ids: Int[Array, "*b k"], logps: Float[Array, "*b k"]) -> Float[Array, "*b"]:
     """Return KL(T ‖ S) from the teacher's k most likely tokens: the rest of the vocabulary is one outcome in both.
 
     Σ_k T_k log T_k / S_k + T_rest log T_rest / S_rest, a lower bound of `forward_kl` that is 0 where S is T.
 
     Args:
-      student: logits `[..., v]`.
-      ids: int `[..., k]`, different ones.
-      logps: `[..., k]`: what the teacher says of them.
+      student: logits.
+      ids: different ones.
+      logps: what the teacher says of them.
     """
     found = jnp.take_along_axis(_log_softmax(student, 1.0), ids, axis=-1)
     rest_of = lambda x: jnp.log(jnp.maximum(1 - jnp.sum(jnp.exp(x), axis=-1), REST))  # noqa: E731

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
-def top_entropy(entropy: jax.Array, mask: jax.Array, *, share: float) -> jax.Array:
-    """Return 1 for the tokens of each response whose entropy is at or above its (1 - share) quantile, 0 for the others, `[*b, t]`.
+def top_entropy(entropy: Float[Array, "*b t"], mask: Float[Array, "*b t"], *, share: float) -> Float[Array, "*b t"]:
+    """Return 1 for the tokens of each response whose entropy is at or above its (1 - share) quantile, 0 for the others.
 
     Wang et al., 2025, arXiv 2506.01939: a fifth of the tokens, those where the text forks, carries what is learnt. The quantile is that of
     one response, linear between tokens, so that neither micro-batches nor devices change it (TRL 1.16: of a micro-batch on all devices).
 
     Args:
-      entropy: `[*b, t]`, in nats.
-      mask: `[*b, t]`: tokens that count.
+      entropy: in nats.
+      mask: tokens that count.
       share: in (0, 1].
     """
     largest = jnp.finfo(entropy.dtype).max  # the threshold of a response without tokens, which none reaches

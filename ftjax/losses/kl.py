@@ -10,37 +10,38 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ftjax.losses.divergences import capped_expm1
 
 
-def k1(logratio: jax.Array) -> jax.Array:
+def k1(logratio: Float[Array, "*b t"]) -> Float[Array, "*b t"]:
     """Return x: unbiased, of either sign, of large variance."""
     return logratio
 
 
-def k2(logratio: jax.Array) -> jax.Array:
+def k2(logratio: Float[Array, "*b t"]) -> Float[Array, "*b t"]:
     """Return x²/2: never negative, biased away from the reference."""
     return jnp.square(logratio) / 2
 
 
-def k3(logratio: jax.Array) -> jax.Array:
+def k3(logratio: Float[Array, "*b t"]) -> Float[Array, "*b t"]:
     """Return e^-x - 1 + x: unbiased and never negative; below x = -20 the exponential goes on as its tangent."""
     return capped_expm1(-logratio) + logratio
 
 
-def straight_through(value: jax.Array, logratio: jax.Array) -> jax.Array:
+def straight_through(value: Float[Array, "*b t"], logratio: Float[Array, "*b t"]) -> Float[Array, "*b t"]:
     """Return `value` with the gradient of k2, which is that of the divergence where the tokens are the policy's own."""
     surrogate = k2(logratio)
     return surrogate - jax.lax.stop_gradient(surrogate) + jax.lax.stop_gradient(value)
 
 
-def k1_straight_through(logratio: jax.Array) -> jax.Array:
+def k1_straight_through(logratio: Float[Array, "*b t"]) -> Float[Array, "*b t"]:
     """Return k1 with the gradient of k2; verl's `k1+`."""
     return straight_through(k1(logratio), logratio)
 
 
-def k3_straight_through(logratio: jax.Array) -> jax.Array:
+def k3_straight_through(logratio: Float[Array, "*b t"]) -> Float[Array, "*b t"]:
     """Return k3 with the gradient of k2; verl's `k3+`."""
     return straight_through(k3(logratio), logratio)
 

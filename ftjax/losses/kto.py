@@ -16,6 +16,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ftjax.losses.diagnosis import SATURATED
 from ftjax.losses.reference import reference_logps
@@ -108,13 +109,13 @@ def balance(num_desirable: int, num_undesirable: int, *, desirable_weight: float
     )
 
 
-def has_tokens(batch: Batch) -> jax.Array:
-    """Return 1 for the rows that have tokens and 0 for those that only fill the batch, `[b]`."""
+def has_tokens(batch: Batch) -> Float[Array, " b"]:
+    """Return 1 for the rows that have tokens and 0 for those that only fill the batch."""
     return (jnp.sum(batch.loss_mask, axis=-1) > 0).astype(batch.loss_mask.dtype)
 
 
-def read(name: str, scores: Scores, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return log-ratios, labels and which rows count, `[b]` each; `name` is the loss that asks.
+def read(name: str, scores: Scores, batch: Batch) -> tuple[Float[Array, " b"], Float[Array, " b"], Float[Array, " b"]]:
+    """Return log-ratios, labels and which rows count; `name` is the loss that asks.
 
     Raises:
       ValueError: reference or labels are missing, or the rows are pairs.
@@ -127,8 +128,8 @@ def read(name: str, scores: Scores, batch: Batch) -> tuple[jax.Array, jax.Array,
     return token_sum(scores.logps - reference, batch.loss_mask), batch.desirable.astype(batch.loss_mask.dtype), has_tokens(batch)
 
 
-def describe(scores: Scores, batch: Batch, rewards: jax.Array, values: jax.Array) -> Metrics:
-    """Return the metrics that losses of single responses share; `values` are the rewards above the baseline, `[b]`."""
+def describe(scores: Scores, batch: Batch, rewards: Float[Array, " b"], values: Float[Array, " b"]) -> Metrics:
+    """Return the metrics that losses of single responses share; `values` are the rewards above the baseline."""
     desirable, counted = batch.desirable.astype(batch.loss_mask.dtype), has_tokens(batch)
     logps = token_sum(scores.logps, batch.loss_mask)
     metrics = {

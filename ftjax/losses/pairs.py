@@ -1,8 +1,8 @@
 """Losses of a pair: small functions of what the policy has gained on a chosen and on a rejected response.
 
-Each takes `Pairs` and β and returns one loss a pair, `[b]`; `losses.preference` sums, weighs and averages them. x_c and x_r are the
-log-ratios log π(y|x) / π_ref(y|x) of the chosen and the rejected response, Δ = x_c - x_r, σ the logistic function, and ε the probability
-that a label is wrong. Where there is no reference, x is the log-probability itself.
+Each takes `Pairs` and β and returns one loss a pair; `losses.preference` sums, weighs and averages them. x_c and x_r are the log-ratios
+log π(y|x) / π_ref(y|x) of the chosen and the rejected response, Δ = x_c - x_r, σ the logistic function, and ε the probability that a
+label is wrong. Where there is no reference, x is the log-probability itself.
 """
 
 from __future__ import annotations
@@ -12,43 +12,44 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
 class Pairs(NamedTuple):
-    """What is known of each pair, `[b]`."""
+    """What is known of each pair."""
 
-    chosen: jax.Array
+    chosen: Float[Array, " b"]
     """The log-ratio x_c of the chosen response, summed over its tokens."""
-    rejected: jax.Array
+    rejected: Float[Array, " b"]
     """The log-ratio x_r of the rejected response."""
-    chosen_length: jax.Array
+    chosen_length: Float[Array, " b"]
     """Its tokens, at least 1."""
-    rejected_length: jax.Array
-    policy: jax.Array
+    rejected_length: Float[Array, " b"]
+    policy: Float[Array, " b"]
     """log π(y_c) - log π(y_r)."""
-    reference: jax.Array
+    reference: Float[Array, " b"]
     """log π_ref(y_c) - log π_ref(y_r)."""
-    counted: jax.Array
+    counted: Float[Array, " b"]
     """1 where both responses have tokens, 0 for a row that only fills the batch."""
 
     @property
-    def delta(self) -> jax.Array:
+    def delta(self) -> Float[Array, " b"]:
         return self.chosen - self.rejected
 
     @property
-    def average_delta(self) -> jax.Array:
+    def average_delta(self) -> Float[Array, " b"]:
         return self.chosen / self.chosen_length - self.rejected / self.rejected_length
 
 
-PairLoss = Callable[..., jax.Array]
+PairLoss = Callable[..., Float[Array, " b"]]
 
 
-def cross_entropy(logits: jax.Array, label_smoothing: float) -> jax.Array:
+def cross_entropy(logits: Float[Array, " b"], label_smoothing: float) -> Float[Array, " b"]:
     """Return -(1-ε) log σ(x) - ε log σ(-x)."""
     return -(1 - label_smoothing) * jax.nn.log_sigmoid(logits) - label_smoothing * jax.nn.log_sigmoid(-logits)
 
 
-def sigmoid(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> jax.Array:
+def sigmoid(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Float[Array, " b"]:
     """Return -(1-ε) log σ(βΔ) - ε log σ(-βΔ): DPO, and cDPO where ε > 0.
 
     Rafailov et al., 2023, arXiv 2305.18290, equation 7; smoothing: Mitchell, 2023, "A note on DPO with noisy preferences". TRL 1.16 takes
@@ -57,12 +58,12 @@ def sigmoid(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> jax.A
     return cross_entropy(beta * pairs.delta, label_smoothing)
 
 
-def sigmoid_norm(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> jax.Array:
+def sigmoid_norm(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Float[Array, " b"]:
     """Return DPO's loss of the log-ratios *per token*: length-normalised DPO, as in Tülu 3 (Lambert et al., 2024, arXiv 2411.15124)."""
     return cross_entropy(beta * pairs.average_delta, label_smoothing)
 
 
-def robust(pairs: Pairs, *, beta: float, label_smoothing: float = 0.1) -> jax.Array:
+def robust(pairs: Pairs, *, beta: float, label_smoothing: float = 0.1) -> Float[Array, " b"]:
     """Return [-(1-ε) log σ(βΔ) + ε log σ(-βΔ)] / (1-2ε): an unbiased estimate of DPO's loss where labels flip with probability ε.
 
     Chowdhury et al., 2024, arXiv 2403.00409. It has no lower bound for ε > 0.
@@ -72,12 +73,12 @@ def robust(pairs: Pairs, *, beta: float, label_smoothing: float = 0.1) -> jax.Ar
     return cross_entropy(beta * pairs.delta, -label_smoothing / (1 - 2 * label_smoothing))
 
 
-def hinge(pairs: Pairs, *, beta: float) -> jax.Array:
+def hinge(pairs: Pairs, *, beta: float) -> Float[Array, " b"]:
     """Return max(0, 1 - βΔ): SLiC (Zhao et al., 2023, arXiv 2305.10425) as RSO writes it (Liu et al., 2023, arXiv 2309.06657)."""
     return jax.nn.relu(1 - beta * pairs.delta)
 
 
-def ipo(pairs: Pairs, *, beta: float) -> jax.Array:
+def ipo(pairs: Pairs, *, beta: float) -> Float[Array, " b"]:
     """Return (Δ' - 1/2β)², Δ' of the log-ratios per token.
 
     Azar et al., 2023, arXiv 2310.12036, equation 17, where β is called τ. The paper writes sums; its authors ran averages, as TRL does:
@@ -86,7 +87,7 @@ def ipo(pairs: Pairs, *, beta: float) -> jax.Array:
     return jnp.square(pairs.average_delta - 1 / (2 * beta))
 
 
-def exo(pairs: Pairs, *, beta: float, label_smoothing: float = 1e-3) -> jax.Array:
+def exo(pairs: Pairs, *, beta: float, label_smoothing: float = 1e-3) -> Float[Array, " b"]:
     """Return KL( (σ(βΔ), σ(-βΔ)) ‖ (1-ε, ε) ): the policy's preference against the label's.
 
     Ji et al., 2024, arXiv 2402.00856, equation 16. The reverse of cDPO's divergence, which is why ε = 0 has no finite loss.
@@ -97,18 +98,18 @@ def exo(pairs: Pairs, *, beta: float, label_smoothing: float = 1e-3) -> jax.Arra
     return jnp.exp(won) * (won - jnp.log1p(-label_smoothing)) + jnp.exp(lost) * (lost - jnp.log(label_smoothing))
 
 
-def nca(pairs: Pairs, *, beta: float) -> jax.Array:
+def nca(pairs: Pairs, *, beta: float) -> Float[Array, " b"]:
     """Return -log σ(βx_c) - ½ log σ(-βx_c) - ½ log σ(-βx_r): noise-contrastive alignment, Chen et al., 2024, arXiv 2402.05369."""
     chosen, rejected = beta * pairs.chosen, beta * pairs.rejected
     return -jax.nn.log_sigmoid(chosen) - (jax.nn.log_sigmoid(-chosen) + jax.nn.log_sigmoid(-rejected)) / 2
 
 
-def bco_pair(pairs: Pairs, *, beta: float) -> jax.Array:
+def bco_pair(pairs: Pairs, *, beta: float) -> Float[Array, " b"]:
     """Return -log σ(βx_c) - log σ(-βx_r): two binary classifications, Jung et al., 2024, arXiv 2404.04656, with the shift δ = 0."""
     return -jax.nn.log_sigmoid(beta * pairs.chosen) - jax.nn.log_sigmoid(-beta * pairs.rejected)
 
 
-def sppo_hard(pairs: Pairs, *, beta: float) -> jax.Array:
+def sppo_hard(pairs: Pairs, *, beta: float) -> Float[Array, " b"]:
     """Return (x_c - 1/2β)² + (x_r + 1/2β)²: SPPO where the chosen response wins with probability 1.
 
     Wu et al., 2024, arXiv 2405.00675. The paper estimates the probability with a preference model.
@@ -116,7 +117,7 @@ def sppo_hard(pairs: Pairs, *, beta: float) -> jax.Array:
     return jnp.square(pairs.chosen - 0.5 / beta) + jnp.square(pairs.rejected + 0.5 / beta)
 
 
-def aot(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> jax.Array:
+def aot(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Float[Array, " b"]:
     """Return DPO's loss of sorted margins: δ_i = u_i - v_(i), the i-th smallest margin of the policy against that of the reference.
 
     Stochastic dominance of the margin log π(y_c) - log π(y_r) over the reference's, by optimal transport in one dimension: Melnyk et al.,
@@ -125,12 +126,12 @@ def aot(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> jax.Array
     return cross_entropy(beta * (pairs.policy - _of_equal_rank(pairs.reference, pairs.policy, pairs.counted)), label_smoothing)
 
 
-def aot_unpaired(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> jax.Array:
+def aot_unpaired(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Float[Array, " b"]:
     """Return DPO's loss of sorted log-ratios: the i-th smallest of the chosen responses against that of the rejected ones; see `aot`."""
     return cross_entropy(beta * (pairs.chosen - _of_equal_rank(pairs.rejected, pairs.chosen, pairs.counted)), label_smoothing)
 
 
-def apo_zero(pairs: Pairs, *, beta: float) -> jax.Array:
+def apo_zero(pairs: Pairs, *, beta: float) -> Float[Array, " b"]:
     """Return 1 - σ(βx_c) + σ(βx_r): for chosen responses that are better than the model's own.
 
     D'Oosterlinck et al., 2024, arXiv 2408.06266, equation 7.
@@ -138,12 +139,12 @@ def apo_zero(pairs: Pairs, *, beta: float) -> jax.Array:
     return jax.nn.sigmoid(-beta * pairs.chosen) + jax.nn.sigmoid(beta * pairs.rejected)
 
 
-def apo_down(pairs: Pairs, *, beta: float) -> jax.Array:
+def apo_down(pairs: Pairs, *, beta: float) -> Float[Array, " b"]:
     """Return σ(βx_c) + 1 - σ(βΔ): for a model that is better than the chosen responses; equation 8 of the same paper."""
     return jax.nn.sigmoid(beta * pairs.chosen) + jax.nn.sigmoid(-beta * pairs.delta)
 
 
-def discopop(pairs: Pairs, *, beta: float, tau: float = 0.05) -> jax.Array:
+def discopop(pairs: Pairs, *, beta: float, tau: float = 0.05) -> Float[Array, " b"]:
     """Return (1-m)·(-log σ(βΔ)) + m·e^(-βΔ), m = σ(βΔ/τ): the log-ratio modulated loss that a language model found.
 
     Lu et al., 2024, arXiv 2406.08414, equation 5. It is not monotone: with the paper's τ a policy that is still its reference is first

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ftjax.losses.correction import CORRECTIONS, off_policy_mask
 from ftjax.losses.entropy import top_entropy
@@ -125,18 +126,18 @@ def read_actions(name: str, scores: Scores, batch: Batch) -> Actions:
     return Actions(logps, counted(logps - old_logps(scores, batch)), counted(jnp.broadcast_to(advantages, shape)), mask)
 
 
-def old_logps(scores: Scores, batch: Batch) -> jax.Array:
+def old_logps(scores: Scores, batch: Batch) -> Float[Array, "*b t"]:
     """Return what the policy said before its first step on these rollouts, which is what it says at that step."""
     return jax.lax.stop_gradient(scores.logps) if batch.old_logps is None else batch.old_logps
 
 
-def behavior(scores: Scores, batch: Batch) -> jax.Array:
+def behavior(scores: Scores, batch: Batch) -> Float[Array, "*b t"]:
     """Return what the sampler said of its tokens, or, where that is not known, what the policy said at the time."""
     return old_logps(scores, batch) if batch.behavior_logps is None else batch.behavior_logps
 
 
-def importance_weights(scores: Scores, batch: Batch, *, correction: str, cap: float) -> tuple[jax.Array, Metrics]:
-    """Return w `[*b, t]` of a correction, and its metrics.
+def importance_weights(scores: Scores, batch: Batch, *, correction: str, cap: float) -> tuple[Float[Array, "*b t"], Metrics]:
+    """Return w of a correction, and its metrics.
 
     They are `behavior/logratio`, the mean |log π_old/π_behavior|, `behavior/weight`, and `behavior/weight/{min,max}` of the least and the
     largest w of each response, a mean over responses.
@@ -179,8 +180,8 @@ def diagnose_actions(scores: Scores, batch: Batch, actions: Actions, clips: Clip
     return jax.tree.map(jax.lax.stop_gradient, metrics)
 
 
-def needed_entropy(scores: Scores) -> jax.Array:
-    """Return the entropy `[*b, t]`, or say how to get it."""
+def needed_entropy(scores: Scores) -> Float[Array, "*b t"]:
+    """Return the entropy, or say how to get it."""
     if scores.entropy is None:
         raise ValueError("policy_gradient: entropy was not scored: score with outputs=('logps', 'entropy').")
     return scores.entropy

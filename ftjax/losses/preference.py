@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ftjax.losses.diagnosis import diagnose, gradient_share
 from ftjax.losses.divergences import DIVERGENCES
@@ -29,7 +30,7 @@ def preference(
     divergence: str = "reverse_kl",
     tail_weight: float = 1.0,
     nll_coef: float = 0.0,
-    weigh: Callable[[Scores, Batch], jax.Array] | None = None,
+    weigh: Callable[[Scores, Batch], Float[Array, " b"]] | None = None,
 ) -> tuple[Mean, Metrics]:
     """Return Σ_k c_k ℓ_k + c_nll · NLL, a mean over pairs.
 
@@ -52,7 +53,7 @@ def preference(
       divergence: a name in `DIVERGENCES`: what holds the policy to its reference.
       tail_weight: in [0, 1], of the tokens beyond the shorter response's length: LD-DPO (its α).
       nll_coef: of the mean negative log-likelihood per token of the chosen responses.
-      weigh: `(scores, batch) -> [b]`, what each pair's loss is multiplied by, e.g. `wpo_weights`; the NLL is not.
+      weigh: what each pair's loss is multiplied by, e.g. `wpo_weights`; the NLL is not.
 
     Returns:
       The loss, and the metrics of `diagnosis.diagnose`, with one `loss/NAME` for each loss where there are several, and `nll/share`, the
@@ -94,7 +95,9 @@ def preference(
     return masked_mean(total, pairs.counted), metrics
 
 
-def make_pairs(logps: jax.Array, reference: jax.Array, mask: jax.Array, *, tail_weight: float = 1.0) -> Pairs:
+def make_pairs(
+    logps: Float[Array, "*b t"], reference: Float[Array, "*b t"], mask: Float[Array, "*b t"], *, tail_weight: float = 1.0
+) -> Pairs:
     """Return the sums over tokens of pairs `[b, 2, t]`.
 
     Raises:
@@ -116,8 +119,8 @@ def make_pairs(logps: jax.Array, reference: jax.Array, mask: jax.Array, *, tail_
     )
 
 
-def weighted_losses(pairs: Pairs, losses: Mapping[str, float], *, beta: float, **options: float | None) -> dict[str, jax.Array]:
-    """Return `{name: weight · loss [b]}`; an option goes to the losses that take it, and one that is None to none.
+def weighted_losses(pairs: Pairs, losses: Mapping[str, float], *, beta: float, **options: float | None) -> dict[str, Float[Array, " b"]]:
+    """Return `{name: weight · loss}`; an option goes to the losses that take it, and one that is None to none.
 
     Raises:
       ValueError: a name that is no loss of pairs, no positive β, or an option that none of the losses takes.
@@ -139,8 +142,8 @@ def weighted_losses(pairs: Pairs, losses: Mapping[str, float], *, beta: float, *
     return found
 
 
-def wpo_weights(scores: Scores, batch: Batch) -> jax.Array:
-    """Return π̃(y_c)·π̃(y_r) `[b]`, π̃ the mean-token likelihood over what the policy would give itself: pairs near the policy count more.
+def wpo_weights(scores: Scores, batch: Batch) -> Float[Array, " b"]:
+    """Return π̃(y_c)·π̃(y_r), π̃ the mean-token likelihood over what the policy would give itself: pairs near the policy count more.
 
     w(y) = exp( mean_t [log π(y_t) - log Σ_v π(v)²] ), without a gradient: WPO, Zhou et al., 2024, arXiv 2406.11827, in its
     "sampled alignment". Needs `log_collision`.

@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from ftjax.types import Batch, Params, Scores
 
@@ -18,7 +19,7 @@ def with_reference(batch: Batch, scores: Scores) -> Batch:
     return dataclasses.replace(batch, reference_logps=jax.lax.stop_gradient(scores.logps))
 
 
-def followed(reference: Params, policy: Params, done: jax.Array, *, every_steps: int, alpha: float) -> Params:
+def followed(reference: Params, policy: Params, done: Int[Array, ""], *, every_steps: int, alpha: float) -> Params:
     """Return the reference after `done` steps: every so many of them α θ + (1 - α) θ_ref, and else θ_ref as it is.
 
     Gorbatovski et al., 2024, arXiv 2404.09656 (TR-DPO): the soft update, and with α = 1 the hard one. Of a low-rank adapter the factors are
@@ -40,7 +41,7 @@ def followed(reference: Params, policy: Params, done: jax.Array, *, every_steps:
     return jax.tree.map(mixed, reference, policy)
 
 
-def reference_logps(name: str, batch: Batch) -> jax.Array:
+def reference_logps(name: str, batch: Batch) -> Float[Array, "*b t"]:
     """Return what the reference says of the batch, or say how to get it.
 
     Raises:

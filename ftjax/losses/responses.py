@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+Given = Array | np.ndarray
+"""Rewards, masks and divergences are read on the host too."""
 
 
-def token_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Return Σ_t w_t · values_t `[*b]` of `[*b, t]`; a value of weight 0 counts as 0 even if it is not finite."""
+def token_sum(values: Float[Given, "*b t"], weights: Float[Given, "*b t"]) -> Float[Array, "*b"]:
+    """Return Σ_t w_t · values_t; a value of weight 0 counts as 0 even if it is not finite."""
     return jnp.sum(jnp.where(weights > 0, values, 0) * weights, axis=-1)
 
 
-def token_average(values: jax.Array, weights: jax.Array) -> jax.Array:
-    """Return Σ_t w_t · values_t / Σ_t w_t `[*b]` of `[*b, t]`; 0 where nothing has a weight."""
+def token_average(values: Float[Given, "*b t"], weights: Float[Given, "*b t"]) -> Float[Array, "*b"]:
+    """Return Σ_t w_t · values_t / Σ_t w_t; 0 where nothing has a weight."""
     return token_sum(values, weights) / jnp.maximum(jnp.sum(weights, axis=-1), 1)
 
 
-def shared_weights(mask: jax.Array, tail: float) -> jax.Array:
+def shared_weights(mask: Float[Array, "*b 2 t"], tail: float) -> Float[Array, "*b 2 t"]:
     """Return 1 for as many tokens of each response as the shorter one of its pair has, and `tail` for the rest: LD-DPO.
 
     Liu et al., 2024, arXiv 2409.06411: the tokens that only the longer response has speak of its length more than of its quality.
 
     Args:
-      mask: `[*b, 2, t]`: the tokens that count.
+      mask: the tokens that count.
       tail: the weight of what is beyond, in [0, 1]; 1 is plain DPO.
     """
     shorter = jnp.min(jnp.sum(mask, axis=-1), axis=-1)[..., None, None]

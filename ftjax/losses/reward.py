@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
 
@@ -82,8 +83,8 @@ def stepwise(scores: Scores, batch: Batch) -> tuple[Mean, Metrics]:
     }
 
 
-def response_rewards(scores: Scores, batch: Batch) -> jax.Array:
-    """Return the value at the last token that is not padding, `[*b]`; 0 for a row of padding alone."""
+def response_rewards(scores: Scores, batch: Batch) -> Float[Array, "*b"]:
+    """Return the value at the last token that is not padding; 0 for a row of padding alone."""
     if scores.values is None:
         raise ValueError("reward: values were not scored: score with outputs=('logps', 'values') and add peft.value_head() to the method.")
     real = batch.segment_ids > 0

@@ -10,41 +10,44 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from ftjax.losses.divergences import EXPONENT_CAP
 from ftjax.losses.responses import token_average
 
 
 class Actions(NamedTuple):
-    """What is known of drawn tokens, `[*b, t]`."""
+    """What is known of drawn tokens."""
 
-    logps: jax.Array
+    logps: Float[Array, "*b t"]
     """log π(y_t)."""
-    logratio: jax.Array
+    logratio: Float[Array, "*b t"]
     """log π(y_t) - log π_old(y_t), or another log-ratio of `levels`."""
-    advantages: jax.Array
-    mask: jax.Array
+    advantages: Float[Array, "*b t"]
+    mask: Float[Array, "*b t"]
 
     @property
-    def ratio(self) -> jax.Array:
+    def ratio(self) -> Float[Array, "*b t"]:
         return capped_exp(self.logratio)
 
 
-Clips = dict[str, jax.Array]
-"""`{name: [*b, t]}`: 1 where a surrogate clipped."""
+Clips = dict[str, Bool[Array, "*b t"]]
+"""By name, whether a surrogate clipped there."""
 
 
-def capped_exp(x: jax.Array, *, cap: float = EXPONENT_CAP) -> jax.Array:
+def capped_exp(x: Float[Array, "*b"], *, cap: float = EXPONENT_CAP) -> Float[Array, "*b"]:
     """Return e^x up to `cap`, and its tangent there beyond: a ratio to what was all but impossible stays finite, with a gradient."""
     return jnp.exp(jnp.minimum(x, cap)) * (1 + jnp.maximum(x - cap, 0))
 
 
-def unclipped(actions: Actions) -> tuple[jax.Array, Clips]:
+def unclipped(actions: Actions) -> tuple[Float[Array, "*b t"], Clips]:
     """Return -ρA: REINFORCE (Williams, 1992), importance-weighted where the tokens are those of an earlier policy."""
     return -actions.ratio * actions.advantages, {}
 
 
-def clipped(actions: Actions, *, clip_low: float = 0.2, clip_high: float = 0.2, ratio_cap: float | None = None) -> tuple[jax.Array, Clips]:
+def clipped(
+    actions: Actions, *, clip_low: float = 0.2, clip_high: float = 0.2, ratio_cap: float | None = None
+) -> tuple[Float[Array, "*b t"], Clips]:
     """Return -min( min(ρ, δ) A, clip(ρ, 1-ε_low, 1+ε_high) A ): no gain from moving further than the clip, a loss for moving back.
 
     Schulman et al., 2017, arXiv 1707.06347, equation 7; ε_high ≠ ε_low: DAPO, Yu et al., 2025, arXiv 2503.14476; δ, which bounds the loss
@@ -68,7 +71,7 @@ def clipped(actions: Actions, *, clip_low: float = 0.2, clip_high: float = 0.2, 
     return loss, clips
 
 
-def cispo(actions: Actions, *, clip_low: float = 1.0, clip_high: float = 4.0) -> tuple[jax.Array, Clips]:
+def cispo(actions: Actions, *, clip_low: float = 1.0, clip_high: float = 4.0) -> tuple[Float[Array, "*b t"], Clips]:
     """Return -sg( clip(ρ, 1-ε_low, 1+ε_high) ) A log π: the weight is clipped and no token loses its gradient.
 
     sg stops the gradient. CISPO, MiniMax, 2025, arXiv 2506.13585. TRL's `epsilon_high` is 1 + ε_high.
@@ -83,7 +86,7 @@ def cispo(actions: Actions, *, clip_low: float = 1.0, clip_high: float = 4.0) ->
     return -weights * actions.advantages * actions.logps, {"low": ratio < low, "high": ratio > high}
 
 
-def sapo(actions: Actions, *, tau_positive: float = 1.0, tau_negative: float = 1.05) -> tuple[jax.Array, Clips]:
+def sapo(actions: Actions, *, tau_positive: float = 1.0, tau_negative: float = 1.05) -> tuple[Float[Array, "*b t"], Clips]:
     """Return -(4/τ) σ(τ(ρ - 1)) A, a soft clip, with a τ of its own for each sign of A: SAPO, Gao et al., 2025, arXiv 2511.20347.
 
     Args:
@@ -97,7 +100,7 @@ def sapo(actions: Actions, *, tau_positive: float = 1.0, tau_negative: float = 1
 
 def vespo(
     actions: Actions, *, powers: tuple[float, float] = (2.0, 3.0), decays: tuple[float, float] = (3.0, 2.0)
-) -> tuple[jax.Array, Clips]:
+) -> tuple[Float[Array, "*b t"], Clips]:
     """Return -sg(φ(ρ)) A log π, φ(ρ) = ρ^k e^(λ(1 - ρ)): a weight that is 1 at ρ = 1 and goes to 0 on either side of it.
 
     VESPO, 2026, arXiv 2602.10693, where ρ is of the whole response: level "response".
@@ -112,7 +115,7 @@ def vespo(
     return -weights * actions.advantages * actions.logps, {}
 
 
-def gmpo(actions: Actions, *, clip_low: float = 0.4, clip_high: float = 0.4) -> tuple[jax.Array, Clips]:
+def gmpo(actions: Actions, *, clip_low: float = 0.4, clip_high: float = 0.4) -> tuple[Float[Array, "*b t"], Clips]:
     """Return -exp( mean_t clip(log ρ_t) ) A: the geometric mean of a response's ratios, clipped in log space against the sign of A.
 
     clip is min(·, ε_high) where A > 0 and max(·, -ε_low) elsewhere. GMPO, Zhao et al., 2025, arXiv 2507.20673. Every token of a response
@@ -128,23 +131,23 @@ def gmpo(actions: Actions, *, clip_low: float = 0.4, clip_high: float = 0.4) -> 
 SURROGATES = {"unclipped": unclipped, "clipped": clipped, "cispo": cispo, "sapo": sapo, "vespo": vespo, "gmpo": gmpo}
 
 
-def token(logratio: jax.Array, mask: jax.Array) -> jax.Array:
+def token(logratio: Float[Array, "*b t"], mask: Float[Array, "*b t"]) -> Float[Array, "*b t"]:
     """Return each token's own log-ratio."""
     del mask
     return logratio
 
 
-def sequence(logratio: jax.Array, mask: jax.Array) -> jax.Array:
+def sequence(logratio: Float[Array, "*b t"], mask: Float[Array, "*b t"]) -> Float[Array, "*b t"]:
     """Return for every token the mean log-ratio of its response: GSPO, Zheng et al., 2025, arXiv 2507.18071."""
     return jnp.broadcast_to(token_average(logratio, mask)[..., None], logratio.shape)
 
 
-def sequence_token(logratio: jax.Array, mask: jax.Array) -> jax.Array:
+def sequence_token(logratio: Float[Array, "*b t"], mask: Float[Array, "*b t"]) -> Float[Array, "*b t"]:
     """Return the value of `sequence` with each token's own gradient: GSPO-token, of the same paper."""
     return jax.lax.stop_gradient(sequence(logratio, mask) - logratio) + logratio
 
 
-def response(logratio: jax.Array, mask: jax.Array) -> jax.Array:
+def response(logratio: Float[Array, "*b t"], mask: Float[Array, "*b t"]) -> Float[Array, "*b t"]:
     """Return for every token the log-ratio of its response as a whole, the sum: RLOO, Ahmadian et al., 2024, arXiv 2402.14740."""
     return jnp.broadcast_to(jnp.sum(logratio * mask, axis=-1)[..., None], logratio.shape)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, UInt8
 
 NF4 = np.array(
     [
@@ -42,8 +42,8 @@ def _parts(count: int) -> np.ndarray:
     return (bounds[:-1] + bounds[1:]) / np.float32(2)
 
 
-def nearest(values: Float[Array, "*b"], book: np.ndarray) -> Int[Array, "*b"]:
-    """Return the codes of the numbers of a book that are nearest to float32 values, uint8; halfway the lower number.
+def nearest(values: Float[Array, "*b"], book: np.ndarray) -> UInt8[Array, "*b"]:
+    """Return the codes of the numbers of a book that are nearest to float32 values; halfway the lower number.
 
     Of two equal numbers, as FP4's zeros, the first is taken.
     """
