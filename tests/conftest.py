@@ -38,7 +38,6 @@ jaxtyping.install_import_hook(
         "ftjax.quant.blockwise",
         "ftjax.quant.codes",
         "ftjax.quant.mean",
-        "ftjax.quant.quantize",
         "ftjax.rollout.sampling",
     ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",  # an int may stand for a float

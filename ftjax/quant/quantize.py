@@ -18,7 +18,7 @@ from ftjax.quant.mean import mean
 from ftjax.quant.weight import SPECS, NestedScales, QuantizedWeight, magnitudes
 
 
-def quantize(w: Float[Array, "*_"], format: str = "nf4", *, group: int | None = 64, nested: bool = False) -> QuantizedWeight:
+def quantize(w: Float[Array, "*l i o"], format: str = "nf4", *, group: int | None = 64, nested: bool = False) -> QuantizedWeight:
     """Return the matrix in a 4-bit or 8-bit format.
 
     nf4, fp4, int8: the code nearest to w / a, with a the largest magnitude of the group; int4: round(w / s), s = a / 7; uint4:
