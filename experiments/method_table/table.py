@@ -1,4 +1,4 @@
-"""Add finished runs to results.jsonl, print the table of all of them and draw exact match against what is trained.
+"""Add finished runs to results.jsonl, print the table of all of them and draw their losses beside LoRA's.
 
 Usage: python -m experiments.method_table.table [RUNS] [PLOT.png]
 """
@@ -46,7 +46,7 @@ def main() -> None:
         )
         print("|", " | ".join((*cells, against(row, peer), interval(scores, 1), str(len(scores)))), "|")
     for plot in plots:
-        draw(rows, pathlib.Path(plot))
+        draw(rows, peer, pathlib.Path(plot))
 
 
 def known() -> dict[tuple[str, float, int], Row]:
@@ -99,12 +99,15 @@ def edge(method: str, rate: float) -> str:
 
 
 def against(row: Row, peer: Row | None) -> str:
-    """Return the difference of the losses to the peer's of the same seeds, with its interval."""
-    if peer is None or row is peer:
-        return ""
-    theirs = dict(zip(peer["seed"], peer["loss"], strict=True))
-    both = [loss - theirs[seed] for seed, loss in zip(row["seed"], row["loss"], strict=True) if seed in theirs]
-    return interval(both, 3, sign="+") if both else ""
+    """Return the mean of `apart` with its interval; nothing for the peer itself."""
+    found = apart(row, peer)
+    return interval(found, 3, sign="+") if found and row is not peer else ""
+
+
+def apart(row: Row, peer: Row | None) -> list[float]:
+    """Return the differences of a method's losses to the peer's of the same seeds."""
+    theirs = {} if peer is None else dict(zip(peer["seed"], peer["loss"], strict=True))
+    return [loss - theirs[seed] for seed, loss in zip(row["seed"], row["loss"], strict=True) if seed in theirs]
 
 
 def interval(values: list[float], digits: int, *, sign: str = "") -> str:
@@ -115,20 +118,27 @@ def interval(values: list[float], digits: int, *, sign: str = "") -> str:
     return f"{mean} ± {STUDENT[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
 
 
-def draw(rows: list[dict], path: pathlib.Path) -> None:
+def draw(rows: list[Row], peer: Row | None, path: pathlib.Path) -> None:
+    """Draw each method's losses less the peer's of the same seeds, and its exact match: a dot a seed, a bar over them."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for row in rows:
-        scores = [100 * score for score in row["score"]]
-        mean = statistics.mean(scores)
-        axes.errorbar(row["trained"], mean, [[mean - min(scores)], [max(scores) - mean]], fmt="o", capsize=3)
-        axes.annotate(row["method"], (row["trained"], mean), textcoords="offset points", xytext=(5, 3), fontsize=7)
-    axes.set(xscale="log", xlabel="trained parameters", ylabel="exact match, % of 256 (bars: range over seeds)")
-    axes.grid(alpha=0.3)
+    rows = sorted(rows, key=lambda row: statistics.mean(row["loss"]), reverse=True)
+    columns = {
+        f"held-out loss, less that of {PEER} with the same seed": [apart(row, peer) for row in rows],
+        "exact match, % of 256": [[100 * score for score in row["score"]] for row in rows],
+    }
+    figure, axes = plt.subplots(1, 2, figsize=(9, 0.24 * len(rows) + 1), sharey=True, layout="constrained")
+    for axis, (words, values) in zip(axes, columns.items(), strict=True):
+        for height, found in enumerate(values):
+            axis.plot([min(found), max(found)], [height] * 2, color="C0", alpha=0.4)
+            axis.plot(found, [height] * len(found), "o", color="C0", markersize=4)
+        axis.set(xlabel=words, ylim=(-0.7, len(rows) - 0.3))
+        axis.grid(alpha=0.3)
+    axes[0].axvline(0, color="black", linewidth=0.8)
+    axes[0].set_yticks(range(len(rows)), [row["method"] for row in rows], fontsize=7)
     figure.savefig(path, dpi=110)
 
 
