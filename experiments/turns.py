@@ -88,9 +88,3 @@ def spread(values: Sequence[float], *, digits: int = 0) -> str:
     '2 (1–3)'
     """
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
-
-
-def fastest_dtype(python: str) -> str:
-    """Return the dtype that `model.dtype=auto` chooses on a CPU with this interpreter's JAX: bfloat16 gains from 0.12 on."""
-    version = subprocess.run([python, "-c", "import jax; print(jax.__version__)"], capture_output=True, text=True, check=True).stdout
-    return "bfloat16" if tuple(map(int, version.split(".")[:2])) >= (0, 12) else "float32"

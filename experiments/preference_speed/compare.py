@@ -45,7 +45,7 @@ def commands(args) -> list[Turn]:
     for reference in args.references.split(","):
         common = [args.model, args.pairs, "--steps", args.steps, "--reference", reference]
         for python, packing in itertools.product(args.jax, args.packings.split(",")):
-            found.append(Turn([python, HERE / "step.py", *common, "--dtype", turns.fastest_dtype(python), "--packing", packing]))
+            found.append(Turn([python, HERE / "step.py", *common, "--dtype", "bfloat16", "--packing", packing]))
         found += [turns.peer([args.torch, PEER, *common], name) for name in args.peers.split(",") if args.torch]
     return found
 

@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
     common = [args.model, args.work, "--steps", args.steps]
-    ours = [[python, HERE / "step.py", *common, "--dtype", turns.fastest_dtype(python)] for python in args.jax]
+    ours = [[python, HERE / "step.py", *common, "--dtype", "bfloat16"] for python in args.jax]
     ours = [Turn([*command, *flags]) for command in ours for flags in ([], ["--apart"])]
     peers = [turns.peer([args.torch, PEER, *common], name) for name in args.peers.split(",") if args.torch]
     results = turns.run([*ours, *peers], rounds=args.rounds)

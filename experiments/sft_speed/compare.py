@@ -2,8 +2,8 @@
 
 Usage: python -m experiments.sft_speed.compare MODEL.gguf TOKENS.npy --jax PYTHON … --torch PYTHON [--rounds 3] [--base nf4]
 
-PYTHONs are interpreters of environments in which ftjax, or torch and PEFT, are installed; bfloat16 is run from JAX 0.12 on. With
-`--base` each runs over the dense matrices and over quantised ones (PEFT: with bitsandbytes, which must be installed beside it).
+PYTHONs are interpreters of environments in which ftjax, or torch and PEFT, are installed. With `--base` each runs over the dense
+matrices and over quantised ones (PEFT: with bitsandbytes, which must be installed beside it).
 """
 
 import pathlib
@@ -35,7 +35,7 @@ def main() -> None:
 def commands(args) -> list[list[str]]:
     common, found = [args.model, args.tokens, "--steps", str(args.steps)], []
     for python in args.jax:
-        options = ["--dtype", turns.fastest_dtype(python), "--remat", "elementwise"]
+        options = ["--dtype", "bfloat16", "--remat", "elementwise"]
         found.append([python, str(HERE / "step.py"), *common, *options])
     if args.torch:
         found += [[args.torch, str(PEER), *common, "--dtype", dtype] for dtype in ("bfloat16", "float32")]
