@@ -43,7 +43,7 @@ def test_an_export_that_fails_leaves_the_earlier_adapter(trained, tmp_path, monk
     def full_disk(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("ftjax.hf.peft.write_tokenizer", full_disk)
+    monkeypatch.setattr("ftjax.hf.write.write_tokenizer", full_disk)
     with pytest.raises(OSError, match="no space"):
         adapter.export(folder, *trained, methods=METHODS, say=pytest.fail)
     assert [path.name for path in tmp_path.rglob("*")] == ["adapter", "earlier"]
@@ -115,7 +115,7 @@ def test_an_adapter_of_a_stretched_model_is_put_on_the_stretched_base(base, trai
         run = loaded._replace(model=models.build(config), stretched=stretched)
         folder = tmp_path / str(stretched)
         adapter.export(epath.Path(folder), run, *rest, methods=METHODS, say=pytest.fail)
-        flags = SimpleNamespace(model=str(base.folder), adapter=[str(folder)], dtype="float32", quantize="auto")
+        flags = SimpleNamespace(model=str(base.folder), adapter=[str(folder)], dtype="float32", quantize="auto", implementation="")
         assert pretrained.load(flags).model.config == export.pretrained_model(str(base.folder), folder).loaded.model.config == config
     flags.adapter = [f"{name}={tmp_path / name}" for name in ("True", "False")]
     with pytest.raises(ValueError, match="were trained with different RoPEs"):
