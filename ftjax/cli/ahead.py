@@ -119,6 +119,7 @@ class Ahead:
         self._waiting: deque[Future] = deque()
         self._thread: threading.Thread | None = None
         self._devices, self._beside, self._taken = devices, beside, False
+        self._counting, self._unfinished = threading.Lock(), 0
 
     def __call__(self, trainable: Params, index: int) -> Any:
         """Return an experience, and have the one sampled that these weights are for.
@@ -166,7 +167,10 @@ class Ahead:
         if index < self._count:
             future: Future = Future()
             self._waiting.append(future)
-            self._devices.resting.clear()
+            with self._counting:
+                if not self._unfinished:  # else the thread samples, or judges and will say so when it is about to sample
+                    self._devices.resting.clear()
+                self._unfinished += 1
             self._asked.put((future, by, index))
 
     def _work(self) -> None:
@@ -175,8 +179,10 @@ class Ahead:
                 found, error = self._sample(by, index), None
             except BaseException as raised:  # raised again where the experience is asked for
                 found, error = None, raised
-            if self._asked.empty():
-                self._devices.resting.set()
-            else:
-                self._devices.resting.clear()
+            with self._counting:
+                self._unfinished -= 1
+                if self._unfinished:
+                    self._devices.resting.clear()
+                else:
+                    self._devices.resting.set()
             future.set_exception(error) if error else future.set_result(found)

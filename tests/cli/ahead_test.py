@@ -140,8 +140,8 @@ def test_on_several_devices_it_judges_beside_the_steps_and_samples_while_it_is_w
         for round in range(rounds):
             with devices:
                 wrong.extend([index] if training.is_set() else [])
-            if index and not round:
-                judged[index].wait(30)  # by a judge that answers only while the steps run
+            if index and not round and not judged[index].wait(10):  # by a judge that answers only while the steps run
+                wrong.append(index)
         return by(trainable, index)
 
     sampled = begin(sample, bound, count=6, devices=devices, beside=False)
