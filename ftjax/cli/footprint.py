@@ -6,7 +6,8 @@ What is held all the time (weights, scales, adapter, optimiser, batch) is exact.
     backward   what the backward pass needs + gradients + the work of one layer
     update     gradients + updates, on a CPU with the new moments beside the old
 
-What the backward pass needs is exact too, as JAX has it before the compiler: the residuals of the traced step.
+What the backward pass needs is exact too, as JAX has it before the compiler: the residuals of the traced step. XLA's CPU before JAX 0.12
+takes as much as if it kept those that are bfloat16, and a copy of the dense layers, in float32.
 """
 
 from __future__ import annotations
@@ -88,7 +89,8 @@ def of(config, mesh: Mesh, kind: str, built: abstract.Built | None = None) -> Fo
     rows = config.data.batch_size // config.data.accumulation // math.prod(mesh.shape[axis] for axis in sharding.ROWS)
     held, own = _frozen(built)
     trained, moments = device_bytes(built.state.trainable), device_bytes((built.state.opt_state, built.state.carried))
-    copies, activations = _kept(config, mesh, built, rows)
+    copies, activations = _kept(config, mesh, built, rows, widened=_widens(kind))
+    copies += _widened(built) if _widens(kind) else 0
     summed = trained if config.data.accumulation > 1 else 0
     return Footprint(
         base=held["base"],
@@ -126,7 +128,18 @@ def base_dtypes(built: abstract.Built) -> list[str]:
     return sorted({leaf.dtype.name for path, leaf in sharding.rules.paths(built.frozen) if not _SCALES.fullmatch(path)})
 
 
-def _kept(config, mesh: Mesh, built: abstract.Built, rows: int) -> tuple[int, int]:
+def _widens(kind: str) -> bool:
+    """Return whether a step in bfloat16 takes the memory of float32."""
+    return kind == "cpu" and tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12)
+
+
+def _widened(built: abstract.Built) -> int:
+    """Return the bytes of a copy in float32 of the dense layers that lie in bfloat16."""
+    layers = (leaf for path, leaf in sharding.rules.paths(built.frozen) if path.startswith("layers/") and leaf.dtype == jnp.bfloat16)
+    return 2 * device_bytes(list(layers))
+
+
+def _kept(config, mesh: Mesh, built: abstract.Built, rows: int, *, widened: bool) -> tuple[int, int]:
     """Return the bytes of the copies of weights and of the activations that the backward pass needs, on each device."""
     where = {leaf.shape: _share(leaf) for leaf in jax.tree.leaves((built.state.trainable, built.frozen))}
     weights = {leaf.shape for leaf in jax.tree.leaves(built.params)}
@@ -134,8 +147,8 @@ def _kept(config, mesh: Mesh, built: abstract.Built, rows: int) -> tuple[int, in
     copies = [x for x in kept if x.shape in weights and x.ndim > 1]
     rest = [x for x in kept if not (x.shape in weights and x.ndim > 1)]
     return (
-        int(sum(_size(x) * where.get(x.shape, 1.0) for x in copies)),
-        sum(_size(x) // (mesh.shape["tensor"] if _over_heads(built.model.config, x.shape) else 1) for x in rest),
+        int(sum(_size(x, widened) * where.get(x.shape, 1.0) for x in copies)),
+        sum(_size(x, widened) // (mesh.shape["tensor"] if _over_heads(built.model.config, x.shape) else 1) for x in rest),
     )
 
 
@@ -182,7 +195,7 @@ def _layer(config, mesh: Mesh, built: abstract.Built, rows: int, kind: str) -> i
     with config.copy_and_resolve_references().unlocked() as other:
         other.model.remat = "elementwise"
     model, _ = build.architecture(other)
-    products = _kept(other, mesh, built._replace(model=model), rows)[1] // layers
+    products = _kept(other, mesh, built._replace(model=model), rows, widened=_widens(kind))[1] // layers
     stacked = sum(device_bytes(leaf) for path, leaf in sharding.rules.paths(built.frozen) if path.startswith("layers/"))
     weights = stacked * mesh.shape["fsdp"] // layers
     return 2 * products + _scores(config, shape, rows, kind) // mesh.shape["tensor"] + weights
@@ -214,5 +227,7 @@ def _share(leaf: Any) -> float:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) / max(1, math.prod(leaf.shape))
 
 
-def _size(x: Any) -> int:
+def _size(x: Any, widened: bool) -> int:
+    if widened and x.dtype == jnp.bfloat16:
+        return 4 * math.prod(x.shape)
     return math.prod(x.shape) * (jnp.dtype(x.dtype).itemsize if not jnp.issubdtype(x.dtype, jax.dtypes.extended) else 8)

@@ -76,6 +76,17 @@ def test_what_the_backward_pass_needs_shrinks_with_rematerialisation_and_grows_w
     assert planned(data__batch_size=2).activations == pytest.approx(elementwise / 2, rel=0.05)
 
 
+@pytest.mark.parametrize("methods", [("lora",), ("nf4", "lora")])
+def test_a_step_in_bfloat16_takes_what_its_shapes_say(methods):
+    """Whatever this JAX's compiler for a CPU does with bfloat16: before 0.12 it keeps in float32 what moves."""
+    fields = {"methods": methods, "model.preset": "smollm2-135m", "model.dtype": "bfloat16", "data.max_tokens": 256}
+    config = config_with(fields)
+    mesh = build.mesh(config)
+    built = abstract.built(config, mesh)
+    estimate, compiled = footprint.of(config, mesh, "cpu", built), plan.compile_step(built, topology.find("here"))
+    assert estimate.peak - estimate.packed == pytest.approx(compiled.peak, rel=0.1)
+
+
 def test_gradients_are_summed_where_there_are_micro_batches():
     whole, parts = planned(), planned(data__accumulation=4)
     assert parts.gradients == 2 * whole.gradients and parts.carried == whole.gradients
