@@ -20,6 +20,7 @@ It printed, on the tiny Llama:
     delta_lora           4.8e-07 (3.23)      2.6e-06    0.0e+00
     dora                 2.6e-07 (0.81)      1.5e-06    1.7e-07
     hira                 1.9e-07 (0.02)      1.1e-06    0.0e+00
+    ia3                  1.7e-07 (0.05)      6.1e-07    0.0e+00
     loftq                2.3e-07 (0.66)      1.1e-06    0.0e+00
     loha                 1.5e-07 (0.13)      9.0e-07    0.0e+00
     lokr                 1.7e-07 (0.61)      9.9e-07    1.4e-07
@@ -60,6 +61,7 @@ rounding of the weights shows beside it.
     delta_lora           3.8e-06 (0.08)      2.7e-05    1.4e-05
     dora                 2.0e-06 (0.09)      5.3e-05    3.6e-05
     hira                 2.2e-06 (0.01)      4.0e-05    2.8e-05
+    ia3                  2.4e-06 (0.08)      1.0e-04    1.9e-06
     loftq                2.7e-06 (0.30)      3.1e-05    1.1e-06
     loha                 2.3e-06 (0.01)      3.7e-05    8.6e-05
     lokr                 2.0e-06 (0.06)      2.5e-05    1.4e-05
