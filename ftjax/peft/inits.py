@@ -130,25 +130,23 @@ def eva(moments: Mapping[str, jax.Array], *, rho: float = 1.0) -> OfPath:
     if not rho >= 1:
         raise ValueError(f"inits: the rho of eva is at least 1, not {rho}.")
 
-    def shares(moment: jax.Array, values: jax.Array) -> jax.Array:
-        return values / jnp.trace(moment, axis1=-2, axis2=-1)[..., None]
-
     @functools.cache
-    def least(rank: int) -> jax.Array:
-        """Return the smallest share that is among the n r / ρ largest."""
-        found = [shares(moment, jnp.linalg.eigvalsh(moment)[..., -rank:]).ravel() for moment in moments.values()]
-        everywhere = jnp.sort(jnp.concatenate(found))
-        return everywhere[-max(int(everywhere.size / rho), 1)]
+    def main(path: str, rank: int) -> Factors:
+        """Return the shares that the first directions explain `[..., r]`, falling, and the directions `[..., i, r]`."""
+        moment = _known(moments, path, "eva")
+        with jax.ensure_compile_time_eval():  # else one trace would remember another's tracers
+            values, vectors = (found[..., ::-1][..., :rank] for found in jnp.linalg.eigh(moment))  # of those in ascending order
+            return values / jnp.trace(moment, axis1=-2, axis2=-1)[..., None], vectors
 
     def at(path: str) -> Init:
         def factors(key: jax.Array, shape: tuple[int, ...], rank: int) -> Factors:
             del key
-            moment = _known(moments, path, "eva")
+            explained, vectors = main(path, rank)
             *layers, i, o = shape
-            values, vectors = (found[..., ::-1][..., :rank] for found in jnp.linalg.eigh(moment))  # of those in ascending order
             if rho > 1:
-                # Not quite the smallest share: eigenvalues come a little different with the vectors and without.
-                vectors = jnp.where((shares(moment, values) >= least(rank) * (1 - 1e-5))[..., None, :], vectors, 0.0)
+                everywhere = jnp.sort(jnp.concatenate([main(each, rank)[0].ravel() for each in moments]))
+                least = everywhere[-max(int(everywhere.size / rho), 1)]
+                vectors = jnp.where((explained >= least)[..., None, :], vectors, 0.0)
             return vectors, jnp.zeros((*layers, rank, o), jnp.float32)
 
         return factors
