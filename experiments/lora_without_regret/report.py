@@ -7,6 +7,8 @@ import json
 import pathlib
 import sys
 
+from experiments.lora_without_regret.config import RANKS
+from experiments.method_table import table
 from experiments.method_table.table import interval
 from ftjax.logs.writers import read_jsonl
 
@@ -14,7 +16,7 @@ RESULTS = pathlib.Path(__file__).with_name("results.jsonl")
 PEER = "lora_all-8"
 WORDS = {
     "full": "full tuning",
-    **{f"lora_all-{rank}": f"LoRA on all, rank {rank}" for rank in (1, 8, 64)},
+    **{f"lora_all-{rank}": f"LoRA on all, rank {rank}" for rank in RANKS},
     "lora_attention-8": "LoRA on attention, rank 8",
     "lora_mlp-8": "LoRA on the MLP, rank 8",
 }
@@ -54,7 +56,7 @@ def known() -> Losses:
 def finished(runs: pathlib.Path) -> Losses:
     """Return the losses of the runs that came to their end."""
     found: Losses = {}
-    for workdir in sorted(path.parent for path in runs.glob("*/loss.png")):
+    for workdir in table.finished(runs):
         name, _, seed = workdir.name.rpartition("-")
         if (workdir / "sweep.json").exists():
             for row in json.loads((workdir / "sweep.json").read_text())["members"]:

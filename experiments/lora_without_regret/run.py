@@ -22,16 +22,17 @@ def main() -> None:
     model = [f"--config.model.name={args.model}"] if args.model else []
     wanted, known = {}, report.known()
     for seed in SEEDS:
+        common = [f"--config.seed={seed}", *model]
         rates = RATES if seed == SEEDS[0] else NEAR
         for part, rank in (*(("all", rank) for rank in RANKS), ("attention", 8), ("mlp", 8)):
             left = [f"{rate:g}" for rate in rates["lora"] if (f"lora_{part}-{rank}", rate, seed) not in known]
             if left:
                 sweep = [f"--config.lora.rank={rank}", f"--sweep=optimizer.learning_rate={','.join(left)}"]
-                wanted[f"lora_{part}-{rank}-{seed}"] = [f"--config={CONFIG}:lora_{part}", *sweep]
+                wanted[f"lora_{part}-{rank}-{seed}"] = [f"--config={CONFIG}:lora_{part}", *sweep, *common]
         for rate in rates["full"]:
             if ("full", rate, seed) not in known:
-                wanted[f"full-{rate:g}-{seed}"] = [f"--config={CONFIG}:full", f"--config.optimizer.learning_rate={rate}"]
-    runs.finish({args.runs / name: [*options, f"--config.seed={name.rpartition('-')[2]}", *model] for name, options in wanted.items()})
+                wanted[f"full-{rate:g}-{seed}"] = [f"--config={CONFIG}:full", f"--config.optimizer.learning_rate={rate}", *common]
+    runs.finish({args.runs / name: options for name, options in wanted.items()})
 
 
 if __name__ == "__main__":

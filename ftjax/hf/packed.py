@@ -128,9 +128,8 @@ def _packed(path: str, block: np.ndarray, layer: int | None, options: Mapping[st
 
 def _sound(path: str, block: np.ndarray, layer: int | None, scales: Any) -> Any:
     """Return the scales of a matrix, if its numbers are finite."""
-    if not all(
-        np.isfinite(part).all() for part in magnitudes(scales)
-    ):  # the largest magnitude of a group is not finite if a number of it is not
+    # The largest magnitude of a group is not finite if a number of it is not.
+    if not all(np.isfinite(part).all() for part in magnitudes(scales)):
         bad = ~np.isfinite(block.astype(np.float32))
         place = "" if layer is None else f", layer {layer},"
         raise ValueError(
