@@ -23,7 +23,8 @@ def load(name: str, *, dtype: str = "auto", batch_size: int = 8) -> Critic:
     """Return the reward model at a name.
 
     Args:
-      name: a classifier of one label (`ftjax export` writes one), or the workdir of a run that trained a value head, or its adapter.
+      name: a classifier of one label (`ftjax export` writes one), or the workdir of a run that trained a value head, or its adapter; what
+        a run trained reads conversations by the template of that run, and others by the one of their tokenizer.
       dtype: of its weights.
       batch_size: completions at a time.
 
@@ -38,8 +39,10 @@ def load(name: str, *, dtype: str = "auto", batch_size: int = 8) -> Critic:
     params = pretrained.attach(model, params, folder)
     if VALUE_HEAD not in params:
         raise ValueError(f"--reward: {name} is no reward model: it has no value head. `ftjax train` makes one with algorithm='reward'.")
-    tokenizer = pretrained.tokenizer(folder, model, base=tokenizer)
-    return critic(model, params, data.make_encoder(tokenizer, max_tokens=model.config.max_position_embeddings), batch_size=batch_size)
+    tokenizer, run = pretrained.tokenizer(folder, model, base=tokenizer), pretrained.run_of(folder) if folder else None
+    template = {name: run.data[name] for name in ("template", "template_variables")} if run else {}
+    encoder = data.make_encoder(tokenizer, max_tokens=model.config.max_position_embeddings, **template)
+    return critic(model, params, encoder, batch_size=batch_size)
 
 
 def critic(model: Model, params: Params, encoder: data.Encoder, *, batch_size: int = 8) -> Critic:

@@ -119,7 +119,7 @@ def _quantizer(asked: str, folders: Sequence[Path]) -> Transform | None:
         return None
     if asked != "auto":
         return quant.METHODS[asked]()
-    runs = {folder: _run(folder) for folder in folders}
+    runs = {folder: run_of(folder) for folder in folders}
     found = {folder: [(n, o) for n, o in build.methods(run) if n in quant.METHODS] if run else [] for folder, run in runs.items()}
     if any(one != other for one in found.values() for other in found.values()):
         raise ValueError("--adapter: the runs of these adapters had their base in different formats; say which by --quantize.")
@@ -130,7 +130,7 @@ def _quantizer(asked: str, folders: Sequence[Path]) -> Transform | None:
     return build.quantizer(next(iter(runs.values())))
 
 
-def _run(folder: Path) -> ConfigDict | None:
+def run_of(folder: Path) -> ConfigDict | None:
     """Return the config of the run in whose workdir an adapter lies, if it does."""
     path = folder.resolve().parent / "config.json"
     stored = read_json(path) if path.is_file() else {}

@@ -57,6 +57,20 @@ def test_an_adapter_with_a_head_is_a_reward_model_and_one_without_is_none(base, 
         critic.load(str(tmp_path / "none"))
 
 
+def test_what_a_run_trained_reads_conversations_as_the_run_did(base, head, tmp_path):
+    folder, model, params = base
+    method = peft.chain(peft.lora(["q_proj"], rank=1), peft.value_head(bias=False))
+    trained = method.init(jax.random.key(0), params)[1] | {"value_head": head}
+    hf_peft.save_adapter(tmp_path / "adapter", model, trained, method.plan(params), base_name=str(folder))
+    found = {}
+    for template in ("none", "chatml"):
+        stored = {"methods": ["lora", "value_head"], "data": {"template": template, "template_variables": None}}
+        (tmp_path / "config.json").write_text(json.dumps(stored))
+        found[template] = critic.load(str(tmp_path), dtype="float32")(["ab"], ["c"])[0]
+    expected = jax.jit(model.apply)(params, jnp.pad(jnp.array([*b"abc", byte_tokenizer().eos_token_id]), (0, 124))[None])[0][0, 3]
+    assert found["none"] == pytest.approx(float(expected @ head["kernel"][:, 0]), abs=1e-5) and found["chatml"] != found["none"]
+
+
 def test_the_best_of_several_completions_is_kept(base, folder, compiled, tmp_path):
     (tmp_path / "prompts.txt").write_text("one\nand another\n")
     common = [f"--model={base.folder}", f"--compile_cache={compiled}", "--max_tokens=12", "--dtype=float32", "--temperature=1"]
