@@ -226,11 +226,15 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint: {path} cannot be read: {error}") from error
 
 
+SMALLER = ("loss", "perplexity", "nll", "divergence", "kl", "error", "repetition")
+"""How the names of metrics end of which less is better; of all others more is."""
+
+
 def improves(value: float, than: float | None, metric: str) -> bool:
     """Return whether `value` is a better `metric` than another value, or than none; a NaN never is."""
     if than is None:
         return value == value
-    return value < than if metric.endswith(("loss", "perplexity")) else value > than
+    return value < than if metric.rpartition("/")[2].endswith(SMALLER) else value > than
 
 
 def _best(values: Mapping[int, float], metric: str) -> int | None:

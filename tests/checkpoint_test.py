@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+from configs import base
 from ftjax import checkpoint, manifest, optimizers, peft, tree
 from ftjax.checkpoint import Checkpoints, Record
 from ftjax.train import init_state
@@ -102,7 +103,9 @@ def test_the_last_two_and_the_best_are_kept(tmp_path, key):
 
 
 def test_accuracy_is_better_high_and_perplexity_low():
-    assert checkpoint.improves(0.9, 0.8, "accuracy") and not checkpoint.improves(0.9, 0.8, "perplexity")
+    assert all(checkpoint.improves(0.9, 0.8, more) for more in ("accuracy", "rewards/margin", "agreement", "reward"))
+    less = ("loss", "perplexity", "nll", "kl", "repetition", base.distilled().checkpoint.best_metric)
+    assert all(checkpoint.improves(0.8, 0.9, name) and not checkpoint.improves(0.9, 0.8, name) for name in less)
 
 
 def largest_file(checkpoints, step):
