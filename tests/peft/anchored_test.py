@@ -1,10 +1,16 @@
 """The reference of a method: its frozen tree, with copies of what is trained in full."""
 
+import dataclasses
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from ftjax import peft
+from ftjax import losses, peft, scoring, train, tree
+from ftjax.types import Batch
 from tests import toy
 
 
@@ -40,3 +46,32 @@ def test_a_hole_without_a_copy_is_named(key):
     frozen, _ = peft.full("norm/scale").init(key, toy.init(key))
     with pytest.raises(ValueError, match=r"'norm/scale' is trained and there is no copy of it: wrap the method in peft.anchored"):
         peft.reference(frozen)
+
+
+def memory(base, batch, *, anchor=None, cached=False):
+    """Return the memory of a compiled DPO step of an adapter; its reference is the frozen tree, or `anchor`, or `cached` in the batch."""
+    method, look = peft.lora("all-linear", rank=2), partial(scoring.score, toy.MODEL, chunk_tokens=4, outputs=("logps",))
+    frozen, trainable = jax.eval_shape(method.init, jax.random.key(0), base)
+    state = jax.eval_shape(lambda trainable: train.init_state(jax.random.key(0), trainable, method, optax.adam(0.1)), trainable)
+
+    def step(state, frozen, anchor, batch):
+        def complete(frozen, batch):
+            return losses.with_reference(batch, look(peft.reference(frozen) if anchor is None else anchor, batch))
+
+        options = {} if cached else {"complete": complete}
+        return train.make_train_step(look, method, losses.dpo, optax.adam(0.1), **options)(state, frozen, batch)
+
+    return jax.jit(step, donate_argnums=0).lower(state, frozen, anchor, batch).compile().memory_analysis()
+
+
+def test_a_compiled_step_of_an_adapter_holds_no_second_model():
+    d, f, layers = 256, 512, 3
+    shapes = {"embed_tokens/kernel": (64, d), "layers/mlp/up_proj/kernel": (layers, d, f), "layers/mlp/down_proj/kernel": (layers, f, d)}
+    base = tree.unflatten({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in (shapes | {"norm/scale": (d,)}).items()})
+    ids, mask = (jax.ShapeDtypeStruct((2, 2, 9), dtype) for dtype in (jnp.int32, jnp.float32))
+    batch = Batch(ids, mask, ids, ids)
+    live, second = memory(base, batch), memory(base, batch, anchor=base)
+    cached = memory(base, dataclasses.replace(batch, reference_logps=mask), cached=True)
+    assert live.argument_size_in_bytes == cached.argument_size_in_bytes - 4 * mask.size
+    assert second.argument_size_in_bytes - live.argument_size_in_bytes == tree.num_bytes(base)
+    assert live.temp_size_in_bytes - cached.temp_size_in_bytes < tree.num_bytes(base) / 10
