@@ -19,6 +19,7 @@ ROWS, TIME, STEPS = 16, 12, 3
 OUTPUTS = ("logps", "entropy", "greedy")
 LORA_AND_FULL = peft.chain(peft.lora("all-linear", rank=4, init="gaussian"), peft.full("norms", name="norms"))
 FULL = peft.full("everything")
+ANCHORED = peft.anchored(FULL)
 DORA_AND_FA = peft.chain(peft.lora_fa("mlp", rank=4), peft.dora("attention", rank=4, init="gaussian"))
 
 
@@ -35,8 +36,8 @@ class Run(NamedTuple):
         return {path: np.asarray(leaf) for path, leaf in tree.flatten(self.state.trainable).items()}
 
 
-def rows(step: int, first: int = 0, last: int = ROWS) -> Batch:
-    """Rows of unequal length, one of them nothing but padding."""
+def rows(step: int, first: int = 0, last: int = ROWS, *, responses: tuple[int, ...] = ()) -> Batch:
+    """Rows of unequal length, one of them nothing but padding; with `responses=(2,)` two and two of them are pairs."""
     random = np.random.default_rng(step)
     tokens = random.integers(0, 260, (ROWS, TIME), dtype=np.int32)
     lengths = random.integers(3, TIME + 1, (ROWS, 1))
@@ -44,7 +45,7 @@ def rows(step: int, first: int = 0, last: int = ROWS) -> Batch:
     time = np.broadcast_to(np.arange(TIME, dtype=np.int32), (ROWS, TIME))
     real = (time < lengths).astype(np.int32)
     batch = Batch(tokens * real, (real * (time > 1)).astype(np.float32), time.copy(), real)
-    return jax.tree.map(lambda x: x[first:last], batch)
+    return jax.tree.map(lambda x: x[first:last].reshape(-1, *responses, TIME), batch)
 
 
 @cache
@@ -56,9 +57,21 @@ def start(method, preset="tiny-llama"):
 
 
 def train(
-    mesh=None, method=LORA_AND_FULL, *, accumulation=1, chunk_tokens=TIME, preset="tiny-llama", loss_fn=losses.sft, outputs=OUTPUTS, **build
+    mesh=None,
+    method=LORA_AND_FULL,
+    *,
+    accumulation=1,
+    chunk_tokens=TIME,
+    preset="tiny-llama",
+    loss_fn=losses.sft,
+    outputs=OUTPUTS,
+    responses=(),
+    **build,
 ) -> Run:
-    """Train a tiny model; without a mesh by the plain functions, so that they are what a mesh is compared with."""
+    """Train a tiny model; without a mesh by the plain functions, so that they are what a mesh is compared with.
+
+    With `responses` rows are pairs and have a reference, that of an anchored method.
+    """
     model = models.build(models.preset(preset), **build)
     optimizer = optax.sgd(0.3, momentum=0.9)  # not Adam, which would blow a rounding difference of a tiny gradient up to a whole step
     make_state = partial(init_state, method=method, optimizer=optimizer)
@@ -72,19 +85,22 @@ def train(
         state = sharding.init_on_mesh(make_state, jax.random.key(2), trainable, mesh=mesh)
         where = sharding.state_shardings(state, mesh)
     score = partial(scoring.score, model, chunk_tokens=chunk_tokens, outputs=outputs)
-    step = make_train_step(score, method, loss_fn, optimizer, accumulation=accumulation, state_sharding=where)
+    options = {"accumulation": accumulation, "state_sharding": where}
+    if responses:
+        options["complete"] = lambda frozen, batch: losses.with_reference(batch, score(peft.reference(frozen), batch))
+    step = make_train_step(score, method, loss_fn, optimizer, **options)
     lost, norms = [], []
     for n in range(STEPS):
-        state, metrics = step(state, frozen, rows(n) if mesh is None else my_rows(n, mesh))
+        state, metrics = step(state, frozen, rows(n, responses=responses) if mesh is None else my_rows(n, mesh, responses=responses))
         lost.append(metrics["loss"].value())
         norms.append(metrics["grad_norm"].value())
     return Run(lost, norms, frozen, state, step, where)
 
 
-def my_rows(step: int, mesh) -> Batch:
+def my_rows(step: int, mesh, **options) -> Batch:
     """Return the batch of a step on the mesh, of which this process makes its share."""
     index, count = sharding.batch_share(mesh)
-    return sharding.shard_batch(rows(step, ROWS // count * index, ROWS // count * (index + 1)), mesh)
+    return sharding.shard_batch(rows(step, ROWS // count * index, ROWS // count * (index + 1), **options), mesh)
 
 
 def main(process: str, processes: str, port: str, output: str) -> None:

@@ -54,6 +54,19 @@ def test_full_tuning_on_a_mesh_trains_to_the_weights_of_one_device():
     assert_equal(meshed.train(mesh, meshed.FULL, chunk_tokens=5), meshed.train(method=meshed.FULL))
 
 
+def test_the_reference_of_full_tuning_is_split_as_the_policy_is():
+    options = dict(method=meshed.ANCHORED, loss_fn=losses.dpo, responses=(2,))
+    run = meshed.train(sharding.make_mesh(data=1, fsdp=8), chunk_tokens=5, **options)
+    assert_equal(run, meshed.train(**options))
+    assert run.losses[-1] < run.losses[0] == pytest.approx(np.log(2), rel=1e-6)
+    copies, policy = tree.flatten(run.frozen[peft.REFERENCE]), tree.flatten(run.state.trainable["full"])
+    assert copies.keys() == policy.keys()
+    for path, leaf in copies.items():
+        assert leaf.sharding.is_equivalent_to(policy[path].sharding, leaf.ndim), path
+        parts = 8 if path.endswith("kernel") else 1
+        assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // parts}, path
+
+
 def test_column_norms_and_frozen_factors_on_a_mesh_train_to_the_weights_of_one_device():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     assert_equal(meshed.train(mesh, meshed.DORA_AND_FA, chunk_tokens=5), meshed.train(method=meshed.DORA_AND_FA))
