@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from ftjax import losses, optimizers, peft, scoring, train
+from ftjax import losses, optimizers, peft, scoring, sharding, train
 from ftjax.types import Batch, Mean
 from tests import toy
 
@@ -102,25 +102,50 @@ def test_the_reference_of_a_step_is_the_frozen_tree_and_stays_what_it_was(key, m
     np.testing.assert_array_equal(complete(frozen, batch).reference_logps, expected)
 
 
-def test_a_baseline_is_one_number_however_the_step_is_split(key):
+SPLITS = [(1, 1), (4, 1), (1, 8), (2, 4)]
+"""Into so many micro-batches, over so many devices."""
+MOMENTUM = optax.sgd(0.1, momentum=0.9)  # its memory after one step is the gradient
+
+
+def away(key, method):
+    """Return `(frozen, trainable)` away from the reference, so that there is a distance to it."""
+    frozen, trainable = method.init(key, toy.init(key))
+    return frozen, jax.tree.map(lambda x: x + 0.1, trainable)
+
+
+def steps_over(devices, key, method, loss_fn, batch, *, steps=1, **options):
+    """Take steps with the rows split over devices; return the metrics of each, and the state."""
+    mesh = sharding.make_mesh(data=devices, devices=jax.devices()[:devices])
+    frozen, trainable = away(key, method)
+    state = train.init_state(key, trainable, method, MOMENTUM, carried=options.get("carried", {}))
+    where = sharding.state_shardings(state, mesh)
+    step = train.make_train_step(SCORE, method, loss_fn, MOMENTUM, complete=complete, state_sharding=where, **options)
+    state, frozen = jax.device_put((state, frozen), (where, sharding.shardings(frozen, mesh)))
+    placed, seen = sharding.shard_batch(jax.tree.map(np.asarray, batch), mesh), []
+    for _ in range(steps):
+        state, metrics = step(state, frozen, placed)
+        seen.append(values(metrics))
+    return seen, jax.device_get((state.trainable, state.opt_state, state.carried))
+
+
+def test_a_baseline_is_one_number_however_a_step_is_split_and_over_how_many_devices(key):
     rows, others = toy.batch(key, rows=8), toy.batch(jax.random.fold_in(key, 1), rows=8)
-    batch = dataclasses.replace(rows, desirable=jnp.arange(8.0) % 3, mismatched=others)
+    others = dataclasses.replace(others, loss_mask=others.loss_mask.at[0].set(0.0).at[1, 5:].set(0.0))
+    batch = dataclasses.replace(rows, desirable=jnp.arange(8) % 3 > 0, mismatched=others)
 
     def measure(params, frozen, batch):
         found = complete(frozen, batch.mismatched)
         return losses.kl_baseline(SCORE(params, found), found)
 
-    options = {"complete": complete, "baseline": train.Baseline(measure, losses.with_baseline)}
-    method, results = peft.anchored(METHOD), []
-    frozen, trainable = method.init(key, toy.init(key))
-    trainable = jax.tree.map(lambda x: x + 0.1, trainable)  # away from the reference, so that there is a distance to it
-    for parts in (1, 4):
-        step = train.make_train_step(SCORE, method, losses.kto, optax.sgd(0.1), accumulation=parts, **options)
-        state = train.init_state(key, jax.tree.map(jnp.copy, trainable), method, optax.sgd(0.1))
-        results.append(step(state, frozen, batch))
-    (one, metrics), (other, got) = results
-    chex.assert_trees_all_close(other.trainable, one.trainable, rtol=1e-5, atol=1e-7)
-    assert values(got) == pytest.approx(values(metrics), rel=1e-5) and values(metrics)["kl"] > 0
+    method, loss_fn = peft.anchored(METHOD), partial(losses.kto, beta=0.5)
+    options = {"baseline": train.Baseline(measure, losses.with_baseline)}
+    frozen, trainable = away(key, method)
+    logratios = np.float64(SCORE(method.attach(frozen, trainable), others).logps - complete(frozen, others).reference_logps)
+    ((first,), state), *rest = [steps_over(n, key, method, loss_fn, batch, accumulation=parts, **options) for parts, n in SPLITS]
+    assert first["kl"] == pytest.approx(logratios.sum() / 7, rel=1e-5) and first["kl"] > 0
+    for (metrics,), other in rest:
+        assert metrics == pytest.approx(first, rel=1e-5)
+        chex.assert_trees_all_close(other, state, rtol=1e-5, atol=1e-7)
 
 
 def test_a_batch_that_does_not_divide_is_an_error(key):
@@ -209,29 +234,24 @@ def test_what_a_method_does_to_the_optimiser_is_done(key, wrap, share):
     chex.assert_trees_all_close(jax.tree.map(lambda x: share * x, moved[0]), moved[1], rtol=1e-4, atol=1e-7)
 
 
-def test_a_mean_of_the_steps_before_is_carried_however_a_step_is_split(key):
-    rows = dataclasses.replace(toy.batch(key, rows=8), desirable=jnp.arange(8.0) % 2)
+def test_a_mean_of_the_steps_before_is_carried_however_a_step_is_split_and_over_how_many_devices(key):
+    rows = toy.batch(key, rows=8)
+    rows = dataclasses.replace(rows, desirable=jnp.arange(8) % 3 > 0, loss_mask=rows.loss_mask.at[0].set(0.0).at[1, 5:].set(0.0))
     seen = train.Carried(
         lambda trainable: Mean(jnp.zeros(()), jnp.zeros(())),
         lambda seen, frozen, batch: losses.with_baseline(batch, seen),
         lambda seen, done, trainable, metrics: seen + metrics["rewards"],
     )
-    method, deltas = peft.anchored(METHOD), []
-    frozen, trainable = method.init(key, toy.init(key))
-    trainable = jax.tree.map(lambda x: x + 0.1, trainable)
-    for parts in (1, 4):
-        options = {"complete": complete, "carried": {"rewards": seen}}
-        step = train.make_train_step(SCORE, method, losses.bco, optax.sgd(0.1), accumulation=parts, **options)
-        state = train.init_state(key, jax.tree.map(jnp.copy, trainable), method, optax.sgd(0.1), carried={"rewards": seen})
-        metrics = []
-        for _ in range(3):
-            state, said = step(state, frozen, rows)
-            metrics.append(values(said))
-        means = [one["rewards"] for one in metrics]
-        assert [one["delta"] for one in metrics] == pytest.approx([0, means[0], (means[0] + means[1]) / 2], rel=1e-5)
-        assert state.carried["rewards"].value() == pytest.approx(sum(means) / 3, rel=1e-5) and abs(means[0]) > 1e-3
-        deltas.append(metrics[2]["delta"])
-    assert deltas[0] == pytest.approx(deltas[1], rel=1e-5)
+    method, options = peft.anchored(METHOD), {"steps": 3, "carried": {"rewards": seen}}
+    (first, state), *rest = [steps_over(n, key, method, losses.bco, rows, accumulation=parts, **options) for parts, n in SPLITS]
+    means = [metrics["rewards"] for metrics in first]
+    assert [metrics["delta"] for metrics in first] == pytest.approx([0, means[0], (means[0] + means[1]) / 2], rel=1e-5)
+    assert state[2]["rewards"].value() == pytest.approx(sum(means) / 3, rel=1e-5) and abs(means[0]) > 1e-3
+    assert state[2]["rewards"].weight == 3 * 7
+    for metrics, other in rest:
+        for got, expected in zip(metrics, first, strict=True):
+            assert got == pytest.approx(expected, rel=1e-5)
+        chex.assert_trees_all_close(other, state, rtol=1e-5, atol=1e-7)
 
 
 def test_a_reference_follows_every_so_many_steps():
