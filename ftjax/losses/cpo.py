@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from ftjax.losses.diagnosis import diagnose
+from ftjax.losses.diagnosis import diagnose, gradient_share
 from ftjax.losses.divergences import capped_expm1
 from ftjax.losses.pairs import cross_entropy
 from ftjax.losses.preference import make_pairs, preference
@@ -40,11 +40,11 @@ def cpo(
       nll_coef: weight of the negative log-likelihood per token of the chosen response.
 
     Returns:
-      The loss and the metrics of `preference`; there is no `kl`.
+      The loss and the metrics of `preference`, without those of a reference, `kl` and `logratio/…`.
     """
     uniform = dataclasses.replace(batch, reference_logps=jnp.zeros_like(scores.logps))
     loss, metrics = preference(scores, uniform, losses=losses, beta=beta, label_smoothing=label_smoothing, nll_coef=nll_coef)
-    return loss, {name: value for name, value in metrics.items() if name != "kl"}
+    return loss, {name: value for name, value in metrics.items() if name != "kl" and not name.startswith("logratio/")}
 
 
 def simpo(
@@ -73,7 +73,7 @@ def simpo(
       nll_coef: weight of the negative log-likelihood per token of the chosen response.
 
     Returns:
-      The loss and the metrics of `diagnosis.diagnose`.
+      The loss and the metrics of `diagnosis.diagnose`, with `nll/share`, the NLL's part of the gradient, where it has a coefficient.
 
     Example:
       >>> pair = jnp.zeros((1, 2, 3))
@@ -84,9 +84,17 @@ def simpo(
     """
     counted = make_pairs(scores.logps, jnp.zeros_like(scores.logps), batch.loss_mask).counted
     average = token_average(scores.logps, batch.loss_mask)
-    chosen, rejected = beta * _alpha_reward(average, alpha).T
-    loss = cross_entropy(chosen - rejected - margin, label_smoothing) - nll_coef * average[:, 0]
-    return masked_mean(loss, counted), diagnose(scores, batch, chosen, rejected, counted)
+
+    def pair_loss(average: jax.Array) -> tuple[jax.Array, jax.Array]:
+        chosen, rejected = rewards = beta * _alpha_reward(average, alpha).T
+        return cross_entropy(chosen - rejected - margin, label_smoothing), rewards
+
+    loss, rewards = pair_loss(average)
+    metrics = diagnose(scores, batch, *rewards, counted)
+    if nll_coef:
+        pull = jax.grad(lambda average: jnp.sum(pair_loss(average)[0]))(average)[:, 0]
+        metrics["nll/share"] = gradient_share(jnp.full_like(pull, nll_coef), jnp.abs(pull), counted)
+    return masked_mean(loss - nll_coef * average[:, 0], counted), metrics
 
 
 def _alpha_reward(logp: jax.Array, alpha: float) -> jax.Array:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ftjax.losses.diagnosis import SATURATED
+from ftjax.losses.diagnosis import SATURATED, distance
 from ftjax.losses.reference import reference_logps
 from ftjax.losses.responses import token_sum
 from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
@@ -40,9 +40,10 @@ def kto(
       undesirable_weight: w_U.
 
     Returns:
-      The loss, and the metrics `rewards/{desirable,undesirable}` (β x), `logps/{desirable,undesirable}`, `accuracy`: the share of responses
-      on their side of the baseline, `saturated`: of those whose β|x - z| leaves a gradient below 4 % of the largest, `kl`: z, and `nll` of
-      the desirable responses.
+      The loss, and the metrics of both classes, `rewards/{desirable,undesirable}` (β x), `logratio/…` (x), `logps/…` and `length/…` in
+      tokens; `rewards/square`: the mean of (β x)²; `accuracy`: the share of responses on their side of the baseline; `saturated`: of those
+      whose β|x - z| leaves a gradient below 4 % of the largest; `baseline`: z; `kl`: see `diagnosis.distance`; `nll` of the desirable
+      responses.
 
     Raises:
       ValueError: reference, labels or baseline are missing.
@@ -63,7 +64,7 @@ def kto(
     toward = jnp.where(desirable > 0, 1.0, -1.0).astype(logratios.dtype)
     weights = jnp.where(desirable > 0, desirable_weight, undesirable_weight)
     values = beta * (logratios - baseline)
-    metrics = describe(scores, batch, beta * logratios, values) | {"kl": masked_mean(baseline, counted)}
+    metrics = describe(scores, batch, beta * logratios, values) | {"baseline": masked_mean(baseline, counted)}
     return masked_mean(weights * jax.nn.sigmoid(-toward * values), counted), metrics
 
 
@@ -73,7 +74,7 @@ def apo_zero_unpaired(scores: Scores, batch: Batch, *, beta: float = 0.1) -> tup
     The unpaired form of APO-zero, D'Oosterlinck et al., 2024, arXiv 2408.06266, equation 7. Arguments and metrics are those of `kto`.
     """
     loss, metrics = kto(scores, dataclasses.replace(batch, baseline=jnp.zeros(batch.loss_mask.shape[0], batch.loss_mask.dtype)), beta=beta)
-    return loss, {name: value for name, value in metrics.items() if name != "kl"}
+    return loss, {name: value for name, value in metrics.items() if name != "baseline"}
 
 
 def kl_baseline(scores: Scores, mismatched: Batch) -> Mean:
@@ -131,15 +132,21 @@ def read(name: str, scores: Scores, batch: Batch) -> tuple[Float[Array, " b"], F
 def describe(scores: Scores, batch: Batch, rewards: Float[Array, " b"], values: Float[Array, " b"]) -> Metrics:
     """Return the metrics that losses of single responses share; `values` are the rewards above the baseline."""
     desirable, counted = batch.desirable.astype(batch.loss_mask.dtype), has_tokens(batch)
-    logps = token_sum(scores.logps, batch.loss_mask)
+    found = {
+        "rewards": rewards,
+        "logratio": token_sum(scores.logps - batch.reference_logps, batch.loss_mask),
+        "logps": token_sum(scores.logps, batch.loss_mask),
+        "length": jnp.sum(batch.loss_mask, axis=-1),
+    }
     metrics = {
         "accuracy": masked_mean((jnp.sign(values) * (2 * desirable - 1) + 1) / 2, counted),
         "saturated": masked_mean((jnp.abs(values) > SATURATED).astype(values.dtype), counted),
+        "rewards/square": masked_mean(jnp.square(rewards), counted),
+        "kl": distance(scores, batch),
         "nll": masked_mean(-scores.logps, batch.loss_mask * desirable[:, None]),
     }
     for side, share in (("desirable", desirable), ("undesirable", 1 - desirable)):
-        metrics[f"rewards/{side}"] = masked_mean(rewards, counted * share)
-        metrics[f"logps/{side}"] = masked_mean(logps, counted * share)
+        metrics |= {f"{name}/{side}": masked_mean(value, counted * share) for name, value in found.items()}
     if scores.entropy is not None:
         metrics["entropy"] = masked_mean(scores.entropy, batch.loss_mask)
     return jax.tree.map(jax.lax.stop_gradient, metrics)

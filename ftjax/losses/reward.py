@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from ftjax.losses.diagnosis import SATURATED
 from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
 
 
@@ -22,8 +23,9 @@ def bradley_terry(scores: Scores, batch: Batch, *, centering_coef: float = 0.0) 
       centering_coef: c ≥ 0: rewards are known up to a constant, which this fixes; it shrinks their spread a little too. 0.01 is usual.
 
     Returns:
-      The loss, and the metrics `rewards/{chosen,rejected,margin,accuracy}` and `rewards/square`: the mean of r², which with the means gives
-      their spread.
+      The loss, and the metrics `rewards/{chosen,rejected,margin,accuracy}`; `rewards/square` and `rewards/margin_square`: the means of r²
+      and of the margin's square, which with the means give their spread; `saturated`: the share of pairs whose margin is further from m
+      than `diagnosis.SATURATED`.
 
     Raises:
       ValueError: values were not scored, or the rows are no pairs.
@@ -49,6 +51,8 @@ def bradley_terry(scores: Scores, batch: Batch, *, centering_coef: float = 0.0) 
         "rewards/margin": margin,
         "rewards/accuracy": (jnp.sign(margin) + 1) / 2,
         "rewards/square": (jnp.square(chosen) + jnp.square(rejected)) / 2,
+        "rewards/margin_square": jnp.square(margin),
+        "saturated": (jnp.abs(margin - target) > SATURATED).astype(margin.dtype),
     }
     return masked_mean(loss, counted), {name: jax.lax.stop_gradient(masked_mean(value, counted)) for name, value in found.items()}
 

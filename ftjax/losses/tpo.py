@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from ftjax.losses.diagnosis import diagnose
+from ftjax.losses.diagnosis import diagnose, gradient_share
 from ftjax.losses.responses import token_average, token_sum
 from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
 
@@ -24,7 +24,8 @@ def tpo(scores: Scores, batch: Batch, *, beta: float = 0.01, nll_coef: float = 1
       nll_coef: weight of the NLL.
 
     Returns:
-      The loss and the metrics of `diagnosis.diagnose`, where `nll` is the gold response's.
+      The loss and the metrics of `diagnosis.diagnose`, where `nll` is the gold response's, with `nll/share` where it has a coefficient: its
+      part of the pull on a token of the gold response and on one of the chosen response together.
 
     Raises:
       ValueError: the rows are no triples.
@@ -36,22 +37,26 @@ def tpo(scores: Scores, batch: Batch, *, beta: float = 0.01, nll_coef: float = 1
       >>> round(loss.value(), 4)
       1.6931
     """
-    return _against_gold(scores, batch, beta * token_sum(scores.logps, batch.loss_mask), 0.0, nll_coef)
+    return _against_gold(scores, batch, jnp.full(batch.loss_mask.shape[:-1], beta, scores.logps.dtype), 0.0, nll_coef)
 
 
 def tpo_l(scores: Scores, batch: Batch, *, beta: float = 2.0, margin: float = 0.5, nll_coef: float = 1.0) -> tuple[Mean, Metrics]:
     """Return `tpo` with SimPO's comparison: log-probabilities per token, and a margin γ that the chosen response has to be better by."""
-    return _against_gold(scores, batch, beta * token_average(scores.logps, batch.loss_mask), margin, nll_coef)
+    return _against_gold(scores, batch, beta / jnp.maximum(jnp.sum(batch.loss_mask, axis=-1), 1), margin, nll_coef)
 
 
-def _against_gold(scores: Scores, batch: Batch, rewards: jax.Array, margin: float, nll_coef: float) -> tuple[Mean, Metrics]:
+def _against_gold(scores: Scores, batch: Batch, scale: jax.Array, margin: float, nll_coef: float) -> tuple[Mean, Metrics]:
+    """Return the loss where the reward of a response is its `scale`, `[b, 3]`, times its log-probability."""
     if scores.logps.ndim != 3 or scores.logps.shape[1] != 3:
         raise ValueError(f"tpo: expected log-probabilities [b, 3, t] of chosen, rejected and gold responses, got {scores.logps.shape}.")
     mask = batch.loss_mask
     counted = jnp.all(jnp.sum(mask, axis=-1) > 0, axis=-1).astype(mask.dtype)
-    chosen, rejected, _ = rewards.T
+    chosen, rejected, _ = (scale * token_sum(scores.logps, mask)).T
     loss = -jax.nn.log_sigmoid(chosen - rejected - margin) - nll_coef * token_average(scores.logps, mask)[:, 2]
     compared = Scores(scores.logps[:, :2], entropy=None if scores.entropy is None else scores.entropy[:, :2])
     metrics = diagnose(compared, dataclasses.replace(batch, loss_mask=mask[:, :2], reference_logps=None), chosen, rejected, counted)
     metrics["nll"] = jax.lax.stop_gradient(masked_mean(-scores.logps[:, 2], mask[:, 2]))
+    if nll_coef:
+        pull = scale[:, 0] * jax.nn.sigmoid(margin + rejected - chosen)
+        metrics["nll/share"] = gradient_share(nll_coef / jnp.maximum(jnp.sum(mask[:, 2], axis=-1), 1), pull, counted)
     return masked_mean(loss, counted), metrics
