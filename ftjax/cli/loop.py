@@ -12,11 +12,11 @@ import numpy as np
 
 from ftjax import logs
 from ftjax.checkpoint import Checkpoints, Record, improves
-from ftjax.cli.advice import advice
-from ftjax.cli.late import Late, add_to, first_step, values_of
+from ftjax.cli.advice import ENOUGH, advice, responses
+from ftjax.cli.late import Late, Sums, add_to, first_step, values_of
 from ftjax.cli.stop import Stop
 from ftjax.train import Step
-from ftjax.types import Batch, Metrics, Params, TrainState
+from ftjax.types import Batch, Mean, Metrics, Params, TrainState
 
 FINISHED, EARLY = "finished", "early stopping"
 """Why a loop ended, where no signal ended it."""
@@ -41,8 +41,10 @@ class Memory:
     """`{metric: [total, weight]}` over the steps since the last report."""
     before: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What was measured before the first step."""
+    window: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    """Like `sums`, since the last reading that advice was asked of: see `ftjax.cli.advice`."""
     first: dict[str, float] = dataclasses.field(default_factory=dict)
-    """The first report of the run."""
+    """The first reading."""
     kl_coefs: dict[str, float] = dataclasses.field(default_factory=dict)
     """`{experience: coefficient}` of an adaptive KL penalty: see `ftjax.cli.leash`."""
     advised: list[str] = dataclasses.field(default_factory=list)
@@ -239,14 +241,22 @@ class Readings:
         values["learning_rate"] = float(self._loop.learning_rate(step - 1))
         self._loop.writers.write(step, {f"train/{name}": value for name, value in values.items()})
         self._loop.terminal.report(step, values)
-        self._advise(values)
+        self._advise(step, sums)
 
-    def _advise(self, values: Mapping[str, float]) -> None:
-        memory = self._loop.memory
-        if not memory.first:
-            memory.first = dict(values)
+    def _advise(self, step: int, sums: Sums) -> None:
+        """Say what a pattern means where one appears: on the terminal, and as `advice/NAME` where metrics go."""
+        memory, config = self._loop.memory, self._loop.config
+        add_to(memory.window, {name: Mean(*sum) for name, sum in sums.items()})
+        count = responses(memory.window)
+        if count is not None and count < ENOUGH:
             return
-        for name, text in advice(memory.first, values).items():
+        window, memory.window = memory.window, {}
+        values = values_of(window) | {"responses": count or 0, "progress": step / config.steps}
+        if not memory.first:
+            memory.first = values
+            return
+        for name, text in advice(memory.first, values, algorithm=config.algorithm).items():
             if name not in memory.advised:
                 memory.advised.append(name)
                 self._loop.terminal.say(f"[yellow]{name}[/]: {text}", markup=True)
+                self._loop.writers.text(step, f"advice/{name.replace(' ', '_')}", text)

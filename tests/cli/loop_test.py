@@ -18,6 +18,7 @@ class Run:
     def __init__(self, *, asked: int | None = None, losses=(1.0, 0.5), patience: int = 0, every_steps: int = 4, stride: int = 1):
         self.asked, self.losses, self.patience, self.every_steps, self.stride = asked, list(losses), patience, every_steps, stride
         self.done, self.evaluated, self.saved, self.logged, self.memory = [], [], {}, {}, loop.Memory()
+        self.algorithm, self.said, self.texts = "sft", [], []
 
     def origin(self, done):
         return {}
@@ -42,6 +43,7 @@ class Run:
         given = {
             "config": ConfigDict(
                 {
+                    "algorithm": self.algorithm,
                     "steps": 6,
                     "checkpoint": {"every_steps": 0, "best_metric": "loss"},
                     "early_stopping": {"patience": self.patience},
@@ -61,8 +63,8 @@ class Run:
             "evaluate": self.evaluate,
             "evaluate_every": 3,
             "checkpoints": SimpleNamespace(**quiet, save=self.save),
-            "writers": SimpleNamespace(write=self.log),
-            "terminal": SimpleNamespace(**quiet),
+            "writers": SimpleNamespace(write=self.log, text=lambda *told: self.texts.append(told)),
+            "terminal": SimpleNamespace(**quiet | {"say": lambda text, **options: self.said.append(text)}),
             "meter": SimpleNamespace(**quiet, read=dict),
             "stop": SimpleNamespace(reason="SIGINT", at=lambda step: step == self.asked),
             "memory": self.memory,
@@ -106,6 +108,21 @@ def test_what_is_said_of_a_batch_is_reported_with_its_step():
     run.origin = lambda done: {"sampled_loss": Mean(np.float32(told[done]), np.float32(1))} if done in told else {}
     run.go()
     assert [run.logged.get((step, "train/sampled_loss")) for step in (2, 4, 6)] == [4.0, 5.0, None]
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_advice_is_said_and_written_once_though_the_run_was_stopped(at):
+    """Eighty responses a step make a reading of two steps; a stop after step 3 leaves half of one. Steps 5 and 6 show a pattern."""
+    run = Run(every_steps=1)
+    run.algorithm, run.asked = "dpo", at
+    share = {0: 0.0, 1: 0.1, 2: 0.2, 3: 0.3}  # of the first four steps, then nine in ten
+    run.origin = lambda done: {"saturated": Mean(np.float32(80 * share.get(done, 0.9)), np.float32(80))}
+    run.go()
+    if at < 6:
+        assert run.texts == []
+        run.resume()
+    assert [(step, name) for step, name, _ in run.texts] == [(6, "advice/saturation")] and "90% of the responses" in run.texts[0][2]
+    assert [text for text in run.said if "saturation" in text] == [f"[yellow]saturation[/]: {run.texts[0][2]}"]
 
 
 def test_the_evaluation_of_the_step_of_a_stop_stands_in_its_checkpoint():

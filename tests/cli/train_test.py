@@ -218,7 +218,7 @@ def test_metrics_are_read_late_or_at_once_and_each_step_once(late):
         report=lambda step, values: None,
         say=lambda text: None,
     )
-    config = ConfigDict({"logging": {"every_steps": 2}, "steps": 4, "max_skipped_steps": 3})
+    config = ConfigDict({"algorithm": "sft", "logging": {"every_steps": 2}, "steps": 4, "max_skipped_steps": 3})
     unused = dict.fromkeys(field.name for field in dataclasses.fields(loop.Loop))
     given = {"config": config, "flops": lambda batch: 1.0, "parts": 1, "learning_rate": lambda step: 0.5, "memory": loop.Memory()}
     readings = loop.Readings(loop.Loop(**{**unused, **given, "writers": log, "terminal": log, "meter": log}), late=late)
