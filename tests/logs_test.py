@@ -196,6 +196,60 @@ def test_the_loss_curve_is_a_png(tmp_path):
     assert data.startswith(b"\x89PNG") and len(data) > 10_000
 
 
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes of the last picture."""
+    figures = []
+    monkeypatch.setattr(plot, "_write", lambda figure, path: figures.append(figure))
+    return lambda: figures[-1].axes
+
+
+def lines(axes):
+    return {line.get_label(): line.get_ydata() for line in axes.get_lines() if not line.get_label().startswith("_")}
+
+
+def test_rewards_have_a_panel_of_their_own_and_patterns_a_line_at_their_step(drawn):
+    steps = range(1, 5)
+    rows = [{"step": n, "train/loss": 0.5, "train/rewards/chosen": 0.1 * n, "train/rewards/margin": 0.3 * n} for n in steps]
+    rows += [{"step": 3, "advice/saturation": "…"}, {"step": 3, "advice/no_spread": "…"}, {"step": 4, "eval/sample": "…"}]
+    plot.loss_curve(rows, "", title="tiny")
+    loss, rewards = drawn()
+    assert list(lines(rewards)) == ["chosen 0.4", "margin 1.2"] and np.allclose(lines(rewards)["margin 1.2"], [0.3, 0.6, 0.9, 1.2])
+    for axes in drawn():
+        assert [line.get_xdata()[0] for line in axes.get_lines() if line.get_linestyle() == ":"] == [3]
+    assert "saturation\nno spread" in [text.get_text() for text in loss.texts] and rewards.get_xlabel() == "step" and not loss.get_xlabel()
+
+
+def test_a_run_that_compared_nothing_has_one_panel(drawn):
+    plot.loss_curve([{"step": 1, "train/loss": 2.0, "train/rewards/exact_match": 0.5}], "", title="tiny", unit="nats per token")
+    (axes,) = drawn()
+    assert axes.get_ylabel() == "loss (nats per token)" and axes.get_xlabel() == "step" and axes.get_ylim()[0] == 0
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_a_loss_below_zero_stays_in_the_picture(part, drawn):
+    rows = [{"step": n, f"{part}/loss": value, f"{part}/loss/0": value} for n, value in enumerate([1.0, -3.0])]
+    plot.loss_curve(rows, "", title="tiny")
+    assert drawn()[0].get_ylim()[0] < -3 and drawn()[0].get_ylabel() == "loss"
+    plot.sweep_curves(rows, "", labels=["0"], best=None, title="tiny")
+    assert drawn()[0].get_ylim()[0] < -3 and drawn()[0].get_ylabel() == "loss"
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ({"rewards/accuracy": 0.75, "rewards/margin": 0.5}, "right 75%  margin 0.5"),
+        ({"accuracy": 0.75, "rewards/desirable": 0.5}, "right 75%"),
+        ({"accuracy": 0.75, "accuracy/wrong": 0.5}, "right 75%"),
+        ({"accuracy": 0.75}, ""),
+    ],
+)
+def test_a_line_of_progress_says_how_many_judgements_are_right(values, shown):
+    console = Console(file=io.StringIO(), width=120)
+    logs.Terminal(console=console).report(1, {"loss": 1.0, "tokens_per_second": 2.0, "memory_gb": 0.5} | values)
+    assert f"loss 1.0000  {shown}{'  ' if shown else ''}2 tokens/s" in console.file.getvalue()
+
+
 def test_the_curves_of_a_sweep_are_a_png_though_a_member_was_lost(tmp_path):
     rows = [{"step": step, "train/loss/0": 3 / step, "train/loss/1": None, "eval/loss/0": 3.1 / step} for step in range(1, 21)]
     plot.sweep_curves(rows, tmp_path / "loss.png", labels=["0  seed 0", "1  seed 1"], best=0, title="tiny", subtitle="best: member 0")

@@ -244,7 +244,7 @@ class Readings:
         self._advise(step, sums)
 
     def _advise(self, step: int, sums: Sums) -> None:
-        """Say what a pattern means where one appears: on the terminal, and as `advice/NAME` where metrics go."""
+        """Say what a pattern means where one appears: on the terminal, and as `advice/NAME` where the metrics go."""
         memory, config = self._loop.memory, self._loop.config
         add_to(memory.window, {name: Mean(*sum) for name, sum in sums.items()})
         count = responses(memory.window)
@@ -259,4 +259,4 @@ class Readings:
             if name not in memory.advised:
                 memory.advised.append(name)
                 self._loop.terminal.say(f"[yellow]{name}[/]: {text}", markup=True)
-                self._loop.writers.text(step, f"advice/{name.replace(' ', '_')}", text)
+                self._loop.writers.text(step, f"{logs.ADVICE}{name.replace(' ', '_')}", text)

@@ -19,7 +19,7 @@ Z = 1.959964
 
 
 def evaluate(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> dict[str, float]:
-    """Return the metrics over all batches, each a quotient of sums, and the perplexity.
+    """Return the metrics over all batches, each a quotient of sums, and the perplexity where there is an `nll`.
 
     Args:
       step: `batch -> metrics`, from `train.make_eval_step`.
@@ -46,7 +46,7 @@ def _total(step: Callable[[Batch], Metrics], batches: Iterable[Batch]) -> Metric
 
 def _values(total: Metrics) -> dict[str, float]:
     values = {name: mean.value() for name, mean in total.items()}
-    return {**values, "perplexity": math.exp(min(values.get("nll", values["loss"]), 700.0))}
+    return values | ({"perplexity": math.exp(min(values["nll"], 700.0))} if "nll" in values else {})
 
 
 def wilson(right: float, n: int) -> tuple[float, float]:

@@ -102,7 +102,8 @@ def check_best_metric(config) -> None:
     rows = ("tokens", "loss_mask", "positions", "segment_ids", "reference_logps", "behavior_logps", "labels", *needs(config).fields)
     batch = Batch(**dict.fromkeys(rows, row) | dict.fromkeys(of_items, number))
     scores = Scores(**{name: row for name in _outputs(config)})
-    names = ("loss", *jax.eval_shape(loss(config), scores, batch)[1], "perplexity")
+    metrics = jax.eval_shape(loss(config), scores, batch)[1]
+    names = ("loss", *metrics, *(("perplexity",) if "nll" in metrics else ()))
     if "rollout" in config:  # judged by what they are worth, and not by the loss of given rows
         names = ("reward", *(f"rewards/{name}" for name in config.rewards), "length", "finished", "repetition")
     if config.checkpoint.best_metric not in names:

@@ -20,12 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ftjax import data, logs, sharding, tree
-from ftjax.cli import products
+from ftjax.cli import objective, products
 from ftjax.cli.build import Loaded
 from ftjax.cli.loop import EARLY
 from ftjax.data import inspect
 from ftjax.hf import adapter as hf_adapter
-from ftjax.logs.terminal import megabytes
+from ftjax.logs.terminal import megabytes, told
 from ftjax.logs.writers import read_jsonl
 from ftjax.quant import PackedWeight
 
@@ -158,16 +158,32 @@ def model_title(config) -> str:
     return name.rstrip("/").rpartition("/")[2]
 
 
+def unit(config) -> str:
+    """Return what a loss is measured in, where that is the same whatever the objective's options are."""
+    tokens = objective.needs(config).data == "messages" and not (
+        objective.taught(config) and objective.teacher_block(config).divergence == "uld"
+    )
+    return "nats per token" if tokens else ""
+
+
+def picture(workdir: epath.Path, config, rows: Sequence[Mapping[str, Any]], *, subtitle: str) -> epath.Path:
+    """Draw the curve of a run and return where it is, or would be: a run that reported nothing, and a sweep, has no curve of its own."""
+    metric = "reward" if "rollout" in config else "loss"
+    path = workdir / f"{metric}.png"
+    if any(f"train/{metric}" in row for row in rows):
+        title = f"{model_title(config)}, {' + '.join(config.methods)}"
+        logs.loss_curve(rows, path, title=title, subtitle=subtitle, metric=metric, unit=unit(config) if metric == "loss" else "")
+    return path
+
+
 def ending(
     terminal: logs.Terminal, workdir: epath.Path, config, before: Mapping, after: Mapping, *, reason: str, exported, seconds: float
 ) -> None:
     """Print what came of the run: the match before and after, two completions, the picture and the command to try."""
     terminal.heading("Result")
     gain = f"{config.eval.generate.metric.replace('_', ' ')} {before['score']:.1%} → {after['score']:.1%}" if before and after else ""
-    metric = "reward" if "rollout" in config else "loss"
-    picture, rows = workdir / f"{metric}.png", read_jsonl(workdir / "metrics.jsonl")
-    if any(f"train/{metric}" in row for row in rows):
-        logs.loss_curve(rows, picture, title=f"{model_title(config)}, {' + '.join(config.methods)}", subtitle=gain, metric=metric)
+    rows = read_jsonl(workdir / "metrics.jsonl")
+    drawn = picture(workdir, config, rows, subtitle=gain)
     if before and after:
         terminal.say(Text.assemble((gain, "bold"), f" on {after['count']} held-out prompts that were never trained on"))
         for prompt, wanted, old, new in zip(after["prompts"], after["wanted"], before["completions"], after["completions"], strict=True):
@@ -176,7 +192,7 @@ def ending(
         terminal.say(line)
     minutes = f"{int(seconds) // 60}:{int(seconds) % 60:02d} minutes, at most {logs.peak_memory() / 1e9:.2f} GB of memory"
     terminal.say(f"{reason} after {minutes}")
-    terminal.say(f"{metric + ' curve':13s}{picture}", soft_wrap=True)
+    terminal.say(f"{drawn.stem + ' curve':13s}{drawn}", soft_wrap=True)
     if exported is not None:
         form = "ftjax's own" if (exported / hf_adapter.CONFIG).exists() else "PEFT"
         terminal.say(f"adapter      {exported}  ({form} format)", soft_wrap=True)
@@ -187,6 +203,7 @@ def ending(
 
 _HELD_OUT = {
     "rewards/accuracy": "pairs right {:.1%}",
+    "accuracy": "right {:.1%}",
     "rewards/margin": "margin {:.3g}",
     "divergence": "divergence {:.3g}",
     "agreement": "teacher and student agree {:.1%}",
@@ -196,13 +213,10 @@ _HELD_OUT = {
 
 def progress(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a line for each of these metrics: at the first evaluation and at the last."""
-    lines = []
-    for name, text in _HELD_OUT.items():
-        found = [(row["step"], row[f"eval/{name}"]) for row in rows if f"eval/{name}" in row]
-        if found:
-            told = [f"{text.format(value)} at step {step}" for step, value in (found[0], found[-1])[: len(found)]]
-            lines.append("held out: " + " → ".join(told))
-    return lines
+    evaluations = [(row["step"], {name.removeprefix("eval/"): row[name] for name in row if name.startswith("eval/")}) for row in rows]
+    said = [{name: f"{text} at step {step}" for name, text in told(_HELD_OUT, values).items()} for step, values in evaluations]
+    found = {name: [texts[name] for texts in said if name in texts] for name in _HELD_OUT}
+    return ["held out: " + " → ".join((texts[0], texts[-1])[: len(texts)]) for texts in found.values() if texts]
 
 
 def _next_command(workdir: epath.Path, config, exported: epath.Path | None, *, step: str, prompt: str) -> str:

@@ -276,6 +276,7 @@ def _end(run: Run, cast: Cast, state: SweepState, memory: Memory, index: int, af
         best=index,
         title=f"{show.model_title(run.config)}, {' + '.join(run.config.methods)}",
         subtitle=f"best: member {index}, {member.label}",
+        unit=show.unit(run.config),
     )
     run.terminal.heading("Members")
     run.terminal.say(standing.table(cast.members, memory.standings, metric))

@@ -81,8 +81,20 @@ def megabytes(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-SHOWN = {"rewards/accuracy": "right {:.0%}", "rewards/margin": "margin {:.3g}", "reward": "reward {:.3f}", "length": "{:.0f} tokens long"}
-"""What a line of progress says of pairs and of rollouts, by metric."""
+SHOWN = {
+    "rewards/accuracy": "right {:.0%}",
+    "accuracy": "right {:.0%}",
+    "rewards/margin": "margin {:.3g}",
+    "reward": "reward {:.3f}",
+    "length": "{:.0f} tokens long",
+}
+"""What a line of progress says of pairs, of labelled responses and of rollouts, by metric."""
+
+
+def told(texts: Mapping[str, str], values: Mapping[str, float]) -> dict[str, str]:
+    """Return `{metric: text}` with the values in it, of those that there are; an accuracy of mere tokens is left out."""
+    judged = "rewards/desirable" in values or "accuracy/wrong" in values
+    return {name: text.format(values[name]) for name, text in texts.items() if name in values and (judged or name != "accuracy")}
 
 
 class Terminal:
@@ -136,8 +148,8 @@ class Terminal:
             self._progress.update(self._task, completed=step)
 
     def report(self, step: int, values: Mapping[str, float]) -> None:
-        """Show loss, tokens a second and memory, of pairs how many are right and by how much, of rollouts what they are worth."""
-        more = "".join(f"{text.format(values[name])}  " for name, text in SHOWN.items() if name in values)
+        """Show loss, tokens a second and memory, of pairs and labels how many are right, of rollouts what they are worth."""
+        more = "".join(f"{text}  " for text in told(SHOWN, values).values())
         speed = f"{values['tokens_per_second']:,.0f} tokens/s  {values['memory_gb']:.2f} GB"
         self.progress(step, f"loss {values['loss']:.4f}  {more}{speed}")
 

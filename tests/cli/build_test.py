@@ -1,18 +1,20 @@
 """A config that cannot be built says which field is wrong."""
 
+import math
 import pathlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
 from ftjax import data, models, sharding
-from ftjax.cli import build, objective
+from ftjax.cli import build, measure, objective
 from ftjax.cli import config as configs
 from ftjax.train import init_state
-from ftjax.types import Batch
+from ftjax.types import Batch, Mean
 
 QUICKSTART = str(pathlib.Path(__file__).parents[2] / "configs" / "quickstart.py") + ":smoke"
 
@@ -120,6 +122,19 @@ def test_a_best_metric_that_no_evaluation_has_is_refused(config, smoothing):
     config.checkpoint.best_metric = "acuracy"
     with pytest.raises(ValueError, match="best_metric: there is no 'acuracy'; the evaluation has loss, accuracy, nll, perplexity"):
         objective.check_best_metric(config)
+
+
+def test_what_has_no_likelihood_has_no_perplexity(config):
+    config.loss = ConfigDict()
+    config.checkpoint.best_metric = "perplexity"
+    for config.algorithm in ("dpo", "kto"):
+        objective.check_best_metric(config)
+    config.algorithm = "reward"
+    with pytest.raises(ValueError, match="there is no 'perplexity'"):
+        objective.check_best_metric(config)
+    one = Mean(np.float32(3), np.float32(2))
+    assert measure.evaluate(lambda batch: {"loss": one}, [None]) == {"loss": 1.5}
+    assert measure.evaluate(lambda batch: {"loss": one, "nll": one}, [None])["perplexity"] == pytest.approx(math.exp(1.5))
 
 
 @pytest.mark.parametrize(("rule", "b2"), [("adamw", 0.999), ("lion", 0.99)])

@@ -74,4 +74,13 @@ def test_the_ending_says_what_became_of_held_out_pairs_and_of_a_student():
     rows = [{"step": 2, "train/loss": 1.0}, {"step": 4, "eval/rewards/accuracy": 0.5}, {"step": 8, "eval/rewards/accuracy": 0.625}]
     assert show.progress(rows) == ["held out: pairs right 50.0% at step 4 → pairs right 62.5% at step 8"]
     assert show.progress([{"step": 4, "eval/agreement": 0.25}]) == ["held out: teacher and student agree 25.0% at step 4"]
-    assert show.progress(rows[:1]) == []
+    assert show.progress(rows[:1]) == [] == show.progress([{"step": 4, "eval/accuracy": 0.25}])
+    assert show.progress([{"step": 4, "eval/accuracy": 0.25, "eval/rewards/desirable": 0.1}]) == ["held out: right 25.0% at step 4"]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "divergence", "unit"),
+    [("sft", "", "nats per token"), ("distill", "jsd", "nats per token"), ("distill", "uld", ""), ("dpo", "", ""), ("reward", "", "")],
+)
+def test_a_loss_is_in_nats_per_token_only_where_it_is(algorithm, divergence, unit):
+    assert show.unit(ConfigDict({"algorithm": algorithm, "teacher": {"divergence": divergence}})) == unit
