@@ -173,8 +173,9 @@ def rollout() -> ConfigDict:
     config.min_p = 0.0
     config.slots = 0  # samples written at a time; 0: all
     config.advantages = "auto"  # the algorithm's own, or a name of ftjax.online.ESTIMATORS
-    config.gamma = 1.0  # of advantages by values
-    config.lam = 0.95
+    config.gamma = 1.0  # of gae and reinforce_plus_plus: the discount
+    config.lam = 0.95  # of gae
+    config.whiten_rewards = False  # of gae: what tokens are paid has the deviation 1, its mean kept, before advantages are made of it
     config.kl_penalty = 0.0  # times the log-ratio to the reference, taken from the reward
     config.kl_target = 0.0  # nats a sample: the penalty begins as kl_penalty and follows the divergence there; 0: it stays
     config.kl_horizon = 10_000  # samples; the more, the slower it follows

@@ -164,5 +164,4 @@ def reference_scorer(config, model: Model, mesh: Mesh) -> Callable[[Params, Batc
 def advantages(config) -> Callable[[online.Evidence], online.Worth]:
     """Return the jitted estimator."""
     chosen = estimator(config)
-    options = {"gamma": config.rollout.gamma, "lam": config.rollout.lam} if chosen.values else {}
-    return jax.jit(partial(chosen.estimate, **options))
+    return jax.jit(partial(chosen.estimate, **{name: config.rollout[name] for name in chosen.options}))

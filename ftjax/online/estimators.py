@@ -47,7 +47,7 @@ class Evidence:
 
 
 Worth = Mapping[str, jax.Array]
-"""Fields of `Batch`: `advantages` `[p, g]` or `[p, g, t]`, perhaps `returns` `[p, g, t]`."""
+"""Fields of `Batch`: `advantages` `[p, g]` or `[p, g, t]`, perhaps `returns` and what `loss_mask` is left `[p, g, t]`."""
 
 
 class Estimator(NamedTuple):
@@ -63,6 +63,8 @@ class Estimator(NamedTuple):
     """Whether it needs values."""
     opponents: bool = False
     """Whether it needs opponents."""
+    options: tuple[str, ...] = ()
+    """That it takes, by the names of `config.rollout`."""
 
 
 def group_relative(evidence: Evidence, *, scale: str = "group") -> Worth:
@@ -85,9 +87,10 @@ def greedy_baseline(evidence: Evidence) -> Worth:
     return {"advantages": advantages.greedy_baseline(evidence.whole, evidence.greedy, evidence.counted)}
 
 
-def reinforce_plus_plus(evidence: Evidence) -> Worth:
+def reinforce_plus_plus(evidence: Evidence, *, gamma: float = 1.0) -> Worth:
     """REINFORCE++'s."""
-    return {"advantages": advantages.reinforce_plus_plus(evidence.by_token, evidence.mask * evidence.counted[..., None])}
+    mask = evidence.mask * evidence.counted[..., None]
+    return {"advantages": advantages.reinforce_plus_plus(evidence.by_token, mask, gamma=gamma)}
 
 
 def reinforce_plus_plus_baseline(evidence: Evidence) -> Worth:
@@ -95,11 +98,15 @@ def reinforce_plus_plus_baseline(evidence: Evidence) -> Worth:
     return {"advantages": advantages.reinforce_plus_plus_baseline(evidence.whole, evidence.mask, evidence.counted)}
 
 
-def gae(evidence: Evidence, *, gamma: float = 1.0, lam: float = 0.95) -> Worth:
-    """PPO's, whitened; a sample without a reward has neither advantage nor return."""
+def gae(evidence: Evidence, *, gamma: float = 1.0, lam: float = 0.95, whiten_rewards: bool = False) -> Worth:
+    """PPO's, whitened; of a sample without a reward, which has neither advantage nor return, no token counts.
+
+    With `whiten_rewards` what tokens are paid is brought to the deviation 1 before, its mean kept, as TRL's option of the name does.
+    """
     mask = evidence.mask * evidence.counted[..., None]
-    found, returns = advantages.gae(evidence.by_token, shaping.state_values(evidence.values), mask, gamma=gamma, lam=lam)
-    return {"advantages": advantages.whiten(found, mask), "returns": returns}
+    rewards = advantages.whiten(evidence.by_token, mask, shift_mean=False) if whiten_rewards else evidence.by_token
+    found, returns = advantages.gae(rewards, shaping.state_values(evidence.values), mask, gamma=gamma, lam=lam)
+    return {"advantages": advantages.whiten(found, mask), "returns": returns, "loss_mask": mask}
 
 
 def plain(evidence: Evidence) -> Worth:
@@ -119,9 +126,9 @@ ESTIMATORS: Mapping[str, Estimator] = {
     "leave_one_out": Estimator(leave_one_out, least=2),
     "optimal_baseline": Estimator(optimal_baseline, least=2),
     "greedy_baseline": Estimator(greedy_baseline, greedy=True),
-    "reinforce_plus_plus": Estimator(reinforce_plus_plus),
+    "reinforce_plus_plus": Estimator(reinforce_plus_plus, options=("gamma",)),
     "reinforce_plus_plus_baseline": Estimator(reinforce_plus_plus_baseline, least=2),
-    "gae": Estimator(gae, values=True),
+    "gae": Estimator(gae, values=True, options=("gamma", "lam", "whiten_rewards")),
     "rewards": Estimator(plain),
     "preferred": Estimator(preferred, opponents=True),
 }

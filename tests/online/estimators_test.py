@@ -2,11 +2,14 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ftjax import losses
 from ftjax.online import ESTIMATORS, Evidence
+from ftjax.types import Batch, Scores
 
 REWARDS = np.array([[1.0, 0.0, 0.5, 0.0], [2.0, 2.0, 2.0, 2.0]], np.float32)
 MASK = np.ones((2, 4, 3), np.float32)
@@ -61,6 +64,44 @@ def test_returns_of_gae_are_what_follows_and_values_are_of_the_state_before():
     values = jnp.asarray(np.broadcast_to(np.arange(3.0, dtype=np.float32), MASK.shape))
     found = ESTIMATORS["gae"].estimate(dataclasses.replace(EVIDENCE, values=values), lam=1.0)
     np.testing.assert_allclose(found["returns"], REWARDS[..., None] * MASK, atol=1e-6)
+
+
+def test_rewards_are_whitened_with_their_mean_before_returns_are_made_of_them():
+    """PPO's option: (x - mean) / std + mean of what each token is paid, and at λ = 1 without values the sums of what is to come."""
+    kl = np.random.default_rng(0).normal(size=MASK.shape) * MASK
+    found = ESTIMATORS["gae"].estimate(
+        dataclasses.replace(EVIDENCE, kl=jnp.asarray(kl, jnp.float32), kl_coef=0.5), lam=1.0, whiten_rewards=True
+    )
+    paid = -0.5 * kl
+    for sample in np.ndindex(2, 4):
+        paid[sample][np.flatnonzero(MASK[sample])[-1]] += REWARDS[sample]
+    real = MASK > 0
+    whitened = np.where(real, (paid - paid[real].mean()) / paid[real].std(ddof=1) + paid[real].mean(), 0)
+    np.testing.assert_allclose(found["returns"], np.cumsum(whitened[..., ::-1], axis=-1)[..., ::-1] * MASK, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sample_without_a_reward_moves_no_value():
+    """PPO's loss and its gradient are those of a batch in which it is not: nothing draws its values anywhere, not even to 0."""
+    draw, at = np.random.default_rng(1), 1
+    counted = np.ones((2, 4), np.float32)
+    counted[0, at] = 0
+    worth = ESTIMATORS["gae"].estimate(dataclasses.replace(EVIDENCE, counted=jnp.asarray(counted)))
+    ids = jnp.ones((8, 3), jnp.int32)
+    rows = Batch(ids, jnp.asarray(MASK.reshape(8, 3)), ids, ids)
+    rows = dataclasses.replace(rows, **{name: x.reshape(8, 3) for name, x in worth.items()})
+    logps, values = (jnp.asarray(draw.normal(size=(8, 3)), jnp.float32) for _ in range(2))
+
+    def loss(values, logps, rows):
+        return (found := losses.ppo(Scores(logps, values=values), rows, value_coef=0.7)[0]).total / found.weight
+
+    read = jax.value_and_grad(loss, argnums=(0, 1))
+    value, gradients = read(values, logps, rows)
+    others = np.arange(8) != at
+    value_without, without = read(*jax.tree.map(lambda x: x[others], (values, logps, rows)))
+    assert value == pytest.approx(float(value_without), rel=1e-6)
+    for gradient, wanted in zip(gradients, without, strict=True):
+        assert not gradient[at].any() and np.abs(wanted).max() > 0.01
+        np.testing.assert_allclose(gradient[others], wanted, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
