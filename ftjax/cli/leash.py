@@ -25,16 +25,19 @@ class Leash:
         """Return the coefficient of an experience."""
         return self._coefs.get(str(index), self._asked.kl_penalty)
 
-    def follow(self, index: int, kl: np.ndarray) -> Metrics:
-        """Take in the divergence of each sample of an experience, `[n]` in nats; return the metrics `kl_coef` and `kl/sampled`.
+    def follow(self, index: int, kl: np.ndarray, counted: np.ndarray) -> Metrics:
+        """Take in an experience; return the metrics `kl_coef` and `kl/sampled`.
 
-        Experiences come in their order.
+        Args:
+          index: of the experience; they come in their order.
+          kl: `[n]`, the divergence of each sample in nats.
+          counted: bool `[n]`, of which samples tokens count: the others say nothing of it, and if all are such, nothing changes.
         """
-        coef, found = self.coef(index), float(np.mean(kl, dtype=np.float64))
+        coef, count = self.coef(index), int(counted.sum())
+        total = float(np.sum(kl[counted], dtype=np.float64))
         if self._asked.kl_target:
-            after = shaping.adaptive_kl_coef(coef, found, target=self._asked.kl_target, gain=len(kl) / self._asked.kl_horizon)
-            self._coefs[str(index + 1)] = float(after)
+            gain, kl_mean = count / self._asked.kl_horizon, total / max(count, 1)
+            self._coefs[str(index + 1)] = float(shaping.adaptive_kl_coef(coef, kl_mean, target=self._asked.kl_target, gain=gain))
             for old in [name for name in self._coefs if int(name) < index]:
                 del self._coefs[old]
-        one = np.float32(1)
-        return {"kl_coef": Mean(np.float32(coef), one), "kl/sampled": Mean(np.float32(found), one)}
+        return {"kl_coef": Mean(np.float32(coef), np.float32(1)), "kl/sampled": Mean(np.float32(total), np.float32(count))}

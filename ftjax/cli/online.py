@@ -102,7 +102,7 @@ class Experiences:
         self._show(found._replace(advantages=worth["advantages"]), done)
         told = told | seen.metrics
         if self._asked.kl_penalty:
-            told |= self._leash.follow(index, seen.kl.sum(axis=1))
+            told |= self._leash.follow(index, seen.kl.sum(axis=1), rows.loss_mask.any(axis=1))
         if found.opponents is not None:
             told |= online.contest(found)
         if self._rows_of is not None:
