@@ -99,10 +99,11 @@ def pairs(batch: Batch, rewards: np.ndarray) -> Batch:
     """Return the best sample of each prompt with its worst, `[p, 2, t]`, best first; where both are worth the same no token counts.
 
     Args:
-      batch: the samples `[p · g, t]`.
+      batch: the samples `[p · g, t]`; one of which no token counts, as it was cut, is neither.
       rewards: `[p, g]`; NaN where none applies.
     """
-    known, (p, g) = np.isfinite(rewards), rewards.shape
+    p, g = rewards.shape
+    known = np.isfinite(rewards) & (batch.loss_mask > 0).any(axis=1).reshape(p, g)
     best, worst = (np.argmax(np.where(known, sign * rewards, -np.inf), axis=1) for sign in (1, -1))
     at = np.arange(p)[:, None] * g + np.stack([best, worst], axis=1)
     worth = np.nan_to_num(rewards.reshape(-1)[at])
@@ -112,9 +113,14 @@ def pairs(batch: Batch, rewards: np.ndarray) -> Batch:
 
 
 def table(experience: Experience) -> list[dict[str, Any]]:
-    """Return a row of plain data for each sample: prompt, completion, each reward, their sum, the (mean) advantage, turns of an episode."""
-    g, found = experience.rewards.shape[1], []
-    advantages = experience.advantages.reshape(*experience.rewards.shape, -1).mean(axis=2)
+    """Return a row of plain data for each sample: prompt, completion, each reward, what it is worth in all, its advantage, turns of an episode.
+
+    Where tokens have advantages of their own it is the mean over those that the policy wrote.
+    """
+    (p, g), found = experience.rewards.shape, []
+    written = np.asarray([sample.drawn.sum() for sample in experience.samples]).reshape(p, g)
+    advantages = experience.advantages
+    advantages = advantages if advantages.ndim == 2 else advantages.sum(axis=2) / np.maximum(written, 1)
     for row, (sample, text) in enumerate(zip(experience.samples, experience.texts, strict=True)):
         i, j = divmod(row, g)
         each = {name: _number(values[i, j]) for name, values in experience.each.items()}

@@ -14,8 +14,8 @@ from ftjax.types import Batch, Mean, Metrics
 def duels(policy: Batch, opponents: Batch, rewards: np.ndarray, opposed: np.ndarray) -> Batch:
     """Return each sample with its opponent's, `[n, 2, t]`, the policy's first, and as `desirable` `[n]` whether that is worth more.
 
-    XPO's: Xie et al., 2024, arXiv 2405.21046. Where both are worth the same, or one has no reward, no token counts; TRL has such a pair won
-    by the policy.
+    XPO's: Xie et al., 2024, arXiv 2405.21046. Where both are worth the same, or one has no reward or no token that counts, none does in
+    either; TRL has such a pair won by the policy.
 
     Args:
       policy: the samples `[n, t]`.
@@ -29,7 +29,8 @@ def duels(policy: Batch, opponents: Batch, rewards: np.ndarray, opposed: np.ndar
     tokens, mask, positions, segment_ids = (np.stack([wide(ours), wide(theirs)], axis=1) for ours, theirs in zip(*sides, strict=True))
     decided = np.isfinite(rewards) & np.isfinite(opposed) & (rewards != opposed)
     won = (np.nan_to_num(rewards) > np.nan_to_num(opposed)).astype(np.float32)
-    mask = mask * decided.reshape(-1, 1, 1).astype(np.float32)
+    both = (mask > 0).any(axis=-1).all(axis=-1)
+    mask = mask * (decided.reshape(-1) & both)[:, None, None].astype(np.float32)
     return dataclasses.replace(Batch(tokens, mask, positions, segment_ids), desirable=won.reshape(-1))
 
 

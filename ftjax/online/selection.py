@@ -31,8 +31,8 @@ def above(batch: Batch, rewards: np.ndarray, *, least: float) -> Batch:
 
 
 def kept(batch: Batch) -> Mean:
-    """Return the share of the rows, or pairs, from which something is learnt."""
-    counted = (batch.loss_mask > 0).reshape(len(batch.loss_mask), -1).any(axis=1)
+    """Return the share of the rows, or pairs, from which something is learnt: a pair needs tokens that count in both of its samples."""
+    counted = (batch.loss_mask > 0).any(axis=-1).reshape(len(batch.loss_mask), -1).all(axis=1)
     return Mean(np.float32(counted.sum()), np.float32(len(counted)))
 
 

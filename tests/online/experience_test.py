@@ -58,6 +58,26 @@ def test_a_pair_is_the_best_and_the_worst_of_a_prompt_if_they_differ():
     np.testing.assert_array_equal(found.loss_mask[:, :, 0], [[1, 1], [0, 0], [0, 0]])
 
 
+def test_a_sample_that_was_cut_is_neither_the_best_nor_the_worst_of_a_prompt():
+    """Of samples 1, 3, 4 and 9 no token counts: of the second prompt one sample is left, of the others the next best and next worst."""
+    mask = np.ones((12, 2), np.float32) * ~np.isin(np.arange(12), [1, 3, 4, 5, 6, 9])[:, None]
+    rewards = np.array([[0.0, 2.0, 1.0, -1.0], [1.0, 2.0, 3.0, 4.0], [5.0, 9.0, 6.0, 7.0]])
+    found = online.pairs(dataclasses.replace(ROWS, loss_mask=mask), rewards)
+    np.testing.assert_array_equal(found.tokens[[0, 2]], ROWS.tokens[[[2, 0], [11, 8]]])
+    np.testing.assert_array_equal(found.loss_mask[:, :, 0], [[1, 1], [0, 0], [1, 1]])
+    assert online.kept(found).value() == pytest.approx(2 / 3)
+
+
+def test_the_advantage_of_a_sample_whose_tokens_have_their_own_is_their_mean():
+    """Not one over the row, in which a prompt and padding stand too; what an episode was told has none."""
+    example = data.Example(({"role": "user", "content": "2 + 3 ="},))
+    told = rollout.Episode(np.array([True, False, True]), (), None)
+    samples = [rollout.Sample(np.arange(n), np.zeros(n), np.zeros(n), "eos", told if n == 3 else None) for n in (2, 3, 1)]
+    advantages = np.array([[[0, 0, 0, 0.5, 1.5, 0], [0, 0, 0, 3.0, 0, 1.0], [0, 0, 0, 0, 0, 0]]])
+    found = online.Experience([data.Prompt(np.arange(3), example)], samples, [""] * 3, np.zeros((1, 3)), {}, advantages, 1.0)
+    assert [row["advantage"] for row in online.table(found)] == [1.0, 2.0, 0.0]
+
+
 def test_the_table_is_plain_data_with_each_reward_beside_its_sample():
     example = data.Example(({"role": "user", "content": "2 + 3 ="},))
     samples = [rollout.Sample(np.arange(n), np.zeros(n), np.zeros(n), "eos" if n < 3 else "length") for n in (2, 3)]

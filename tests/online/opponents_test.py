@@ -1,5 +1,7 @@
 """Duels by hand: each sample with the one in its place, and what is not decided counts nowhere."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -23,6 +25,15 @@ def test_each_sample_meets_the_one_in_its_place_and_the_better_is_known():
     np.testing.assert_array_equal(found.loss_mask[:, 0], [[1, 1, 0], [1, 1, 0], [0, 0, 0], [0, 0, 0]])
     np.testing.assert_array_equal(found.loss_mask[:, 1], [[1, 1, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0]])
     np.testing.assert_array_equal(found.segment_ids[0], [[1, 1, 0], [1, 1, 1]])
+
+
+def test_a_sample_that_was_cut_is_in_no_duel():
+    """Neither it nor the one that it is compared with, which would be pushed by itself."""
+    rewards, ours = np.array([[1.0, 0.0], [1.0, 0.0]], np.float32), batch(2, 0)
+    theirs = dataclasses.replace(ours, loss_mask=ours.loss_mask * np.array([[1], [1], [0], [1]], np.float32))
+    ours = dataclasses.replace(ours, loss_mask=ours.loss_mask * np.array([[1], [0], [1], [1]], np.float32))
+    found = online.duels(ours, theirs, rewards, 1 - rewards)
+    np.testing.assert_array_equal(found.loss_mask[..., 0], [[1, 1], [0, 0], [0, 0], [1, 1]])
 
 
 def test_a_contest_counts_a_tie_as_half_and_leaves_out_what_has_no_reward():

@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from ftjax import online
 from ftjax.types import Batch
@@ -26,3 +27,8 @@ def test_all_samples_that_are_good_enough_are_kept():
     np.testing.assert_array_equal(found.tokens, ROWS.tokens)
     np.testing.assert_array_equal(found.loss_mask[:, 0], [1, 1, 0, 0, 0, 0])
     assert online.kept(found).value() == 2 / 6
+
+
+def test_a_pair_is_kept_if_both_of_its_samples_count():
+    mask = np.array([[[0, 1], [1, 0]], [[0, 1], [0, 0]], [[0, 0], [0, 0]]], np.float32)
+    assert online.kept(Batch(mask, mask, mask, mask)).value() == pytest.approx(1 / 3)
