@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from ftjax import models
 from ftjax.models.cache import Cache
-from ftjax.rollout.sampling import Sampling, sample, settings
+from ftjax.rollout.sampling import PENALTIES, Sampling, Seen, penalized, sample, settings
+from ftjax.rollout.slots import vocabulary
 from ftjax.types import Model, Params, pytree
 
 
@@ -42,6 +43,8 @@ class Decoding:
     """int32 `[b]`: real tokens of the prompts."""
     keys: jax.Array
     """`[b]`: a row's key; token `i` of the row is drawn with `fold_in(key, i)`."""
+    seen: Seen | None = None
+    """Kept where there are penalties."""
 
 
 class Completion(NamedTuple):
@@ -112,7 +115,10 @@ def start(
     sampling: Sampling,
     key: jax.Array | None = None,
 ) -> Decoding:
-    """Read the prompts and write the first token of each row; the arguments and errors are those of `generate`."""
+    """Read the prompts and write the first token of each row; the arguments and errors are those of `generate`.
+
+    `sampling` is from `sampling.settings`; what its penalties look at goes with the state.
+    """
     if max_tokens < 1:
         raise ValueError(f"generate: max_tokens is at least 1, not {max_tokens}.")
     refuse_keys("generate", params)
@@ -126,7 +132,13 @@ def extend(model: Model, params: Params, state: Decoding, num_tokens: int, *, eo
     """Write `num_tokens` more tokens to each row, fewer if all end before or have no room; `state` is donated.
 
     Streaming is to call this with a few tokens at a time: any cut gives the same tokens, by the same program.
+
+    Raises:
+      ValueError: there are penalties, and there were none at the start.
     """
+    if penalized(sampling) and state.seen is None:
+        asked = ", ".join(name for name in PENALTIES if getattr(sampling, name) is not None)
+        raise ValueError(f"extend: the state does not know its tokens, which {asked} looks at: give start the same sampling.")
     return _decode(model, params, state, num_tokens, _ids(eos_ids), sampling)
 
 
@@ -160,6 +172,7 @@ def _prefill(model: Model, params: Params, tokens, segment_ids, key, eos_ids, sa
         step=jnp.zeros((), jnp.int32),
         prompt_lengths=jnp.sum(real, axis=1, dtype=jnp.int32),
         keys=keys,
+        seen=_seen(tokens, real, vocabulary(model, params)) if penalized(sampling) else None,
     )
     return _append(model, params, hidden[:, -1], state, eos_ids, sampling)
 
@@ -180,8 +193,11 @@ def _decode(model: Model, params: Params, state: Decoding, num_tokens, eos_ids, 
 def _append(model: Model, params: Params, hidden: jax.Array, state: Decoding, eos_ids: jax.Array, sampling: Sampling) -> Decoding:
     """Choose the next token of each row from the last hidden states `[b, d]`; rows that have finished get zeros."""
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.step)
-    draw = sample(model.unembed(model.head(params), hidden), keys, sampling)
-    live = ~state.finished
+    draw = sample(model.unembed(model.head(params), hidden), keys, sampling, seen=state.seen)
+    live, seen = ~state.finished, state.seen
+    if seen is not None:
+        written = seen.written.at[jnp.arange(len(live)), draw.tokens].add(live.astype(jnp.int32))
+        seen = dataclasses.replace(seen, written=written)
 
     def write(into: jax.Array, values: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(into, jnp.where(live, values, 0)[:, None], state.step, axis=1)
@@ -195,7 +211,15 @@ def _append(model: Model, params: Params, hidden: jax.Array, state: Decoding, eo
         lengths=state.lengths + live.astype(jnp.int32),
         finished=state.finished | ended,
         step=state.step + 1,
+        seen=seen,
     )
+
+
+def _seen(tokens: jax.Array, real: jax.Array, size: int) -> Seen:
+    """Return what has been seen of a vocabulary of some size when prompts `[b, t]` are read, `real` where they are no padding."""
+    b = tokens.shape[0]
+    prompted = jnp.zeros((b, size), bool).at[jnp.arange(b)[:, None], jnp.where(real, tokens, size)].set(True, mode="drop")
+    return Seen(prompted, jnp.zeros((b, size), jnp.int32))
 
 
 def _ids(eos_ids: Sequence[int]) -> jax.Array:

@@ -134,6 +134,30 @@ def test_any_cut_of_a_stream_gives_the_same_tokens(key):
     assert int(state.step) == 12
 
 
+PENALTIES = [{"repetition_penalty": 3.0}, {"frequency_penalty": 20.0}, {"presence_penalty": 20.0}]
+
+
+@pytest.mark.parametrize("penalty", PENALTIES, ids=lambda penalty: next(iter(penalty)))
+def test_penalties_act_as_in_the_engine_and_in_any_cut(penalty):
+    """A row is its prompt, its padding not seen, and what it wrote; the rows beside it change nothing."""
+    model, params = tiny()
+    rows, sampling = [*prompts(2, 6), np.full(9, 7, np.int32)], rollout.settings(**penalty)
+    requests = [rollout.Request(row, 12, sampling=sampling) for row in rows]
+    wanted = [sample.tokens.tolist() for sample in rollout.Engine(model, (UNUSED,), slots=3, slot_tokens=32).generate(params, requests)]
+    assert wanted != complete(model, params, rows).tokens.tolist()
+    state = begin(model, params, rows, sampling=sampling)
+    for block in (1, 4, 99):
+        state = rollout.extend(model, params, state, block, eos_ids=(UNUSED,), sampling=sampling)
+    assert state.tokens.tolist() == wanted
+
+
+def test_penalties_that_come_after_the_beginning_are_refused():
+    model, params = tiny()
+    state = begin(model, params, prompts(1, 4))
+    with pytest.raises(ValueError, match="extend: .* presence_penalty .* start"):
+        rollout.extend(model, params, state, 2, sampling=rollout.settings(presence_penalty=1.0))
+
+
 def test_one_pair_of_programs_for_each_shape(key):
     model, params = tiny()
 

@@ -57,6 +57,17 @@ def test_a_stream_joined_is_the_completion(stop, block):
     assert expected == (free[: free.index(stops[0])] if stop else free)
 
 
+def test_a_stream_heeds_penalties():
+    """It is what the engine writes, which with a penalty beyond any logit has no token twice."""
+    (model, params), encoder, prompt = tiny(), rollout.Encoder(tiny()[0], TOKENIZER), np.arange(65, 70)
+    sampling = rollout.settings(presence_penalty=1e4)
+    pieces = rollout.stream_text(model, params, encoder, prompt, max_tokens=12, sampling=sampling, block=3)
+    engine = rollout.Engine(model, encoder.eos_ids, slots=1)
+    (sample,) = engine.generate(params, [rollout.Request(prompt, 12, sampling=sampling)])
+    assert "".join(pieces) == TOKENIZER.decode(sample.tokens.tolist(), skip_special_tokens=True) != complete([prompt])[0]
+    assert len(set(sample.tokens.tolist())) == len(sample.tokens) > 2
+
+
 def test_no_prompts_give_no_texts():
     assert complete([]) == []
 
