@@ -48,7 +48,9 @@ def judge(config, *, load: Callable[[str], Callable] = lambda folder: lambda pro
             found = rewards.judge(panel, weights, asked, completions, shown, **options)
         except rewards.RewardError as error:
             raise ValueError(f"{error} In a config: judging.on_error='skip'.") from error
-        return found._replace(failures=(*failed, *found.failures))
+        without = partial(_without, rows=[failure.row for failure in failed])
+        scores = {name: without(values) for name, values in found.scores.items()}
+        return rewards.Judged(scores, without(found.rewards), (*failed, *found.failures))
 
     return judged
 
@@ -97,11 +99,18 @@ def _heard(judge: Callable[[], rewards.Judged], mine: slice) -> dict[str, Any]:
 
 
 def _failures(samples: Sequence[Sample], asked: Sequence[Any], *, strict: bool) -> list[rewards.Failure]:
-    """Return the episodes that ended because their environment failed; if it must not, raise `RewardError`."""
+    """Return the episodes that ended because their environment failed, of which nothing is learnt; if it must not, raise `RewardError`."""
     failed = [(row, sample.episode.failure) for row, sample in enumerate(samples) if sample.episode and sample.episode.failure]
     found = [rewards.Failure("environment", row, asked[row], f"ended an episode by {failure}") for row, failure in failed]
     if found and strict:
         raise rewards.RewardError(f"{found[0]} ({len(found)} in all).")
+    return found
+
+
+def _without(values: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+    """Return what samples are worth, which is nothing known for some rows: NaN."""
+    found = np.array(values)
+    found[list(rows)] = np.nan
     return found
 
 

@@ -102,7 +102,11 @@ def test_an_environment_that_fails_ends_the_run_by_name_or_the_episode(train, tm
     assert train(tmp_path / "lenient", *more, "--config.judging.on_error=skip") == 0
     assert "not judged: reward 'environment' ended an episode by OSError" in capsys.readouterr().out.replace("\n", " ")
     rows = read_jsonl(tmp_path / "lenient" / "rollouts.jsonl")
-    assert {row["reward"] is None for row in rows} == {True, False} and not any(row["finished"] for row in rows if len(row["turns"]) < 6)
+    failed = [row["turns"][-1]["role"] == "assistant" for row in rows]  # nothing came after it
+    assert [row["reward"] is None for row in rows] == failed and {True, False} == set(failed)
+    assert any(len(row["turns"]) > 1 for row, failure in zip(rows, failed, strict=True) if failure)
+    assert not any(row["advantage"] for row, failure in zip(rows, failed, strict=True) if failure)
+    assert not any(row["finished"] for row in rows if len(row["turns"]) < 6)
 
 
 def config(**changes):

@@ -1,5 +1,6 @@
 """The rewards of a config judge what they are shown, by their weights."""
 
+import dataclasses
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,24 @@ def test_a_trained_reward_model_is_loaded_from_its_folder_and_shown_the_conversa
 def test_a_reward_that_fails_says_how_to_go_on_without_it():
     with pytest.raises(ValueError, match="'numeric_match' needs 'answer'|judging.on_error='skip'"):
         judge({"target_length": {"target_tokens": "four"}})([prompt("1 + 1?", "2")], ["2"], SAMPLES[:1])
+
+
+def test_an_episode_whose_environment_failed_is_worth_nothing_that_could_be_learnt():
+    """Not even what it was given before: that is no sum of all its turns."""
+
+    def played(reward: float, failure: str) -> rollout.Sample:
+        said = ({"role": "assistant", "content": "2"},)
+        return dataclasses.replace(SAMPLES[0], episode=rollout.Episode(np.ones(1, bool), said, reward, failure))
+
+    config = configs.load(CONFIG)
+    with config.unlocked():
+        config.rewards, config.judging.on_error = {"environment": 2.0, "numeric_match": 1.0}, "skip"
+    samples = [played(3.0, "OSError: gone"), played(4.0, "")]
+    judged = judging.judge(config)([prompt("1 + 1?", "2")] * 2, ["2"] * 2, samples)
+    np.testing.assert_array_equal(judged.rewards, [np.nan, 9.0])
+    np.testing.assert_array_equal(judged.scores["environment"], [np.nan, 4.0])
+    np.testing.assert_array_equal(judged.scores["numeric_match"], [np.nan, 1.0])
+    assert judged.failures == (rewards.Failure("environment", 0, "1 + 1?", "ended an episode by OSError: gone"),)
 
 
 @pytest.fixture
