@@ -151,6 +151,7 @@ def online(algorithm: str = "grpo", **loss) -> ConfigDict:
     config.algorithm = algorithm
     config.loss = ConfigDict(loss)
     config.rollout = rollout()
+    config.rollout.kl_penalty = {"ppo": 0.05}.get(algorithm, 0.0)
     config.rewards = ConfigDict()
     config.judging = ConfigDict({"on_error": "raise", "timeout": 300.0})  # "skip": where a reward raises, hangs or is NaN, it says nothing
     config.data.update({"packing": "none", "batch_size": 64})  # samples of a step
@@ -176,7 +177,8 @@ def rollout() -> ConfigDict:
     config.gamma = 1.0  # of gae and reinforce_plus_plus: the discount
     config.lam = 0.95  # of gae
     config.whiten_rewards = False  # of gae: what tokens are paid has the deviation 1, its mean kept, before advantages are made of it
-    config.kl_penalty = 0.0  # times the log-ratio to the reference, taken from the reward
+    config.kl_penalty = 0.0  # times the divergence from the reference, taken from the reward
+    config.kl_estimator = "k1"  # of that divergence: k1, the log-ratio, k2 or k3; see ftjax.losses.kl
     config.kl_target = 0.0  # nats a sample: the penalty begins as kl_penalty and follows the divergence there; 0: it stays
     config.kl_horizon = 10_000  # samples; the more, the slower it follows
     config.mixture = 0.5  # nash_md: the share of the reference in the opponent

@@ -112,7 +112,8 @@ class Batch:
     behavior_logps: jax.Array | None = None
     """float `[*b, t]`: what the sampler says of the tokens it drew, under the distribution that it drew them from."""
     old_logps: jax.Array | None = None
-    """float `[*b, t]`: what the policy said before its first step on these rollouts; None where it is the policy itself, at that step."""
+    """float `[*b, t]`: what the policy said before its first step on these rollouts; NaN, or None, where it is the policy itself, at that
+    step."""
     advantages: jax.Array | None = None
     """float `[*b]`, one a response, or `[*b, t]`: how much better it was than expected; see `losses.advantages`."""
     returns: jax.Array | None = None

@@ -27,7 +27,7 @@ class Gathered(NamedTuple):
     told: Metrics
     """Of what the policy does; what it learns from may be chosen."""
     greedy: np.ndarray | None
-    """float32 `[p]`: what the most likely answer to each prompt is worth, where the estimator asks; 0 where no reward applies."""
+    """float32 `[p]`: what the most likely answer to each prompt is worth, where the estimator asks; NaN where no reward applies."""
     by: Params
     """What was trained of the weights that sampled it."""
 
@@ -91,7 +91,7 @@ class Gatherer:
     def _greedy(self, trainable: Params, prompts: Sequence[data.Prompt], key: jax.Array) -> np.ndarray | None:
         if not rollouts.estimator(self._run.config).greedy:
             return None
-        return np.nan_to_num(self.answered(trainable, prompts, key, per_prompt=1, greedy=True).rewards[:, 0])
+        return self.answered(trainable, prompts, key, per_prompt=1, greedy=True).rewards[:, 0]
 
     def _judged(self, prompts: Sequence[data.Prompt], samples: Sequence[Sample], seconds: float, *, per_prompt: int) -> online.Experience:
         decode = self._lessons.encoder.tokenizer.decode
@@ -101,5 +101,7 @@ class Gatherer:
             judged = judging.divided(self._judge, asked, texts, samples, per_prompt=per_prompt)
         for failure in judged.failures[:2]:
             self._run.terminal.say(f"[yellow]not judged[/]: {escape(str(failure))} ({len(judged.failures)} in all)", markup=True)
-        rewards, each = judging.as_rows(judged, (len(prompts), per_prompt))
+        sums, each = judging.as_rows(judged, (len(prompts), per_prompt))
+        penalty = self._asked.unfinished_penalty
+        rewards = online.shaped(sums, samples, bounds=self._asked.reward_bounds, unfinished_penalty=penalty)
         return online.Experience(prompts, samples, texts, rewards, each, np.zeros_like(rewards), seconds)

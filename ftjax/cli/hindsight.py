@@ -8,6 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ftjax import online, sharding
@@ -31,7 +32,8 @@ class Hindsight(NamedTuple):
     rows: Batch
     """With what a loss reads: `old_logps`, `old_values` and `reference_logps` as far as it does."""
     kl: np.ndarray
-    """float32 `[n, t]`: the log-ratio of the policy to its reference; 0 where nothing is taken from the reward for it."""
+    """float32 `[n, t]`: the divergence of the policy from its reference as `rollout.kl_estimator` has it, on tokens that count; 0 where
+    nothing is taken from the reward for it."""
     metrics: Metrics
 
 
@@ -48,6 +50,7 @@ class Scorer:
             for temperature in {config.rollout.temperature, 1.0}
         }
         self._reference = rollouts.reference_scorer(config, actor.model, run.mesh) if rollouts.referred(config) else None
+        self._divergence = rollouts.divergence(config)
         self._first = True
 
     def __call__(self, state: TrainState, rows: Batch, samples: Sequence[Sample], *, by: Params | None = None) -> Hindsight:
@@ -62,33 +65,35 @@ class Scorer:
         Raises:
           ValueError: at the first call, sampler and trainer disagree.
         """
+        # Of a sample that was cut too, from which perhaps nothing is learnt.
+        drawn = dataclasses.replace(rows, loss_mask=online.laid(rows, [sample.drawn for sample in samples]))
         said, metrics = None, {}
         if self._first and (self._filtered or by is not None):
             temperature = 1.0 if self._filtered else self._run.config.rollout.temperature
             # A filter draws from less than the policy, so then the models are compared.
             sampled = online.laid(rows, [sample.logps for sample in samples]) if self._filtered else rows.behavior_logps
-            self._check(sampled, rows, self._policy(state.trainable if by is None else by, rows, temperature).logps)
+            self._check(sampled, drawn, self._policy(state.trainable if by is None else by, drawn, temperature).logps)
         compared = not self._filtered and by is None
         if self._several or self._penalised or self._valued or (self._first and compared):
-            said = self._policy(state.trainable, rows, self._run.config.rollout.temperature)
+            said = self._policy(state.trainable, drawn, self._run.config.rollout.temperature)
             if compared:
-                compare = self._check if self._first else lambda sampled, rows, logps: online.disagreement(sampled, logps, rows.loss_mask)
-                metrics["sampler_gap"] = Mean(np.float32(compare(rows.behavior_logps, rows, said.logps).mean), np.float32(1))
+                compare = self._check if self._first else lambda sampled, drawn, logps: online.disagreement(sampled, logps, drawn.loss_mask)
+                metrics["sampler_gap"] = Mean(np.float32(compare(rows.behavior_logps, drawn, said.logps).mean), np.float32(1))
         self._first, kl = False, np.zeros_like(rows.loss_mask)
         if self._reference:
             reference = self._look(partial(self._reference, self._actor.frozen), rows).logps
             rows = dataclasses.replace(rows, reference_logps=reference)
-            kl = (said.logps - reference) * rows.loss_mask if self._penalised else kl
+            kl = np.asarray(self._divergence(jnp.where(rows.loss_mask > 0, said.logps - reference, 0))) if self._penalised else kl
         rows = dataclasses.replace(rows, old_logps=said.logps) if self._several else rows
         return Hindsight(dataclasses.replace(rows, old_values=said.values) if self._valued else rows, kl, metrics)
 
     def _policy(self, trainable: Params, rows: Batch, temperature: float) -> Scores:
         return self._look(partial(self._policies[temperature], trainable, self._actor.frozen), rows)
 
-    def _check(self, sampled: np.ndarray, rows: Batch, logps: np.ndarray) -> online.Disagreement:
-        gap = online.check_agreement(sampled, logps, rows.loss_mask, dtype=self._run.config.model.dtype)
+    def _check(self, sampled: np.ndarray, drawn: Batch, logps: np.ndarray) -> online.Disagreement:
+        gap = online.check_agreement(sampled, logps, drawn.loss_mask, dtype=self._run.config.model.dtype)
         self._run.terminal.say(
-            f"sampler and trainer agree about {int(rows.loss_mask.sum()):,} sampled tokens: {gap.mean:.1e} nats apart on average, "
+            f"sampler and trainer agree about {int(drawn.loss_mask.sum()):,} sampled tokens: {gap.mean:.1e} nats apart on average, "
             f"{gap.most:.1e} at most"
         )
         return gap

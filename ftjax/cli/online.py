@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from functools import partial
 
 import jax
 import numpy as np
@@ -85,16 +84,16 @@ class Experiences:
         asked = [prompt.tokens for prompt in found.prompts for _ in range(g)]
         rows = online.rows(asked, found.samples, **options)
         seen = self._score(state, rows, found.samples, by=gathered.by if min(self._bound, index) else None)
-        shaped = partial(online.shaped, bounds=self._asked.reward_bounds, unfinished_penalty=self._asked.unfinished_penalty)
-        rewards, opposed = shaped(found), found.opponents and shaped(found.opponents)
+        rewards, opposed, greedy = found.rewards, found.opponents and found.opponents.rewards, gathered.greedy
+        known = np.isfinite(rewards) & (opposed is None or np.isfinite(opposed)) & (greedy is None or np.isfinite(greedy)[:, None])
         groups = lambda x: None if x is None else x.reshape(p, g, -1)  # noqa: E731
         evidence = online.Evidence(
             rewards=np.nan_to_num(rewards),
-            counted=(np.isfinite(rewards) & (opposed is None or np.isfinite(opposed))).astype(np.float32),
+            counted=known.astype(np.float32),
             mask=groups(rows.loss_mask),
             kl=groups(seen.kl),
             kl_coef=np.float32(self._leash.coef(index)),
-            greedy=gathered.greedy,
+            greedy=None if greedy is None else np.nan_to_num(greedy),
             values=groups(seen.rows.old_values),
             opponents=None if opposed is None else np.nan_to_num(opposed),
         )

@@ -112,6 +112,7 @@ def _check_choice(config) -> None:
 def _check_penalty(config) -> None:
     """Refuse a penalty for leaving the reference that acts nowhere."""
     asked = config.rollout
+    rollouts.divergence(config)
     if asked.kl_penalty and rollouts.opposed(config):
         raise ValueError(f"rollout.kl_penalty: {config.algorithm!r} compares rewards with an opponent's: hold it by loss.beta instead.")
     if asked.kl_target < 0 or (asked.kl_target and not asked.kl_penalty > 0):

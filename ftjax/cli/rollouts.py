@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from ftjax import data, online, peft, rollout, sharding
 from ftjax.cli import environments, objective
+from ftjax.losses.kl import KL_ESTIMATORS
 from ftjax.online.estimators import ESTIMATORS, Estimator
 from ftjax.tree import nearest
 from ftjax.types import Batch, Model, Params, Scores, Transform
@@ -28,6 +29,9 @@ BY_ALGORITHM = {
     "rejection_sampling": "rewards",
 }
 """The estimator that an algorithm is known with, where it is not `group_relative`."""
+
+DIVERGENCES = ("k1", "k2", "k3")
+"""Of `losses.kl`: the others differ from these in their gradients alone, and a reward has none."""
 
 
 def used(config) -> bool:
@@ -119,6 +123,14 @@ def referred(config) -> bool:
     return used(config) and bool(config.loss.get("kl_coef", 0.0) or config.rollout.kl_penalty or live)
 
 
+def divergence(config) -> Callable[[jax.Array], jax.Array]:
+    """Return what is taken from the reward of a token for its log-ratio to the reference."""
+    name = config.rollout.kl_estimator
+    if name not in DIVERGENCES:
+        raise ValueError(f"rollout.kl_estimator: there is no {name!r}; nearest: {nearest(name, DIVERGENCES)}.")
+    return KL_ESTIMATORS[name]
+
+
 def sampler(
     config,
     model: Model,
@@ -156,8 +168,8 @@ def scorer(config, model: Model, method: Transform, mesh: Mesh, *, temperature: 
 
 
 def reference_scorer(config, model: Model, mesh: Mesh) -> Callable[[Params, Batch], Scores]:
-    """Return the jitted `(frozen, batch) -> scores` of the reference."""
-    look = objective.score(config, model, mesh, ("logps",))
+    """Return the jitted `(frozen, batch) -> scores` of the reference, at the temperature of the policy."""
+    look = partial(objective.score(config, model, mesh, ("logps",)), temperature=config.rollout.temperature)
     return jax.jit(lambda frozen, batch: look(peft.reference(frozen), batch))
 
 

@@ -45,8 +45,8 @@ def policy_gradient(
 ) -> tuple[Mean, Metrics]:
     """Return Σ over tokens of w ℓ(ρ, A) + β ρ KL - c H, reduced as `reduction` says.
 
-    ρ = π / π_old, with π_old the policy before its first step on these rollouts; without `batch.old_logps` it is the policy itself, and
-    ρ is 1 with the gradient ∇log π. GRPO: Shao et al., 2024, arXiv 2402.03300, equation 3. `LOSSES` lists the family.
+    ρ = π / π_old, with π_old the policy before its first step on these rollouts; without `batch.old_logps`, or where they are NaN, it is
+    the policy itself, and ρ is exactly 1 with the gradient ∇log π. GRPO: Shao et al., 2024, arXiv 2402.03300, equation 3. `LOSSES` lists the family.
 
     Args:
       scores: of the policy, `[b, t]`.
@@ -128,7 +128,8 @@ def read_actions(name: str, scores: Scores, batch: Batch) -> Actions:
 
 def old_logps(scores: Scores, batch: Batch) -> Float[Array, "*b t"]:
     """Return what the policy said before its first step on these rollouts, which is what it says at that step."""
-    return jax.lax.stop_gradient(scores.logps) if batch.old_logps is None else batch.old_logps
+    now = jax.lax.stop_gradient(scores.logps)
+    return now if batch.old_logps is None else jnp.where(jnp.isnan(batch.old_logps), now, batch.old_logps)
 
 
 def behavior(scores: Scores, batch: Batch) -> Float[Array, "*b t"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ class Experience(NamedTuple):
     texts: Sequence[str]
     """The samples in words."""
     rewards: np.ndarray
-    """float32 `[p, g]`: what each is worth in all; NaN where no reward applies."""
+    """float32 `[p, g]`: what each is worth in all to the one that learns, `shaped`; NaN where no reward applies."""
     each: Mapping[str, np.ndarray]
     """`{name: float32 [p, g]}`: by each reward, unweighted."""
     advantages: np.ndarray
@@ -35,21 +36,26 @@ class Experience(NamedTuple):
     """The samples of somebody else to the same prompts, with which these are compared, each with that in its place."""
 
 
-def shaped(experience: Experience, *, bounds: tuple[float, float] | None = None, unfinished_penalty: float = 0.0) -> np.ndarray:
+def shaped(
+    rewards: np.ndarray, samples: Sequence[Sample], *, bounds: tuple[float, float] | None = None, unfinished_penalty: float = 0.0
+) -> np.ndarray:
     """Return the rewards `[p, g]` within bounds, less a penalty for samples that were cut; NaN stays NaN.
 
     Args:
-      experience: its rewards and samples.
+      rewards: `[p, g]`, weighted sums.
+      samples: p · g of them.
       bounds: the least and the largest reward; None for none.
       unfinished_penalty: ≥ 0: TRL's PPO knows it as the penalty for a missing EOS.
     """
-    finished = jnp.asarray([sample.finished for sample in experience.samples]).reshape(experience.rewards.shape)
-    rewards = experience.rewards if bounds is None else shaping.clip_rewards(experience.rewards, low=bounds[0], high=bounds[1])
+    finished = jnp.asarray([sample.finished for sample in samples]).reshape(rewards.shape)
+    rewards = rewards if bounds is None else shaping.clip_rewards(rewards, low=bounds[0], high=bounds[1])
     return np.asarray(shaping.less_unfinished(rewards, finished, penalty=unfinished_penalty), np.float32)
 
 
 def minibatch(batch: Batch, *, seed: int, index: int, step: int, count: int) -> Batch:
     """Return the rows that step `step` of an experience learns from: every row comes once in `count` steps, in another order each time.
+
+    At the first step the policy is still the one that `old_logps` are of, so there it is asked itself, whose ratio is exactly 1: they are NaN.
 
     Args:
       batch: of the whole experience, `[n, …]`.
@@ -58,6 +64,8 @@ def minibatch(batch: Batch, *, seed: int, index: int, step: int, count: int) -> 
       step: within it, from 0.
       count: minibatches of an epoch; must divide n.
     """
+    if step == 0 and batch.old_logps is not None:
+        batch = dataclasses.replace(batch, old_logps=np.full_like(batch.old_logps, np.nan))
     if count == 1:
         return batch
     epoch, part = divmod(step, count)
@@ -113,7 +121,7 @@ def pairs(batch: Batch, rewards: np.ndarray) -> Batch:
 
 
 def table(experience: Experience) -> list[dict[str, Any]]:
-    """Return a row of plain data for each sample: prompt, completion, each reward, what it is worth in all, its advantage, turns of an episode.
+    """Return a row of plain data for each sample: prompt, completion, each reward, what it is worth in all, advantage, an episode's turns.
 
     Where tokens have advantages of their own it is the mean over those that the policy wrote.
     """

@@ -1,5 +1,6 @@
 """`ftjax train` on rollouts: it learns, tells what it did, and goes on bit for bit."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -99,17 +100,62 @@ def test_a_stopped_run_goes_on_bit_for_bit(at, train, whole, tmp_path, monkeypat
     assert reported(tmp_path, "train/reward") == reported(whole, "train/reward")
 
 
-def test_a_sampler_that_is_not_the_trainer_is_refused(train, tmp_path, monkeypatch, capsys):
-    sampler = online.rollouts.sampler
+@pytest.fixture
+def sampled(monkeypatch):
+    """`sampled(change, scale=1)`: what the sampler writes with weights so many times as large, each sample as `change(number, it)`."""
+    sampler, asked = online.rollouts.sampler, []
 
-    def other(*arguments, **options):
-        sample = sampler(*arguments, **options)
-        return lambda params, prompts, keys, **options: sample(jax.tree.map(lambda x: x * 1.1, params), prompts, keys, **options)
+    def change_by(change, scale=1.0):
+        def other(*arguments, **options):
+            sample = sampler(*arguments, **options)
 
-    monkeypatch.setattr(online.rollouts, "sampler", other)
-    assert train(tmp_path, *FEW) == 1
+            def draw(params, prompts, keys, **options):
+                asked.append(len(prompts))
+                found = sample(jax.tree.map(lambda x: x * scale, params), prompts, keys, **options)
+                return [change(number, one) for number, one in enumerate(found)]
+
+            return draw
+
+        monkeypatch.setattr(online.rollouts, "sampler", other)
+        return asked
+
+    return change_by
+
+
+@pytest.mark.parametrize("more", [(), ("--config.rollout.mask_truncated=True",)], ids=["", "nothing counts"])
+def test_a_sampler_that_is_not_the_trainer_is_refused(more, train, sampled, tmp_path, capsys):
+    sampled(lambda _, one: dataclasses.replace(one, reason="length"), scale=1.1)
+    assert train(tmp_path, *FEW, *more) == 1
     err = capsys.readouterr().err
     assert "the sampler and the trainer disagree" in err and not Checkpoints(tmp_path / "checkpoints").steps()
+
+
+def test_groups_teach_by_what_their_samples_are_worth_to_the_one_that_learns(train, sampled, tmp_path, monkeypatch):
+    """All are right, every second one was cut and pays: no other prompts are asked for, and the advantages are of what is left."""
+    monkeypatch.setitem(rewards.REWARDS, "numeric_match", lambda prompts, completions, **columns: [30.0] * len(prompts))
+    asked = sampled(lambda number, one: dataclasses.replace(one, reason="length" if number % 2 else "eos"))
+    more = ("--config.rollout.dynamic_rounds=1", "--config.rollout.unfinished_penalty=0.5", "--config.rollout.reward_bounds=(-2.0, 2.0)")
+    assert train(tmp_path, *FEW, *more, "--config.logging.every_steps=1") == 0
+    assert asked == [4] and reported(tmp_path, "train/zero_variance")[0] == 0
+    rows = read_jsonl(tmp_path / "rollouts.jsonl")
+    assert {(row["finished"], row["rewards"]["numeric_match"], row["reward"]) for row in rows} == {(True, 30, 2), (False, 30, 1.5)}
+    deviation = np.std([2, 1.5] * 4, ddof=1) + 1e-4
+    np.testing.assert_allclose([row["advantage"] for row in rows], [0.25 / deviation, -0.25 / deviation] * 16, rtol=1e-5)
+
+
+def test_the_ratio_of_the_first_step_on_an_experience_is_exactly_1(train, tmp_path, monkeypatch):
+    """However the program that scores an experience as a whole rounds: here by 5e-5 nats a token."""
+    scorer = online.rollouts.scorer
+
+    def rounding(*arguments, **options):
+        score = scorer(*arguments, **options)
+        return lambda *given: dataclasses.replace(found := score(*given), logps=found.logps + 5e-5)
+
+    monkeypatch.setattr(online.rollouts, "scorer", rounding)
+    assert train(tmp_path, *FEW, "--config.logging.every_steps=1") == 0
+    names = ("ratio", "ratio/min", "ratio/max", "kl/old", "clip/low", "clip/high")
+    first, second = zip(*(reported(tmp_path, f"train/{name}") for name in names), strict=True)
+    assert first == (1, 1, 1, 0, 0, 0) and second[1] < 1 < second[2]
 
 
 def test_a_reward_that_fails_ends_the_run_by_name_or_is_left_out(train, tmp_path, monkeypatch, capsys):
@@ -147,12 +193,22 @@ def test_ppo_learns_values_beside_the_policy(train, tmp_path):
     assert reported(tmp_path, "train/kl")[1] > 0 and reported(tmp_path, "train/clip/value")
 
 
-def test_remax_compares_with_the_most_likely_answer(train, tmp_path, monkeypatch):
-    """Which is one byte over and over, below 128, and therefore worth 1."""
-    monkeypatch.setitem(rewards.REWARDS, "numeric_match", lambda *given, **columns: [1 - x for x in high_bytes(*given, **columns)])
-    assert train(tmp_path, *FEW, "--config.algorithm=remax", "--config.rollout.samples_per_prompt=2") == 0
+@pytest.mark.parametrize("judged", ["as it is", "within bounds", "not"])
+def test_remax_compares_with_the_most_likely_answer(judged, train, tmp_path, monkeypatch):
+    """Which is one byte over and over, below 128, and therefore worth 1, or a bound; where it has no reward, its prompt teaches nothing."""
+
+    def low_bytes(*given, completion_ids, **columns):
+        found = [1 - x for x in high_bytes(*given, completion_ids=completion_ids)]
+        return [None if judged == "not" and len(set(ids)) == 1 else x for ids, x in zip(completion_ids, found, strict=True)]
+
+    monkeypatch.setitem(rewards.REWARDS, "numeric_match", low_bytes)
+    more = ("--config.rollout.reward_bounds=(0.0, 0.75)",) if judged == "within bounds" else ()
+    assert train(tmp_path, *FEW, "--config.algorithm=remax", "--config.rollout.samples_per_prompt=2", *more) == 0
     rows = read_jsonl(tmp_path / "rollouts.jsonl")
-    np.testing.assert_allclose([row["reward"] - row["advantage"] for row in rows], 1.0, atol=1e-5)
+    if judged == "not":
+        assert not any(row["advantage"] for row in rows) and any(row["reward"] for row in rows)
+    else:
+        np.testing.assert_allclose([row["reward"] - row["advantage"] for row in rows], 0.75 if more else 1.0, atol=1e-5)
 
 
 ONLINE_DPO = """
@@ -184,3 +240,13 @@ def test_online_dpo_learns_from_the_best_and_the_worst_sample(compiled, tmp_path
     rows = read_jsonl(tmp_path / "rollouts.jsonl")
     assert len(rows) == 8 * 4 * 4 and all(row["reward"] == pytest.approx(2 * row["rewards"]["numeric_match"], abs=1e-5) for row in rows)
     assert reported(tmp_path, "eval/reward") and reported(tmp_path, "train/reward_std")[0] > 0
+
+
+def test_policy_and_reference_are_asked_at_the_temperature_that_samples(compiled, tmp_path, monkeypatch):
+    """So that at first, when they are the same, nothing is taken from any reward."""
+    monkeypatch.setitem(rewards.REWARDS, "numeric_match", high_bytes)
+    (tmp_path / "online_dpo.py").write_text(ONLINE_DPO)
+    more = ("--config.rollout.kl_penalty=0.1", "--config.rollout.temperature=0.5", "--config.steps=1", "--config.eval.every_steps=0")
+    arguments = [f"--config={tmp_path / 'online_dpo.py'}", f"--workdir={tmp_path}", f"--compile_cache={compiled}"]
+    assert main.main(["train", *arguments, *more]) == 0
+    assert abs(reported(tmp_path, "train/kl/sampled")[0]) < 1e-5

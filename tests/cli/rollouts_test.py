@@ -3,8 +3,10 @@
 import pathlib
 
 import jax
+import numpy as np
 import pytest
 
+from configs import base
 from ftjax import losses
 from ftjax.cli import abstract, build, objective, refusals, rollouts
 from ftjax.cli import config as configs
@@ -43,6 +45,7 @@ def test_sizes_follow_from_rows_and_minibatches():
         ({"algorithm": "rejection_sampling", "rollout__keep": "al"}, "rollout.keep: there is no 'al'; nearest: 'all'"),
         ({"algorithm": "rejection_sampling", "rollout__keep": "all"}, "rollout.keep_above: .* nothing is left out"),
         ({"algorithm": "rejection_sampling", "rollout__samples_per_prompt": 1}, "rollout.keep_above: of 1 samples .* nothing is left out"),
+        ({"rollout__kl_penalty": 0.1, "rollout__kl_estimator": "k3+"}, "rollout.kl_estimator: there is no 'k3\\+'; nearest: 'k3'"),
         ({"rollout__kl_target": 6.0}, "rollout.kl_target: 6.0 nats a sample need a rollout.kl_penalty above 0"),
         ({"rollout__kl_target": 6.0, "rollout__kl_penalty": 0.1, "rollout__kl_horizon": 9}, "rollout.kl_horizon: at least the 64 samples"),
         ({"algorithm": "ppo"}, "methods: 'ppo' learns the values of states.*add 'value_head', as in methods=\\('lora', 'value_head'\\)"),
@@ -86,6 +89,20 @@ def test_an_entropy_bonus_has_a_gradient_and_the_sampler_s_temperature_is_the_tr
     with found.unlocked():
         found.loss.entropy_coef = 0.01
     assert objective.score(found, model, build.mesh(found)).keywords["entropy_gradient"]
+
+
+def test_what_is_taken_for_a_log_ratio_is_that_or_one_of_two_that_are_never_negative():
+    """TRL's PPO has k1, which is usual, and k3 = 1/r - 1 + log r; k2 is the square."""
+    ratio, found = np.array([0.5, 1.0, 3.0]), {}
+    for name in ("k1", "k2", "k3"):
+        found[name] = rollouts.divergence(config(rollout__kl_estimator=name))(jax.numpy.asarray(np.log(ratio), "float32"))
+    np.testing.assert_allclose(found["k1"], np.log(ratio), rtol=1e-6)
+    np.testing.assert_allclose(found["k2"], np.log(ratio) ** 2 / 2, rtol=1e-6)
+    np.testing.assert_allclose(found["k3"], 1 / ratio - 1 + np.log(ratio), rtol=1e-5)
+
+
+def test_ppo_is_held_to_its_reference_unless_told_otherwise():
+    assert [base.online(name).rollout.kl_penalty for name in ("ppo", "grpo", "rloo")] == [0.05, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["dpo", "xpo", "nash_md", "rejection_sampling"])

@@ -33,6 +33,24 @@ def test_grpo_by_hand():
     assert metrics["kl/old"].value() == pytest.approx((2 * (1 - math.log(2))) / 3)
 
 
+@pytest.mark.parametrize("name", ["reinforce", "grpo", "cispo", "gspo", "ppo", "nash_md"])
+def test_where_old_logps_are_nan_the_policy_is_asked_itself(name):
+    """Value and gradient are those of a batch without them, and the ratio is exactly 1."""
+    draw = np.random.default_rng(0)
+    logps, reference, behavior, values = (jnp.asarray(-draw.exponential(size=(3, 5)), jnp.float32) for _ in range(4))
+    fields = {"advantages": jnp.array([1.0, -2.0, 0.5]), "reference_logps": reference, "behavior_logps": behavior, "returns": values}
+    options = {} if name == "nash_md" else {"correction": "token_truncate"}
+    found = []
+    for old in (None, jnp.full((3, 5), jnp.nan)):
+        batch = batch_of(logps, old_logps=old, **fields)
+        loss = lambda x, batch=batch: losses.LOSSES[name](Scores(x, values=values), batch, **options)  # noqa: E731
+        (value, metrics), gradient = jax.value_and_grad(lambda x, loss=loss: (loss(x)[0].total, loss(x)[1]), has_aux=True)(logps)
+        found.append((value, gradient, metrics["ratio"].value(), metrics["ratio/min"].value()))
+    assert found[0][2:] == found[1][2:] == (1, 1) and np.abs(found[0][1]).max() > 0.01
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+    np.testing.assert_array_equal(found[0][1], found[1][1])
+
+
 SIDES = {"low": 0.5, "within": 1.1, "high": 1.9}
 # d loss / d log ρ over -ρ A, for A = 1 and A = -1
 SLOPES = {

@@ -23,12 +23,20 @@ def test_each_epoch_learns_from_each_row_once_in_an_order_of_its_own(count):
     assert count == 1 or (epochs[0] != epochs[1]).any()
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_at_the_first_step_alone_the_policy_is_asked_what_it_said(count):
+    batch = dataclasses.replace(ROWS, old_logps=ROWS.tokens.astype(np.float32))
+    parts = [online.minibatch(batch, seed=1, index=3, step=step, count=count) for step in range(3)]
+    assert np.isnan(parts[0].old_logps).all() and not np.isnan(batch.old_logps).any()
+    assert all((part.old_logps == part.tokens).all() for part in parts[1:])
+
+
 def test_rewards_are_bounded_and_samples_that_were_cut_pay():
     samples = [rollout.Sample(*[np.zeros(2)] * 3, reason) for reason in ("eos", "length", "stop", "length")]
     rewards = np.array([[30.0, 1.0], [np.nan, -20.0]], np.float32)
-    found = online.Experience([], samples, [], rewards, {}, rewards, 1.0)
-    np.testing.assert_array_equal(online.shaped(found, bounds=(-10.0, 10.0), unfinished_penalty=2.0), [[10, -1], [np.nan, -12]])
-    np.testing.assert_array_equal(online.shaped(found), rewards)
+    found = online.shaped(rewards, samples, bounds=(-10.0, 10.0), unfinished_penalty=2.0)
+    np.testing.assert_array_equal(found, [[10, -1], [np.nan, -12]])
+    np.testing.assert_array_equal(online.shaped(rewards, samples), rewards)
 
 
 def test_groups_that_teach_nothing_make_room_for_others_that_do():
