@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
 from ftjax import data, losses, peft
 from ftjax.cli import environments, judging, objective, rollouts
 from ftjax.losses.correction import CORRECTIONS
+from ftjax.online import ESTIMATORS
 from ftjax.tree import nearest
 
 KEEP = ("best", "all")
 """Which samples of a prompt rejection sampling keeps, of those that are good enough."""
+
+
+class Option(NamedTuple):
+    """A field of `config.rollout` that not every run reads."""
+
+    default: Any
+    """Of `configs.base.rollout`."""
+    read: Callable[[Any], bool]
+    """`(config) -> whether it is`."""
+    reader: str
+    """What reads it."""
+
+
+def _of_estimators(name: str, default: Any) -> Option:
+    """Return an option of some estimators of advantages."""
+    readers = [repr(one) for one, estimator in ESTIMATORS.items() if name in estimator.options]
+    return Option(default, lambda config: name in rollouts.estimator(config).options, f"rollout.advantages {' and '.join(readers)}")
+
+
+OPTIONS: Mapping[str, Option] = {
+    "gamma": _of_estimators("gamma", 1.0),
+    "lam": _of_estimators("lam", 0.95),
+    "whiten_rewards": _of_estimators("whiten_rewards", False),
+    "keep": Option("best", rollouts.selected, "'rejection_sampling'"),
+    "keep_above": Option(None, rollouts.selected, "'rejection_sampling'"),
+    "mixture": Option(0.5, lambda config: objective.needs(config).opponent == "mixture", "'nash_md'"),
+    "kl_estimator": Option("k1", lambda config: config.rollout.kl_penalty != 0, "a rollout.kl_penalty that is not 0"),
+    "kl_horizon": Option(10_000, lambda config: config.rollout.kl_target != 0, "a rollout.kl_target above 0"),
+}
+"""Who reads what."""
 
 
 def check(config) -> None:
@@ -45,6 +78,7 @@ def check(config) -> None:
         )
     _check_choice(config)
     _check_penalty(config)
+    _check_unread(config)
     _check_staleness(config)
     if not rollouts.one_of_each(config) and config.data.batch_size * asked.minibatches % asked.samples_per_prompt:
         raise ValueError(
@@ -122,6 +156,17 @@ def _check_penalty(config) -> None:
         )
     if asked.kl_target and asked.kl_horizon < rollouts.samples(config):
         raise ValueError(f"rollout.kl_horizon: at least the {rollouts.samples(config)} samples of an experience, not {asked.kl_horizon}.")
+
+
+def _check_unread(config) -> None:
+    """Refuse what was set and acts nowhere."""
+    for name, option in OPTIONS.items():
+        value = config.rollout[name]
+        if value != option.default and not option.read(config):
+            raise ValueError(
+                f"rollout.{name}: {value!r} acts nowhere with {config.algorithm!r}: it is read by {option.reader}; "
+                f"leave it at {option.default!r}."
+            )
 
 
 def _check_staleness(config) -> None:

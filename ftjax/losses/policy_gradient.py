@@ -46,7 +46,8 @@ def policy_gradient(
     """Return Σ over tokens of w ℓ(ρ, A) + β ρ KL - c H, reduced as `reduction` says.
 
     ρ = π / π_old, with π_old the policy before its first step on these rollouts; without `batch.old_logps`, or where they are NaN, it is
-    the policy itself, and ρ is exactly 1 with the gradient ∇log π. GRPO: Shao et al., 2024, arXiv 2402.03300, equation 3. `LOSSES` lists the family.
+    the policy itself, and ρ is exactly 1 with the gradient ∇log π. GRPO: Shao et al., 2024, arXiv 2402.03300, equation 3. `LOSSES` lists
+    the family.
 
     Args:
       scores: of the policy, `[b, t]`.

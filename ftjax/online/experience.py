@@ -55,7 +55,7 @@ def shaped(
 def minibatch(batch: Batch, *, seed: int, index: int, step: int, count: int) -> Batch:
     """Return the rows that step `step` of an experience learns from: every row comes once in `count` steps, in another order each time.
 
-    At the first step the policy is still the one that `old_logps` are of, so there it is asked itself, whose ratio is exactly 1: they are NaN.
+    At the first step the policy is still the one that `old_logps` are of. There they are NaN: it is asked itself, its ratio is exactly 1.
 
     Args:
       batch: of the whole experience, `[n, …]`.

@@ -16,10 +16,10 @@ NGRAM = 4
 def summary(experience: Experience) -> Metrics:
     """Return the metrics of an experience, as means that add up with those of other experiences.
 
-    `reward` (the weighted sum, within bounds and less what a cut sample pays) and `rewards/NAME` as they were given; `reward_std`, the deviation within a group; `zero_variance`, the share of groups whose
-    samples are all worth the same; `length` in tokens that the policy wrote and `finished`, the share that ended by itself; `repetition`,
-    the share of phrases of `NGRAM` tokens that were there before; `sampled_tokens_per_second` and `sampling_seconds`; where an environment
-    answered, `turns` of the policy.
+    `reward` (the weighted sum, within bounds and less what a cut sample pays) and `rewards/NAME` as they were given; `reward_std`, the
+    deviation within a group; `zero_variance`, the share of groups whose samples are all worth the same; `length` in tokens that the policy
+    wrote and `finished`, the share that ended by itself; `repetition`, the share of phrases of `NGRAM` tokens that were there before;
+    `sampled_tokens_per_second` and `sampling_seconds`; where an environment answered, `turns` of the policy.
     """
     written = [sample.tokens[sample.drawn] for sample in experience.samples]
     lengths = np.asarray(list(map(len, written)))

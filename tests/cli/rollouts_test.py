@@ -10,6 +10,7 @@ from configs import base
 from ftjax import losses
 from ftjax.cli import abstract, build, objective, refusals, rollouts
 from ftjax.cli import config as configs
+from ftjax.online import ESTIMATORS
 
 CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "grpo_smollm2_sums.py")
 
@@ -18,6 +19,17 @@ def config(**changes):
     found = configs.load(CONFIG)
     found.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     return found
+
+
+def test_options_are_known_with_their_defaults_and_read_where_they_are_taken():
+    assert {name: option.default for name, option in refusals.OPTIONS.items()} == {name: base.rollout()[name] for name in refusals.OPTIONS}
+    assert {option for estimator in ESTIMATORS.values() for option in estimator.options} <= set(refusals.OPTIONS)
+    set_to = {"rollout__gamma": 0.9, "rollout__kl_penalty": 0.1, "rollout__kl_estimator": "k3"}
+    refusals.check(config(algorithm="reinforce_plus_plus", **set_to))
+    more = {"rollout__lam": 0.9, "rollout__whiten_rewards": True, "methods": ("lora", "value_head")}
+    refusals.check(config(algorithm="ppo", **set_to, **more))
+    refusals.check(config(algorithm="nash_md", rollout__mixture=0.2))
+    refusals.check(config(algorithm="rejection_sampling", rollout__keep="all", rollout__keep_above=1.0))
 
 
 def test_sizes_follow_from_rows_and_minibatches():
@@ -49,6 +61,14 @@ def test_sizes_follow_from_rows_and_minibatches():
         ({"rollout__kl_target": 6.0}, "rollout.kl_target: 6.0 nats a sample need a rollout.kl_penalty above 0"),
         ({"rollout__kl_target": 6.0, "rollout__kl_penalty": 0.1, "rollout__kl_horizon": 9}, "rollout.kl_horizon: at least the 64 samples"),
         ({"algorithm": "ppo"}, "methods: 'ppo' learns the values of states.*add 'value_head', as in methods=\\('lora', 'value_head'\\)"),
+        ({"rollout__lam": 0.9}, "rollout.lam: 0.9 acts nowhere with 'grpo': it is read by rollout.advantages 'gae'; leave it at 0.95"),
+        ({"rollout__gamma": 0.99}, "rollout.gamma: 0.99 .* read by rollout.advantages 'reinforce_plus_plus' and 'gae'; leave it at 1.0"),
+        ({"rollout__whiten_rewards": True}, "rollout.whiten_rewards: True acts nowhere"),
+        ({"rollout__keep": "all"}, "rollout.keep: 'all' acts nowhere with 'grpo': it is read by 'rejection_sampling'; leave it at 'best'"),
+        ({"algorithm": "dpo", "rollout__keep_above": 1.0}, "rollout.keep_above: 1.0 acts nowhere with 'dpo'.*leave it at None"),
+        ({"algorithm": "xpo", "rollout__mixture": 0.2}, "rollout.mixture: 0.2 acts nowhere with 'xpo': it is read by 'nash_md'"),
+        ({"rollout__kl_horizon": 500}, "rollout.kl_horizon: 500 acts nowhere .* a rollout.kl_target above 0; leave it at 10000"),
+        ({"rollout__kl_estimator": "k3"}, "rollout.kl_estimator: 'k3' acts nowhere .* a rollout.kl_penalty that is not 0"),
         ({"rollout__samples_per_prompt": 7}, "data.batch_size: 64 rows × 1 minibatches are no whole number of prompts with 7"),
         ({"rollout__temperature": 0.0}, "rollout.temperature: above 0"),
         ({"rollout__top_p": 1.5}, "top_p is in"),
@@ -120,7 +140,7 @@ def test_what_compares_or_selects_samples_steps_on_what_becomes_of_them(name):
 def test_a_row_is_a_sample_or_what_is_chosen_of_those_of_a_prompt():
     counts = {}
     for name in ("grpo", "dpo", "xpo", "nash_md", "rejection_sampling"):
-        found = config(algorithm=name, data__batch_size=8, rollout__samples_per_prompt=4, rollout__keep_above=1.0)
+        found = config(algorithm=name, data__batch_size=8, rollout__samples_per_prompt=4)
         refusals.check(found)
         counts[name] = rollouts.prompts(found), rollouts.samples(found)
     assert counts == {"grpo": (2, 8), "dpo": (8, 32), "xpo": (2, 8), "nash_md": (2, 8), "rejection_sampling": (8, 32)}
