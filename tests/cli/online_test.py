@@ -158,6 +158,24 @@ def test_the_ratio_of_the_first_step_on_an_experience_is_exactly_1(train, tmp_pa
     assert first == (1, 1, 1, 0, 0, 0) and second[1] < 1 < second[2]
 
 
+def test_what_one_pass_over_an_experience_says_is_what_a_step_says_but_for_rounding(train, tmp_path):
+    """In float32, where nothing has moved: at the second step π_old is from the scoring program, and π from that of the step."""
+    more = ("--config.optimizer.learning_rate=0.0", "--config.rollout.epochs=2", "--config.data.accumulation=2", "--config.steps=4")
+    assert train(tmp_path, *FEW, *more, "--config.logging.every_steps=1") == 0
+    for name in ("ratio/min", "ratio/max"):
+        np.testing.assert_allclose(reported(tmp_path, f"train/{name}"), 1, rtol=0, atol=1e-5)
+
+
+def test_the_estimator_of_the_config_is_what_is_taken_from_rewards(train, tmp_path, monkeypatch):
+    seen, divergence = [], online.rollouts.divergence
+    monkeypatch.setattr(online.rollouts, "divergence", lambda config: lambda x: seen.append(np.float64(x)) or divergence(config)(x))
+    more = ("--config.rollout.kl_penalty=0.05", "--config.rollout.kl_estimator=k3", "--config.steps=4", "--config.logging.every_steps=2")
+    assert train(tmp_path, *FEW, *more) == 0
+    wanted = [(np.exp(-x) - 1 + x).sum(axis=1).mean() for x in seen]
+    np.testing.assert_allclose(reported(tmp_path, "train/kl/sampled"), wanted, rtol=1e-3, atol=1e-6)
+    assert wanted[1] > 1e-3 and abs(wanted[1] / seen[1].sum(axis=1).mean() - 1) > 0.1
+
+
 def test_a_reward_that_fails_ends_the_run_by_name_or_is_left_out(train, tmp_path, monkeypatch, capsys):
     def broken(prompts, completions, **columns):
         if "smallest" in " ".join(prompts):
