@@ -91,6 +91,15 @@ def check_reference(config) -> None:
         raise ValueError(f"reference.logps: 'cached' is not for {what}; set it to 'live'.")
 
 
+def check_baseline(config) -> None:
+    """Refuse batches in which no prompt could get the response of another one; asked before anything is loaded."""
+    if needs(config).baseline and config.data.batch_size < 2:
+        raise ValueError(
+            f"data.batch_size: {config.algorithm!r} compares with what prompts of the same batch say of each other's responses; "
+            f"set it to 2 or more, not {config.data.batch_size}."
+        )
+
+
 def check_best_metric(config) -> None:
     """Refuse a `checkpoint.best_metric` that no evaluation will have; asked before anything is loaded."""
     if taught(config):

@@ -15,6 +15,7 @@ from ftjax.data.items import Items, check_labels, joined
 from ftjax.data.items import encode as encode_judged
 from ftjax.data.items import rows as judged_rows
 from ftjax.data.judged import KINDS, LABELLED, PAIRS, STEPS, TRIPLES, Judged
+from ftjax.data.judged_batch import Crossing
 from ftjax.data.loader import Loader, make_loader
 from ftjax.data.mixture import Mixture
 from ftjax.data.prompts import ROLLOUTS, Prompt, Prompts
@@ -159,7 +160,8 @@ def load_judged(
       seed: of the order.
       shuffle: False keeps the order of the rows.
       bad_rows: "raise" at a row that cannot be used, or "skip" and count.
-      mismatched: beside single responses, each prompt with the response of another (KTO's baseline).
+      mismatched: beside single responses, each prompt with the response of another prompt of its batch (KTO's baseline); the row is empty,
+        and counts for nothing, where the batch has no other.
     """
     if packing == "wrapped":
         raise ValueError("data: packing is 'wrapped', which cuts sequences; judged responses take 'shared', 'best_fit' or 'none'.")
@@ -172,7 +174,8 @@ def load_judged(
     check_labels(items)
     options = {"batch_size": batch_size, "max_tokens": encoder.max_tokens, "packing": packing, "seed": seed, "shuffle": shuffle}
     sizes = tuple(len(part.lengths) for part in parts)
-    judged = {"responses": items.responses, "numbers": items.numbers, "mismatched": mismatched}
+    crossing = Crossing(items.prompts, keep=len(encoder.bos)) if mismatched else None
+    judged = {"responses": items.responses, "numbers": items.numbers, "crossing": crossing}
     return make_loader(items.sequences, **options, sizes=sizes, weights=weights, **judged), reports
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -14,6 +15,7 @@ from ftjax.data import judged
 from ftjax.data.corpus import Report, Sequences, bad, check_policy, chunks, concatenate, parsed
 from ftjax.data.files import Source
 from ftjax.data.judged import Judged
+from ftjax.data.judged_batch import shared
 from ftjax.data.rows import RowError
 from ftjax.data.tokenize import Encoded, Encoder
 
@@ -28,6 +30,8 @@ class Items(NamedTuple):
     responses: int
     numbers: Mapping[str, np.ndarray]
     """`{field of Batch: float32 [items]}`."""
+    prompts: np.ndarray
+    """int64 `[items]`: equal where two items have the same prompt, as text and before it was cut."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -59,7 +63,9 @@ def encode(
 ) -> Items:
     """Return the items of some judged responses.
 
-    The responses of an item keep one prompt: it is cut from the left, by as much for all, until the longest of them fits.
+    The responses of an item follow the same tokens of their prompt: where the tokenizer joins its end to one of them, that end is part of
+    each (TRL's rule too), so the log-probabilities that are compared are those of texts that begin at one place, and no token is cut. The
+    prompt is cut from the left, by as much for all, until the longest of them fits.
 
     Args:
       found: of one kind.
@@ -78,6 +84,7 @@ def encode(
     kept: list[list[Encoded]] = []
     numbers: list[Mapping[str, float]] = []
     labels: list[np.ndarray] = []
+    prompts: list[int] = []
     for chunk in chunks(iter(found), 256):
         encoded = iter(whole.encode([example for item in chunk for example in item.responses]))
         for item in chunk:
@@ -89,7 +96,10 @@ def encode(
                 bad(RowError("a response has no token that would be trained", where=where), bad_rows, report)
             elif item.labels and responses[0].ends.sum() < len(item.labels):
                 bad(RowError("two steps end in one token", where=where), bad_rows, report)
-            elif (fitting := _cut_together(responses, encoder.max_tokens, keep=len(encoder.bos))) is None:
+            elif (aligned := _after_one_prompt(responses)) is None:
+                reason = "the tokenizer joins all of the prompt to a response; use a chat template, or end the prompt with a line break"
+                bad(RowError(reason, where=where), bad_rows, report)
+            elif (fitting := _cut_together(aligned, encoder.max_tokens, keep=len(encoder.bos))) is None:
                 bad(RowError(f"a response does not fit max_tokens={encoder.max_tokens}", where=where), too_long, report)
             else:
                 report.cut_prompts += fitting[0].cut == "prompt"
@@ -99,6 +109,7 @@ def encode(
                     labels.append(of_tokens)
                 kept.append(fitting)
                 numbers.append(item.numbers)
+                prompts.append(_hash(responses[0].prompt))
     if not kept:
         raise report.nothing("judged responses none can be used")
     sequences = [one for item in kept for one in item]
@@ -108,7 +119,7 @@ def encode(
     report.supervised += int(masks.sum(dtype=np.int64))
     starts = np.cumsum([0, *(len(one.tokens) for one in sequences)])
     known = {"labels": np.concatenate(labels)} if labels else {}
-    return Items(Sequences(tokens, masks, starts, known), len(kept[0]), _columns(numbers))
+    return Items(Sequences(tokens, masks, starts, known), len(kept[0]), _columns(numbers), np.asarray(prompts, np.int64))
 
 
 def joined(parts: Iterable[Items]) -> Items:
@@ -118,7 +129,8 @@ def joined(parts: Iterable[Items]) -> Items:
     numbers = {
         name: np.concatenate([part.numbers.get(name, np.zeros(len(part.lengths), np.float32)) for part in parts]) for name in sorted(names)
     }
-    return Items(concatenate([part.sequences for part in parts]), parts[0].responses, numbers)
+    prompts = np.concatenate([part.prompts for part in parts])
+    return Items(concatenate([part.sequences for part in parts]), parts[0].responses, numbers, prompts)
 
 
 def check_labels(items: Items) -> None:
@@ -139,6 +151,28 @@ def _labelled(response: Encoded, labels: Sequence[float]) -> tuple[list[Encoded]
 def _columns(numbers: list[Mapping[str, float]]) -> dict[str, np.ndarray]:
     names = sorted({name for one in numbers for name in one})
     return {name: np.asarray([one.get(name, 0.0) for one in numbers], np.float32) for name in names}
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
+
+
+def _after_one_prompt(responses: list[Encoded]) -> list[Encoded] | None:
+    """Return the responses, trained from where their tokens part; None if they part at once.
+
+    Those that answer different texts (turns of their own stand before what is trained) stay as they are.
+    """
+    firsts = [int(np.argmax(one.loss_mask)) for one in responses]
+    size = shared([one.tokens for one in responses], min(firsts))
+    if size == max(firsts) or len({one.prompt for one in responses}) > 1:
+        return responses
+    if not size:
+        return None
+
+    def begun(one: Encoded, first: int) -> Encoded:
+        return one._replace(loss_mask=np.concatenate([one.loss_mask[:size], np.ones(first - size, np.uint8), one.loss_mask[first:]]))
+
+    return [begun(one, first) for one, first in zip(responses, firsts, strict=True)]
 
 
 def _cut_together(responses: list[Encoded], max_tokens: int, *, keep: int) -> list[Encoded] | None:

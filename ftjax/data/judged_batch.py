@@ -12,6 +12,15 @@ from ftjax.data.corpus import Sequences
 from ftjax.types import BRANCH, Batch
 
 
+class Crossing(NamedTuple):
+    """What is to be known of items of one response so that prompts can get the responses of others."""
+
+    prompts: np.ndarray
+    """int64 `[items]`: equal where two items have the same prompt."""
+    keep: int
+    """Tokens at the front of every prompt that stay when it is cut: BOS."""
+
+
 class _Row(NamedTuple):
     tokens: np.ndarray
     loss_mask: np.ndarray
@@ -27,7 +36,7 @@ def judged_batch(
     numbers: Mapping[str, np.ndarray],
     *,
     width: int,
-    mismatched: bool = False,
+    crossing: Crossing | None = None,
 ) -> Batch:
     """Return the batch of some items: `[rows, responses, width]`, or `[rows, width]` where an item has one response.
 
@@ -38,17 +47,21 @@ def judged_batch(
       responses: of an item.
       numbers: what is known of each item, by the field of `Batch`; 0 in an empty row.
       width: tokens of a row.
-      mismatched: add each prompt with the response of the next item of the global batch.
+      crossing: add `mismatched`: each prompt with the response to another one of the global batch, as `crossed_with` says; a row is empty
+        where there is none, and counts for nothing.
     """
     local = items[mine]
     rows = [sequences_row(sequences, item * responses + at) if item >= 0 else None for item in local for at in range(responses)]
     batch = padded(rows, width, (len(local), responses) if responses > 1 else (len(local),), names=sequences.known)
     known = {name: np.where(local < 0, 0, values[local]).astype(np.float32) for name, values in numbers.items()}
     batch = dataclasses.replace(batch, **known)
-    if not mismatched:
+    if crossing is None:
         return batch
-    others = _next_of(items)[mine]
-    crossed = [_crossed(sequences, int(item), int(other), width) if item >= 0 else None for item, other in zip(local, others, strict=True)]
+    others, real = np.full(len(items), -1), items >= 0
+    found = crossed_with(crossing.prompts[items[real]])
+    others[real] = np.where(found < 0, -1, items[real][found])
+    pairs = zip(local.tolist(), others[mine].tolist(), strict=True)
+    crossed = [_crossed(sequences, item, other, width, crossing.keep) if other >= 0 else None for item, other in pairs]
     return dataclasses.replace(batch, mismatched=padded(crossed, width, (len(local),)))
 
 
@@ -65,10 +78,14 @@ def common(sequences: Sequences, responses: int) -> np.ndarray:
     found = []
     for item in range(len(sequences.lengths) // responses):
         rows = [sequences_row(sequences, item * responses + at) for at in range(responses)]
-        size = min(int(np.argmax(row.loss_mask)) for row in rows)
-        same = np.all([row.tokens[:size] == rows[0].tokens[:size] for row in rows], axis=0)
-        found.append(size if same.all() else int(np.argmin(same)))
+        found.append(shared([row.tokens for row in rows], min(int(np.argmax(row.loss_mask)) for row in rows)))
     return np.asarray(found, np.int64)
+
+
+def shared(rows: Sequence[np.ndarray], most: int) -> int:
+    """Return with how many equal tokens all rows begin, at most `most`, which none is shorter than."""
+    same = np.all([row[:most] == rows[0][:most] for row in rows], axis=0)
+    return most if same.all() else int(np.argmin(same))
 
 
 def packed_batch(
@@ -148,19 +165,30 @@ def padded(rows: Iterable[_Row | None], width: int, shape: tuple[int, ...], *, n
     return Batch(**{name: value.reshape(*shape, width) for name, value in fields.items()})
 
 
-def _next_of(items: np.ndarray) -> np.ndarray:
-    """Return for each item the next one of the batch, the first after the last; empty rows are passed over."""
-    real = items[items >= 0]
-    found = items.copy()
-    found[items >= 0] = np.roll(real, -1)
-    return found
+def crossed_with(prompts: np.ndarray) -> np.ndarray:
+    """Return whose response each prompt gets, int `[n]`: that of another prompt, no response twice, and -1 for nobody's.
+
+    So the mismatched responses are those of the batch, each behind another prompt. In an order in which equal prompts stand together every
+    one gets the response that stands m places further on, in a circle, m being how often the most frequent prompt stands there: the next
+    one's, where all differ. Where m is more than half of them, 2 (n - m) get one.
+
+    Args:
+      prompts: int `[n]`, equal where two prompts are the same.
+    """
+    if not len(prompts):
+        return np.zeros(0, np.int64)
+    _, first, group, counts = np.unique(prompts, return_index=True, return_inverse=True, return_counts=True)
+    order = np.argsort(first[group], kind="stable")
+    found = np.empty(len(prompts), np.int64)
+    found[order] = np.roll(order, -counts.max())
+    return np.where(prompts[found] == prompts, -1, found)
 
 
-def _crossed(sequences: Sequences, item: int, other: int, width: int) -> _Row:
-    """Return the prompt of one item with the response of another; the prompt loses its front if both do not fit."""
+def _crossed(sequences: Sequences, item: int, other: int, width: int, keep: int) -> _Row:
+    """Return the prompt of one item with the response of another; after `keep` tokens the prompt loses its front if both do not fit."""
     asked, answered = sequences_row(sequences, item), sequences_row(sequences, other)
-    prompt = asked.tokens[: int(np.argmax(asked.loss_mask))]
-    begin = int(np.argmax(answered.loss_mask))
-    response, mask = answered.tokens[begin:][: width - 1], answered.loss_mask[begin:][: width - 1]
-    prompt = prompt[max(0, len(prompt) + len(response) - width) :]
+    prompt, begin = asked.tokens[: int(np.argmax(asked.loss_mask))], int(np.argmax(answered.loss_mask))
+    response, mask = answered.tokens[begin:], answered.loss_mask[begin:]
+    excess = max(0, len(prompt) + len(response) - width)
+    prompt = np.concatenate([prompt[:keep], prompt[keep + excess :]])
     return _Row(np.concatenate([prompt, response]), np.concatenate([np.zeros(len(prompt), mask.dtype), mask]), {})

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ftjax.data.corpus import Sequences
-from ftjax.data.judged_batch import Room, common, judged_batch, packed_batch, padded, sequences_row
+from ftjax.data.judged_batch import Crossing, Room, common, judged_batch, packed_batch, padded, sequences_row
 from ftjax.data.mixture import Mixture
 from ftjax.data.packing import Plan, make_plan
 from ftjax.types import Batch
@@ -47,8 +47,8 @@ class Loader:
     """int `[items]`: of packed rows of items, how many tokens stand once for all responses of an item."""
     heard: Sequences | None = None
     """The same texts in a teacher's own tokens."""
-    mismatched: bool = False
-    """Whether a batch has, beside its rows, each prompt with the response of the next."""
+    crossing: Crossing | None = None
+    """Where a batch has, beside its rows, each prompt with the response of another."""
     plans: dict[int, tuple[np.ndarray, Plan]] = dataclasses.field(default_factory=dict)
     """The order and the plan of the latest epochs: a cache, never a state."""
     ends: list[int] = dataclasses.field(default_factory=list)
@@ -116,7 +116,7 @@ class Loader:
             options = {"width": width, "room": self.room, "stems": self.stems}
             return packed_batch(self.sequences, found, self.responses, self.numbers, **options)
         items = np.where(of_all < 0, -1, order[plan.rows.pieces[of_all, 0]])
-        return judged_batch(self.sequences, items, mine, self.responses, self.numbers, width=width, mismatched=self.mismatched)
+        return judged_batch(self.sequences, items, mine, self.responses, self.numbers, width=width, crossing=self.crossing)
 
     def shard(self, process_index: int, process_count: int) -> Loader:
         """Return the loader of one host: its consecutive share of each batch's rows."""
@@ -221,7 +221,7 @@ def make_loader(
     buckets: int = 4,
     responses: int = 1,
     numbers: Mapping[str, np.ndarray] = {},
-    mismatched: bool = False,
+    crossing: Crossing | None = None,
 ) -> Loader:
     """Return the loader of some sequences.
 
@@ -238,17 +238,19 @@ def make_loader(
       buckets: with packing "none", the most different widths.
       responses: sequences of an item, for judged responses: of these too, as the next two, packing is "none".
       numbers: what is known of each item.
-      mismatched: add each prompt with the response of another item.
+      crossing: add each prompt with the response of another one of its batch, so `batch_size` is 2 or more.
     """
     count = len(sequences.lengths) // responses
     sizes = sizes or (count,)
     if sum(sizes) != count:
         raise ValueError(f"data: sizes {sizes} do not add up to {count} sequences")
     judged = responses > 1 or bool(numbers)
-    if judged and packing not in ("none", "best_fit", "shared") or mismatched and packing != "none":
-        raise ValueError(f"data: packing is {packing!r}; judged responses {'of this objective ' if mismatched else ''}take 'none'.")
+    if judged and packing not in ("none", "best_fit", "shared") or crossing and packing != "none":
+        raise ValueError(f"data: packing is {packing!r}; judged responses {'of this objective ' if crossing else ''}take 'none'.")
     if batch_size < 1:
         raise ValueError(f"data: batch_size is {batch_size}")
+    if crossing and batch_size < 2:
+        raise ValueError("data: batch_size is 1, and a prompt gets the response of another one of its batch; set it to 2 or more.")
     first = np.concatenate([[0], np.cumsum(sizes)[:-1]])
     mixture = Mixture(tuple(sizes), weights, seed, shuffle)
     loader = Loader(sequences, mixture, first, batch_size, max_tokens, packing, buckets, (0, batch_size), responses, numbers)
@@ -256,7 +258,7 @@ def make_loader(
         # A response's first trained token is predicted by the prompt's last one, which therefore stands before each of them.
         stems = np.maximum(common(sequences, responses) - 1, 0) if packing == "shared" and responses > 1 else np.zeros(count, np.int64)
         return _with_room(dataclasses.replace(loader, max_tokens=max_tokens * responses, packing="best_fit", stems=stems))
-    return dataclasses.replace(loader, mismatched=mismatched)
+    return dataclasses.replace(loader, crossing=crossing)
 
 
 def _with_room(loader: Loader) -> Loader:

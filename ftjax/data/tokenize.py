@@ -37,6 +37,8 @@ class Encoded(NamedTuple):
     """"", "prompt" (from the left) or "response" (on the right)."""
     ends: np.ndarray | None = None
     """uint8 `[t]`: 1 at the last token of each of `Example.pieces`, if it has any."""
+    prompt: str = ""
+    """All text before the first assistant turn that is trained, whatever was cut."""
 
 
 class _Drawn(NamedTuple):
@@ -48,6 +50,8 @@ class _Drawn(NamedTuple):
     whole: bool = False
     ends: tuple[int, ...] = ()
     """After which character each piece ends; one past the text where EOS is its end."""
+    prompt: str = ""
+    """The text before the first assistant turn that is trained."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +105,7 @@ class Encoder:
                 raise RowError("the tokenizer has no EOS token to end a sequence with")
             if example.pieces:
                 drawn = drawn._replace(ends=_piece_ends(drawn, example.pieces))
+            drawn = drawn._replace(prompt=drawn.text[: drawn.spans[0][0]] if drawn.spans else drawn.text)
             return drawn._replace(spans=[(0, len(drawn.text))]) if self.train_on == "all" else drawn
         except RowError as error:
             return error.at(example.where)
@@ -181,7 +186,7 @@ class Encoder:
             ids, mask = [*ids, self.tokenizer.eos_token_id], np.append(mask, np.uint8(1))
         ids = self._with_bos(ids)
         mask = np.concatenate([np.zeros(len(ids) - len(mask), np.uint8), mask])
-        sequence = _first_masked(np.asarray(ids, np.int32), mask)
+        sequence = _first_masked(np.asarray(ids, np.int32), mask)._replace(prompt=drawn.prompt)
         if drawn.ends:
             bos = len(ids) - len(encoding.ids) - drawn.needs_eos
             sequence = sequence._replace(ends=np.isin(np.arange(len(ids)), ends + bos).astype(np.uint8))
@@ -262,7 +267,7 @@ def cut(sequence: Encoded, *, max_tokens: int, keep: int = 0) -> Encoded:
     lost = len(kept) > max_tokens and bool(mask[kept[max_tokens:]].any())
     kept = kept[:max_tokens]
     ends = None if sequence.ends is None else sequence.ends[kept]
-    return _first_masked(tokens[kept], mask[kept])._replace(cut="response" if lost else "prompt", ends=ends)
+    return _first_masked(tokens[kept], mask[kept])._replace(cut="response" if lost else "prompt", ends=ends, prompt=sequence.prompt)
 
 
 def _first_masked(tokens: np.ndarray, mask: np.ndarray) -> Encoded:

@@ -48,6 +48,12 @@ def test_a_run_on_one_class_is_refused(tmp_path):
         said(tmp_path, [{"prompt": "a", "completion": "b", "label": True}] * 2)
 
 
+def test_kto_is_refused_rows_without_neighbours_before_anything_is_loaded(tmp_path, capsys):
+    more = ["--config.data.batch_size=1", "--config.data.accumulation=1", f"--workdir={tmp_path}", "--compile_cache=off"]
+    assert main.main(["train", f"--config={FOLDER / 'kto_smollm2_hh.py'}:smoke", *more]) == 1
+    assert "data.batch_size: 'kto' compares with what prompts of the same batch say" in capsys.readouterr().err
+
+
 def test_pairs_are_shown_as_they_are_trained(tmp_path, capsys):
     out = said(tmp_path, [{**PAIR, "margin": 2}, {**PAIR, "margin": 1}], algorithm="dpo", packing="best_fit")
     assert "pair 1: chosen, by 2" in out and "⟦yes<|im_end|>⟧" in out and "pair 1: rejected" in out and "⟦no<|im_end|>⟧" in out

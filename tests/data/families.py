@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import tokenizers
@@ -111,6 +112,15 @@ def word_tokenizer(name: str = "qwen2.5") -> PreTrainedTokenizerFast:
         ["the answer is the sum of the numbers \n\n  user assistant system One. Two. Sum it up, please. été 你好"] * 20, trainer
     )
     return _with_special(backend, FAMILIES[name])
+
+
+def writing_bos(name: str, make: Callable[[str], PreTrainedTokenizerFast] = byte_tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer that starts every text with the BOS of its family, as those of the models do."""
+    plain = make(name)
+    backend, bos = tokenizers.Tokenizer.from_str(plain.backend_tokenizer.to_str()), plain.bos_token
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, plain.bos_token_id)])
+    template = {"chat_template": plain.chat_template, "clean_up_tokenization_spaces": False}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=plain.eos_token, **template)
 
 
 def _with_special(backend: tokenizers.Tokenizer, family: Family) -> PreTrainedTokenizerFast:

@@ -5,11 +5,15 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ftjax import data
 from ftjax.data import items, judged
+from ftjax.data.judged_batch import crossed_with
 from ftjax.data.rows import RowError
 from ftjax.hf import tokenizer
+from tests.data.families import word_tokenizer, writing_bos
 
 PROMPT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "2+2"}]
 ROWS = {
@@ -165,15 +169,66 @@ def test_responses_that_differ_by_the_mark_alone_are_the_same():
         judged.parse({"prompt": "a", "chosen": "b<end>", "rejected": "b"}, judged.PAIRS, end_marker="<end>")
 
 
-def encoded(words, rows, wanted=judged.PAIRS, max_tokens=64, **options):
+def encoded(words, rows, wanted=judged.PAIRS, max_tokens=64, template="none", **options):
     found = (one for row in rows for one in judged.parse(row, wanted))
-    return items.encode(found, data.make_encoder(words, max_tokens=max_tokens, template="none"), **options)
+    return items.encode(found, data.make_encoder(words, max_tokens=max_tokens, template=template), **options)
+
+
+def texts(tokenizer, found):
+    return [tokenizer.decode(found.sequences.tokens[a:b]) for a, b in zip(found.sequences.starts, found.sequences.starts[1:], strict=False)]
 
 
 def test_a_long_prompt_loses_its_front_by_as_much_for_both(words):
     found = encoded(words, [{"prompt": "0123456789", "chosen": "ab", "rejected": "abcd"}], max_tokens=10)
-    texts = [words.decode(found.sequences.tokens[a:b]) for a, b in zip(found.sequences.starts, found.sequences.starts[1:], strict=False)]
-    assert texts == ["56789ab<|im_end|>", "56789abcd<|im_end|>"]
+    assert texts(words, found) == ["56789ab<|im_end|>", "56789abcd<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", ["auto", "none"])
+def test_each_response_has_one_bos_and_one_eos_though_its_prompt_is_cut(template):
+    """Of Mistral's template, too, which writes a BOS itself; "<s>" stays where the front of the prompt goes."""
+    mistral = writing_bos("mistral")
+    pair = {"prompt": "0123456789", "chosen": "ab", "rejected": "abcd"}
+    whole = {"auto": "<s>[INST] 0123456789[/INST] {}</s>", "none": "<s>0123456789{}</s>"}[template]
+    for max_tokens, prompt in ((64, whole), (10, whole.replace("[INST] 01234567" if template == "auto" else "012345", ""))):
+        found = encoded(mistral, [pair], max_tokens=max_tokens, template=template)
+        assert texts(mistral, found) == [prompt.format("ab"), prompt.format("abcd")]
+        for special in (mistral.bos_token_id, mistral.eos_token_id):
+            assert (found.sequences.tokens == special).sum() == 2
+        ends = found.sequences.starts[1:] - 1
+        assert (found.sequences.tokens[ends] == mistral.eos_token_id).all() and found.sequences.loss_mask[ends].all()
+        assert not found.sequences.loss_mask[found.sequences.starts[:-1]].any()
+
+
+MERGED = {
+    "one": ("the ans", "wer is", "x"),  # " answer" is a token, and " ans" with nothing behind it is " an" and "s"
+    "both": ("the ans", "wer is", "wers"),
+    "neither": ("the answer", " is", " x"),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+@pytest.mark.parametrize("bos", [False, True])
+def test_both_responses_follow_the_same_tokens_of_their_prompt(name, bos):
+    """Where the tokenizer joins the prompt's end to a response, both begin before it, and no token is cut."""
+    prompt, chosen, rejected = MERGED[name]
+    merging = writing_bos("mistral", word_tokenizer) if bos else word_tokenizer()
+    found = encoded(merging, [{"prompt": prompt, "chosen": chosen, "rejected": rejected}])
+    tokens, masks = (np.split(values, found.sequences.starts[1:-1]) for values in (found.sequences.tokens, found.sequences.loss_mask))
+    firsts = [int(np.argmax(mask)) for mask in masks]
+    np.testing.assert_array_equal(tokens[0][: firsts[0]], tokens[1][: firsts[1]])
+    assert all(mask[first:].all() for mask, first in zip(masks, firsts, strict=True))
+    kept = merging.decode(tokens[0][bos : firsts[0]])
+    assert kept == (prompt if name == "neither" else "the")
+    for answer, row in zip((chosen, rejected), tokens, strict=True):
+        joint = merging.backend_tokenizer.encode(prompt + answer, add_special_tokens=False).ids
+        assert row.tolist() == [*[merging.bos_token_id] * bos, *joint, merging.eos_token_id]
+
+
+def test_a_prompt_of_which_nothing_is_left_before_one_response_is_refused():
+    merging = word_tokenizer()
+    with pytest.raises(RowError, match="f:3.*joins all of the prompt to a response"):
+        found = judged.parse({"prompt": "t", "chosen": "he", "rejected": "x"}, judged.PAIRS, where="f:3")
+        items.encode(found, data.make_encoder(merging, max_tokens=64, template="none"))
 
 
 def test_a_response_is_never_cut(words):
@@ -209,16 +264,74 @@ def test_pairs_are_an_axis_and_every_pair_comes_once(words, tmp_path):
     np.testing.assert_array_equal(np.concatenate([half.tokens for half in halves]), loader.batch(1).tokens)
 
 
+def mismatched(tokenizer, folder, rows, *, max_tokens=32, batch_size=4, template="none"):
+    """The texts of the first batch's mismatched rows, and the loader."""
+    options = {"wanted": data.LABELLED, "batch_size": batch_size, "shuffle": False, "mismatched": True}
+    encoder = data.make_encoder(tokenizer, max_tokens=max_tokens, template=template)
+    loader, _ = data.load_judged(write(folder / "d.jsonl.gz", rows), encoder, **options)
+    batch = loader.batch(0).mismatched
+    return [tokenizer.decode(row[segment > 0]) for row, segment in zip(batch.tokens, batch.segment_ids, strict=True)], loader
+
+
 def test_a_mismatched_row_is_a_prompt_with_the_response_of_the_next_item(words, tmp_path):
     rows = [{"prompt": f"{n}?", "completion": chr(97 + n), "label": n % 2 == 0} for n in range(3)]
-    encoder = data.make_encoder(words, max_tokens=32, template="none")
-    options = {"wanted": data.LABELLED, "batch_size": 4, "shuffle": False, "mismatched": True}
-    loader, _ = data.load_judged(write(tmp_path / "d.jsonl.gz", rows), encoder, **options)
+    found, loader = mismatched(words, tmp_path, rows)
     batch = loader.batch(0)
-    texts = [words.decode(row[segment > 0]) for row, segment in zip(batch.mismatched.tokens, batch.mismatched.segment_ids, strict=True)]
-    assert texts == ["0?b<|im_end|>", "1?c<|im_end|>", "2?a<|im_end|>", ""] and batch.desirable.tolist() == [1, 0, 1, 0]
+    assert found == ["0?b<|im_end|>", "1?c<|im_end|>", "2?a<|im_end|>", ""] and batch.desirable.tolist() == [1, 0, 1, 0]
     assert [words.decode(t[m > 0]) for t, m in zip(batch.mismatched.tokens, batch.mismatched.loss_mask, strict=True)][0] == "b<|im_end|>"
     np.testing.assert_array_equal(loader.shard(1, 2).batch(0).mismatched.tokens, batch.mismatched.tokens[2:])
+
+
+def test_a_mismatched_prompt_that_loses_its_front_keeps_its_bos(tmp_path):
+    """Nine tokens a row: the prompt 01234 with the five tokens of the other's response keeps three of its five, "<s>" among them."""
+    mistral = writing_bos("mistral")
+    rows = [{"prompt": "01234", "completion": "a", "label": True}, {"prompt": "5", "completion": "bcdefg", "label": False}]
+    found, loader = mismatched(mistral, tmp_path, rows, max_tokens=9, batch_size=2)
+    assert found == ["<s>4bcdefg</s>", "<s>5a</s>"]
+    for mask in loader.batch(0).mismatched.loss_mask:
+        assert not mask[:2].any() and mask[2:4].all()
+
+
+def test_a_sibling_is_no_other_prompts_response(words, tmp_path):
+    """Pairs turned into single responses lie side by side; one prompt is cut by more than its sibling and is the same nonetheless."""
+    rows = [{"prompt": f"{n}" * 9 + "?", "chosen": "a" * (n + 1), "rejected": "b"} for n in range(2)]
+    found, _ = mismatched(words, tmp_path, rows, max_tokens=12)
+    assert found == ["00000000?aa<|im_end|>", "000000000?b<|im_end|>", "11111111?a<|im_end|>", "111111111?b<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ([7, 8, 9], [1, 2, 0]),
+        ([7, 7, 8, 8], [2, 3, 0, 1]),
+        ([7, 8, 7, 9], [1, 0, 3, 2]),  # in the order 7 7 8 9 each is two on
+        ([7, 7, 8], [2, -1, 1]),  # more than half have one prompt: as many as there are others are crossed
+        ([7, 7], [-1, -1]),
+        ([7], [-1]),
+        ([], []),
+    ],
+)
+def test_responses_go_to_other_prompts_each_to_one(prompts, expected):
+    assert crossed_with(np.asarray(prompts, np.int64)).tolist() == expected
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=20))
+def test_no_response_goes_to_its_own_prompt_or_twice(prompts):
+    prompts = np.asarray(prompts)
+    found = crossed_with(prompts)
+    used = found[found >= 0]
+    largest = np.bincount(prompts).max()
+    assert len(used) == len(set(used.tolist())) == min(len(prompts), 2 * (len(prompts) - largest))
+    assert (prompts[used] != prompts[found >= 0]).all()
+
+
+def test_a_batch_of_one_row_has_nothing_to_cross(words, tmp_path):
+    rows = [{"prompt": f"{n}?", "completion": "a", "label": n == 0} for n in range(3)]
+    with pytest.raises(ValueError, match="batch_size is 1, and a prompt gets the response of another one of its batch; set it to 2"):
+        mismatched(words, tmp_path, rows, batch_size=1)
+    _, loader = mismatched(words, tmp_path, rows, batch_size=2)
+    alone = loader.batch(1)
+    assert alone.loss_mask.any() and not alone.mismatched.loss_mask.any() and not alone.mismatched.segment_ids.any()
 
 
 def test_labels_of_one_class_are_refused(words, tmp_path):

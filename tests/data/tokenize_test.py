@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from ftjax.data import CHATML, Example, RowError, TemplateError, answer, inspect, make_encoder, parse
 from ftjax.data.tokenize import Encoded, _token_mask, cut
-from tests.data.families import FAMILIES, byte_tokenizer, word_tokenizer
+from tests.data.families import FAMILIES, byte_tokenizer, word_tokenizer, writing_bos
 
 USER, ONE, MORE, TWO = (
     {"role": role, "content": text}
@@ -226,12 +226,7 @@ def test_a_conversation_without_a_template_is_an_error():
 
 
 def test_a_tokenizer_that_writes_bos_gets_exactly_one():
-    import tokenizers
-
-    plain = byte_tokenizer("mistral")
-    backend = tokenizers.Tokenizer.from_str(plain.backend_tokenizer.to_str())
-    backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", plain.bos_token_id)])
-    tokenizer = type(plain)(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=plain.chat_template)
+    tokenizer = writing_bos("mistral")
     encoder = make_encoder(tokenizer, max_tokens=100)
     for example in (Example((USER, ONE)), Example(text="ab"), Example(text="<s>ab")):
         (sequence,) = encoder.encode([example])
