@@ -30,6 +30,8 @@ class Needs(NamedTuple):
     """Whose sample each of the policy's is compared with: "reference", or "mixture" of that and the policy; "" for nobody's."""
     selected: bool = False
     """Whether it learns from those of the policy's samples that their rewards select."""
+    both_classes: bool = False
+    """Of "labelled" data: whether it needs desirable responses and undesirable ones, and says nothing of one class alone."""
 
 
 _ANCHORED = Needs(reference=True)
@@ -39,9 +41,9 @@ NEEDS: Mapping[str, Needs] = {
     "wpo": Needs(outputs=("logps", "log_collision"), reference=True),
     **dict.fromkeys(("orpo", "cpo", "simpo", "alphapo"), Needs()),
     **dict.fromkeys(("tpo", "tpo_l"), Needs("triples")),
-    "kto": Needs("labelled", reference=True, baseline=True),
-    "apo_zero_unpaired": Needs("labelled", reference=True),
-    "bco": Needs("labelled", reference=True, running="rewards"),
+    "kto": Needs("labelled", reference=True, baseline=True, both_classes=True),
+    "apo_zero_unpaired": Needs("labelled", reference=True, both_classes=True),
+    "bco": Needs("labelled", reference=True, running="rewards", both_classes=True),
     "reward": Needs(outputs=("logps", "values")),
     "process_reward": Needs("steps", outputs=("logps", "values")),
     "distill": Needs("messages", outputs=("logps", "divergence")),
