@@ -245,7 +245,8 @@ def loader(config, encoder: data.Encoder, mesh: Mesh, *, held_out: bool = False)
     if wanted.data == "messages":
         found, reports = data.load(specs, encoder, **options)
     elif wanted.data in data.KINDS:
-        found, reports = data.load_judged(specs, encoder, wanted=wanted.data, mismatched=wanted.baseline, **options)
+        options |= {"mismatched": wanted.baseline, "both_classes": wanted.both_classes}
+        found, reports = data.load_judged(specs, encoder, wanted=wanted.data, **options)
     else:
         raise ValueError(f"algorithm: {config.algorithm!r} learns from {wanted.data}, not read by `ftjax train` yet; use it from Python.")
     return found.shard(*sharding.batch_share(mesh)), reports

@@ -146,6 +146,7 @@ def load_judged(
     shuffle: bool = True,
     bad_rows: str = "raise",
     mismatched: bool = False,
+    both_classes: bool = True,
 ) -> tuple[Loader, dict[str, Report]]:
     """Return the loader of judged responses and what became of their rows; arguments as in `load`.
 
@@ -162,6 +163,8 @@ def load_judged(
       bad_rows: "raise" at a row that cannot be used, or "skip" and count.
       mismatched: beside single responses, each prompt with the response of another prompt of its batch (KTO's baseline); the row is empty,
         and counts for nothing, where the batch has no other.
+      both_classes: refuse single responses that are all desirable or all undesirable; False: undesirable ones alone will do, which are to be
+        forgotten.
     """
     if packing == "wrapped":
         raise ValueError("data: packing is 'wrapped', which cuts sequences; judged responses take 'shared', 'best_fit' or 'none'.")
@@ -171,7 +174,7 @@ def load_judged(
         found = read_judged(spec, wanted, bad_rows=bad_rows, report=reports[name])
         parts.append(encode_judged(found, encoder, bad_rows=bad_rows, report=reports[name]))
     items = joined(parts)
-    check_labels(items)
+    check_labels(items, both_classes=both_classes)
     options = {"batch_size": batch_size, "max_tokens": encoder.max_tokens, "packing": packing, "seed": seed, "shuffle": shuffle}
     sizes = tuple(len(part.lengths) for part in parts)
     crossing = Crossing(items.prompts, keep=len(encoder.bos)) if mismatched else None

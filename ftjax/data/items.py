@@ -133,12 +133,14 @@ def joined(parts: Iterable[Items]) -> Items:
     return Items(concatenate([part.sequences for part in parts]), parts[0].responses, numbers, prompts)
 
 
-def check_labels(items: Items) -> None:
-    """Refuse single responses that are all good or all bad: there is nothing to compare."""
+def check_labels(items: Items, *, both_classes: bool) -> None:
+    """Refuse single responses that are all good, or all bad where both classes are needed."""
     labels = items.numbers.get("desirable")
-    if labels is not None and len(set(labels.tolist())) < 2:
-        which = "desirable" if labels[0] else "undesirable"
-        raise ValueError(f"data: all {len(labels):,} responses are {which}; the other class is needed too, to learn the difference.")
+    if labels is None or len(set(labels.tolist())) > 1 or not (both_classes or labels[0]):
+        return
+    which = "desirable" if labels[0] else "undesirable"
+    lacking = "the other class is needed too, to learn the difference" if both_classes else "what is to be forgotten has the label false"
+    raise ValueError(f"data: all {len(labels):,} responses are {which}; {lacking}.")
 
 
 def _labelled(response: Encoded, labels: Sequence[float]) -> tuple[list[Encoded], np.ndarray]:

@@ -94,22 +94,46 @@ def get_config(arg=""):
     config.data.eval_sources.rows = base.source("tasks:compare", split="test")
     return base.finish(config, arg, tiny="tiny-llama")
 """
+FORGOTTEN = """
+from configs import base
+
+
+def get_config(arg=""):
+    config = base.judged("npo", beta=0.1)
+    config.data.sources.forget = base.source("forget.jsonl")
+    return base.finish(config, arg, tiny="tiny-llama")
+"""
 KINDS = {"tpo": ("lora",), "process_reward": ("lora", "value_head")}
+
+
+def trained(config, folder, compiled, *flags):
+    """What a short run of a config says of its steps."""
+    path = folder / "configs" / "tried.py"
+    path.parent.mkdir()
+    (path.parent / "base.py").symlink_to(FOLDER / "base.py")
+    path.write_text(config)
+    command = ["train", f"--config={path}:smoke", f"--workdir={folder / 'run'}", f"--compile_cache={compiled}"]
+    more = ["--config.optimizer.learning_rate=0.01", "--config.steps=6", "--config.eval.every_steps=0", "--config.checkpoint.every_steps=0"]
+    assert main.main([*command, *more, *flags]) == 0
+    return [row for row in read_jsonl(folder / "run" / "metrics.jsonl") if "train/loss" in row]
 
 
 @pytest.mark.filterwarnings("ignore:.*persistent compilation cache.*")
 @pytest.mark.parametrize("algorithm", KINDS)
 def test_triples_and_steps_are_learnt_from(algorithm, tmp_path, compiled):
-    path = tmp_path / "configs" / f"{algorithm}.py"
-    path.parent.mkdir()
-    (path.parent / "base.py").symlink_to(FOLDER / "base.py")
-    path.write_text(CONFIG.format(algorithm=algorithm, methods=KINDS[algorithm]))
-    command = ["train", f"--config={path}:smoke", f"--workdir={tmp_path / 'run'}", f"--compile_cache={compiled}"]
-    more = ["--config.optimizer.learning_rate=0.01", "--config.steps=6", "--config.eval.every_steps=0", "--config.checkpoint.every_steps=0"]
-    assert main.main([*command, *more]) == 0
-    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
-    rows = [row for row in rows if "train/loss" in row]
+    rows = trained(CONFIG.format(algorithm=algorithm, methods=KINDS[algorithm]), tmp_path, compiled)
     losses = [row["train/loss"] for row in rows]
     assert len(losses) == 6 and np.mean(losses[-2:]) < losses[0] - 0.05
     if algorithm == "process_reward":  # two steps each, of which the second is wrong
         assert losses[0] == pytest.approx(np.log(2), abs=1e-5) and rows[0]["train/labels"] == 0.5
+
+
+@pytest.mark.filterwarnings("ignore:.*persistent compilation cache.*")
+def test_what_is_to_be_forgotten_alone_is_forgotten(tmp_path, compiled):
+    """NPO without a set to keep, as in its paper: the loss begins at (2 / β) log 2."""
+    path = tmp_path / "forget.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n}?", "completion": "secret", "label": False}) + "\n" for n in range(64)))
+    flags = (f"--config.data.sources.forget.path={path}", "--config.data.sources.forget.split=train")
+    rows = trained(FORGOTTEN, tmp_path, compiled, *flags)
+    assert rows[0]["train/loss"] == pytest.approx(20 * np.log(2), rel=1e-5)
+    assert rows[-1]["train/logps/undesirable"] < rows[0]["train/logps/undesirable"] - 1

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -338,3 +339,15 @@ def test_labels_of_one_class_are_refused(words, tmp_path):
     rows = [{"prompt": "a", "completion": "b", "label": True}] * 3
     with pytest.raises(ValueError, match="all 3 responses are desirable"):
         data.load_judged(write(tmp_path / "d.jsonl.gz", rows), data.make_encoder(words, max_tokens=32), wanted=data.LABELLED, batch_size=2)
+
+
+def test_what_is_to_be_forgotten_needs_nothing_to_keep(words, tmp_path):
+    options = {"wanted": data.LABELLED, "batch_size": 2, "both_classes": False}
+    for label in (False, True):
+        source = write(tmp_path / f"{label}.jsonl.gz", [{"prompt": "a", "completion": "b", "label": label}] * 3)
+        load = partial(data.load_judged, source, data.make_encoder(words, max_tokens=32), **options)
+        if label:
+            with pytest.raises(ValueError, match="all 3 responses are desirable.*what is to be forgotten has the label false"):
+                load()
+        else:
+            assert [batch.desirable.tolist() for batch in load()[0].epoch()] == [[0, 0], [0, 0]]
