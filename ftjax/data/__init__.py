@@ -163,8 +163,7 @@ def load_judged(
       bad_rows: "raise" at a row that cannot be used, or "skip" and count.
       mismatched: beside single responses, each prompt with the response of another prompt of its batch (KTO's baseline); the row is empty,
         and counts for nothing, where the batch has no other.
-      both_classes: refuse single responses that are all desirable or all undesirable; False: undesirable ones alone will do, which are to be
-        forgotten.
+      both_classes: refuse single responses of one class; False: undesirable ones alone will do, which are to be forgotten.
     """
     if packing == "wrapped":
         raise ValueError("data: packing is 'wrapped', which cuts sequences; judged responses take 'shared', 'best_fit' or 'none'.")

@@ -21,6 +21,8 @@ from ftjax.data.tokenize import Encoded, Encoder
 
 UNCUT = 2**31
 """More tokens than any sequence has."""
+UNKNOWN = {"density_ratios": 1.0}
+"""What a number counts as where it is not given, if not 0."""
 
 
 class Items(NamedTuple):
@@ -123,11 +125,12 @@ def encode(
 
 
 def joined(parts: Iterable[Items]) -> Items:
-    """Return the items of all parts, one part after the other; a number that some parts have not is 0 there."""
+    """Return the items of all parts, one part after the other; a number that some parts have not is 0 there, or what `UNKNOWN` says."""
     parts = list(parts)
     names = {name for part in parts for name in part.numbers}
     numbers = {
-        name: np.concatenate([part.numbers.get(name, np.zeros(len(part.lengths), np.float32)) for part in parts]) for name in sorted(names)
+        name: np.concatenate([part.numbers.get(name, np.full(len(part.lengths), UNKNOWN.get(name, 0), np.float32)) for part in parts])
+        for name in sorted(names)
     }
     prompts = np.concatenate([part.prompts for part in parts])
     return Items(concatenate([part.sequences for part in parts]), parts[0].responses, numbers, prompts)
@@ -152,7 +155,7 @@ def _labelled(response: Encoded, labels: Sequence[float]) -> tuple[list[Encoded]
 
 def _columns(numbers: list[Mapping[str, float]]) -> dict[str, np.ndarray]:
     names = sorted({name for one in numbers for name in one})
-    return {name: np.asarray([one.get(name, 0.0) for one in numbers], np.float32) for name in names}
+    return {name: np.asarray([one.get(name, UNKNOWN.get(name, 0.0)) for one in numbers], np.float32) for name in names}
 
 
 def _hash(text: str) -> int:

@@ -6,7 +6,7 @@ r"""Rows of judged responses: pairs of which one was preferred, single ones that
 | `dialogue` | `chosen`, `rejected`: texts of turns that begin with "\n\nHuman: " and "\n\nAssistant: " (HH-RLHF) |
 | `openai_preference` | `input.messages`, `preferred_output`, `non_preferred_output` |
 | `triple` | those of `preference`, and `reference`: a third response, the best known one |
-| `labelled` | `prompt`, `completion`, `label`: true or false |
+| `labelled` | `prompt`, `completion`, `label`: true or false, perhaps `density_ratio`: above 0 |
 | `stepwise` | `prompt`, `completions`: the steps of a solution, and `labels`: whether each is right, true or false or a share in [0, 1] |
 
 Two conversations part at the first *message* that differs, so no token is ever cut in two; what they share is the prompt. Steps are joined
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,7 +42,7 @@ class Judged:
     responses: tuple[Example, ...]
     """Conversations that begin with the same prompt, of which nothing is trained: the chosen one first, or a single one."""
     numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """What is known of them, by the name that `Batch` has for it: `margins`, `desirable`."""
+    """What is known of them, by the name that `Batch` has for it: `margins`, `desirable`, `density_ratios`."""
     labels: tuple[float, ...] = ()
     """Of the steps of a single response, which are its `pieces`."""
 
@@ -118,12 +119,8 @@ def preference_row(row: Mapping[str, Any]) -> Judged:
     else:
         prompt = _turns(row, "prompt", "user")
         pair = _joined(prompt, _turns(row, "chosen", "assistant"), _turns(row, "rejected", "assistant"))
-    margin = row.get("margin")
-    if margin is None:
-        return Judged(pair)
-    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
-        raise RowError(f"must be a number, got {kind(margin)}", column="margin")
-    return Judged(pair, {"margins": float(margin)})
+    margin = _number(row, "margin")
+    return Judged(pair) if margin is None else Judged(pair, {"margins": margin})
 
 
 def triple_row(row: Mapping[str, Any]) -> Judged:
@@ -157,12 +154,15 @@ def openai_preference_row(row: Mapping[str, Any]) -> Judged:
 
 
 def labelled_row(row: Mapping[str, Any]) -> Judged:
-    """Read a prompt, a response and whether it is good."""
+    """Read a prompt, a response and whether it is good; perhaps p(desirable | prompt) / p(undesirable | prompt) too, as BCO weighs by."""
     label = row.get("label")
     if not isinstance(label, bool):
         raise RowError(f"must be true or false, got {kind(label)}", column="label")
     messages = _silent(_turns(row, "prompt", "user")) + _said(_turns(row, "completion", "assistant"), "completion")
-    return Judged((Example(messages),), {"desirable": float(label)})
+    ratio = _number(row, "density_ratio")
+    if ratio is not None and ratio <= 0:
+        raise RowError(f"must be above 0; it is {ratio:g}", column="density_ratio")
+    return Judged((Example(messages),), {"desirable": float(label)} | ({} if ratio is None else {"density_ratios": ratio}))
 
 
 def stepwise_row(row: Mapping[str, Any]) -> Judged:
@@ -202,6 +202,22 @@ def _without(end_marker: str, value: Any) -> Any:
     if isinstance(value, Mapping) and value.get("role") == "assistant":
         return {**value, "content": _without(end_marker, value.get("content"))}
     return value.removesuffix(end_marker) if isinstance(value, str) else value
+
+
+def _number(row: Mapping[str, Any], column: str) -> float | None:
+    """Return a finite number, or None where there is nothing."""
+    value = row.get(column)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise RowError(f"must be a number, got {kind(value)}", column=column)
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer
+        number = math.inf
+    if not math.isfinite(number):
+        raise RowError(f"must be finite, got {number}", column=column)
+    return number
 
 
 def _turns(row: Mapping[str, Any], column: str, role: str) -> tuple[Message, ...]:

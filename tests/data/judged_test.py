@@ -61,12 +61,50 @@ def test_a_single_response_has_a_label_that_is_true_or_false():
 
 
 @pytest.mark.parametrize(
+    ("ratio", "reason"),
+    [(0, "above 0; it is 0"), (-1.5, "above 0; it is -1.5"), (float("nan"), "finite, got nan"), pytest.param(10**400, "finite", id="huge")]
+    + [(True, "must be a number, got a boolean"), ("2", "must be a number, got a string")],
+)
+def test_a_density_ratio_is_a_positive_number(ratio, reason):
+    row = {"prompt": "2+2", "completion": "5", "label": False, "density_ratio": ratio}
+    with pytest.raises(RowError, match=f"f:3: column 'density_ratio': .*{reason}"):
+        judged.parse(row, judged.LABELLED, where="f:3")
+
+
+@pytest.mark.parametrize("packing", ["none", "best_fit", "shared"])
+def test_density_ratios_come_with_their_responses(packing, words, tmp_path):
+    """A row without one, and a source without any, count as 1; a row whose ratio is none is left out, and counted."""
+    ratios = {"a": [0.25, None, 3, 0], "b": [None, None]}
+    source = {
+        name: write(
+            tmp_path / f"{name}.jsonl.gz",
+            [
+                {"prompt": "?" * n + "?", "completion": f"{name}{n}", "label": n % 2 == 0, "density_ratio": ratio}
+                for n, ratio in enumerate(of)
+            ],
+        )["rows"]
+        for name, of in ratios.items()
+    }
+    encoder = data.make_encoder(words, max_tokens=16, template="none")
+    loader, reports = data.load_judged(source, encoder, wanted=data.LABELLED, batch_size=2, packing=packing, bad_rows="skip")
+    assert reports["a"].skipped == {"must be above 0": 1}
+    seen = {}
+    for batch in loader.epoch():
+        places = [[np.flatnonzero(mask)] for mask in batch.loss_mask] if packing == "none" else batch.places[:, :, 0]
+        for tokens, each, ratios in zip(batch.tokens, places, batch.density_ratios.reshape(2, -1), strict=True):
+            seen |= {words.decode(tokens[at[at >= 0]]): float(ratio) for at, ratio in zip(each, ratios, strict=True)}
+    seen.pop("", None)  # of rows that only fill a batch
+    assert seen == {f"{name}<|im_end|>": ratio for name, ratio in {"a0": 0.25, "a1": 1, "a2": 3, "b0": 1, "b1": 1}.items()}
+
+
+@pytest.mark.parametrize(
     ("row", "reason"),
     [
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "are the same"),
         ({"prompt": "a", "chosen": " ", "rejected": "b"}, "column 'chosen': is an empty response"),
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "column 'rejected': must be a string, got a number"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": True}, "column 'margin': must be a number"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": float("nan")}, "column 'margin': must be finite, got nan"),
         ({"prompt": "a", "completion": "b", "label": True}, "single response, and pairs are wanted"),
         ({"chosen": PROMPT, "rejected": PROMPT[:2]}, "one conversation is the beginning of the other"),
         ({"chosen": PROMPT, "rejected": [{"role": "user", "content": "Ho"}]}, "no first message in common"),
