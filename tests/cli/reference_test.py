@@ -51,7 +51,7 @@ def asked(params, monkeypatch):
     return reference.Asked(look, reference.fingerprint(toy.MODEL, params), rows=2, width=12), batches
 
 
-@pytest.mark.parametrize(("packing", "rows"), [("none", 4), ("best_fit", 2)])
+@pytest.mark.parametrize(("packing", "rows"), [("none", 4), ("best_fit", 2), ("shared", 2)])
 def test_what_was_asked_once_is_what_would_be_said_in_every_step(packing, rows, sequences, params, asked, tmp_path):
     said = reference.recall(sequences, tmp_path, asked[0], say=lambda text: None)
     options = {"batch_size": rows, "max_tokens": 12, "packing": packing, "buckets": 1, "responses": 2}
