@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.losses.kto import describe, read
+from ftjax.losses.options import check_beta
 from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
 
 
@@ -35,8 +36,9 @@ def bco(
       The loss, and the metrics of `kto` with `rewards` of all responses, which the caller sums, and `delta`.
 
     Raises:
-      ValueError: reference, labels or baseline are missing.
+      ValueError: reference, labels or baseline are missing, or β is not above 0.
     """
+    check_beta("bco", beta)
     if batch.baseline is None:
         raise ValueError("bco: batch.baseline is missing: losses.with_baseline(batch, the rewards seen so far) writes it.")
     delta = jax.lax.stop_gradient(batch.baseline)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from ftjax.losses.diagnosis import diagnose, gradient_share
 from ftjax.losses.divergences import capped_expm1
+from ftjax.losses.options import check_beta
 from ftjax.losses.pairs import cross_entropy
 from ftjax.losses.preference import make_pairs, preference
 from ftjax.losses.responses import token_average
@@ -75,6 +76,9 @@ def simpo(
     Returns:
       The loss and the metrics of `diagnosis.diagnose`, with `nll/share`, the NLL's part of the gradient, where it has a coefficient.
 
+    Raises:
+      ValueError: β is not above 0, or the rows are no pairs.
+
     Example:
       >>> pair = jnp.zeros((1, 2, 3))
       >>> batch = Batch(pair.astype(int), pair + 1, pair.astype(int), pair.astype(int) + 1)
@@ -82,6 +86,7 @@ def simpo(
       >>> round(loss.value(), 4)
       0.6931
     """
+    check_beta("simpo", beta)
     counted = make_pairs(scores.logps, jnp.zeros_like(scores.logps), batch.loss_mask).counted
     average = token_average(scores.logps, batch.loss_mask)
 

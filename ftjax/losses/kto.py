@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ftjax.losses.diagnosis import SATURATED, distance
+from ftjax.losses.options import check_beta
 from ftjax.losses.reference import reference_logps
 from ftjax.losses.responses import token_sum
 from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
@@ -46,7 +47,7 @@ def kto(
       responses.
 
     Raises:
-      ValueError: reference, labels or baseline are missing.
+      ValueError: reference, labels or baseline are missing, or β is not above 0.
 
     Example:
       >>> row = jnp.zeros((2, 3))
@@ -55,6 +56,7 @@ def kto(
       >>> loss.value()
       0.5
     """
+    check_beta("kto", beta)
     if batch.baseline is None:
         raise ValueError(
             "kto: batch.baseline is missing: losses.with_baseline(batch, kl_baseline(scores of batch.mismatched, …)) writes it."
@@ -73,6 +75,7 @@ def apo_zero_unpaired(scores: Scores, batch: Batch, *, beta: float = 0.1) -> tup
 
     The unpaired form of APO-zero, D'Oosterlinck et al., 2024, arXiv 2408.06266, equation 7. Arguments and metrics are those of `kto`.
     """
+    check_beta("apo_zero_unpaired", beta)
     loss, metrics = kto(scores, dataclasses.replace(batch, baseline=jnp.zeros(batch.loss_mask.shape[0], batch.loss_mask.dtype)), beta=beta)
     return loss, {name: value for name, value in metrics.items() if name != "baseline"}
 

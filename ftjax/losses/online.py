@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from ftjax.losses.options import check_weight
 from ftjax.losses.policy_gradient import diagnose_actions, read_actions
 from ftjax.losses.preference import preference
 from ftjax.losses.reductions import sequence_sum
@@ -65,8 +66,9 @@ def nash_md(scores: Scores, batch: Batch, *, beta: float = 0.1) -> tuple[Mean, M
       The loss and the metrics of `policy_gradient.diagnose_actions`.
 
     Raises:
-      ValueError: there is no reference, or there are no advantages.
+      ValueError: there is no reference, there are no advantages, or β is below 0.
     """
+    check_weight("nash_md", "beta", beta)
     anchor = reference_logps("nash_md", batch)
     actions = read_actions("nash_md", scores, batch)
     moved = jax.lax.stop_gradient(actions.logps - jnp.where(batch.loss_mask > 0, anchor, 0))

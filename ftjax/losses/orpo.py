@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.losses.diagnosis import diagnose, gradient_share
+from ftjax.losses.options import check_weight
 from ftjax.losses.preference import make_pairs
 from ftjax.losses.responses import token_average
 from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
@@ -22,12 +23,15 @@ def orpo(scores: Scores, batch: Batch, *, beta: float = 0.1, min_gap: float = 1e
     Args:
       scores: of the policy, `[b, 2, t]`, chosen first.
       batch: a pair in which a response has no token counts nowhere.
-      beta: weight of the odds ratio.
+      beta: ≥ 0, weight of the odds ratio; at 0 it is `sft` of the chosen responses.
       min_gap: log p is taken as -min_gap at least: the odds of a certain response are infinite.
 
     Returns:
       The loss and the metrics of `diagnosis.diagnose`, with rewards β log p; `log_odds_ratio`, and `nll/share`, the NLL's part of the
       gradient.
+
+    Raises:
+      ValueError: β is below 0, or the rows are no pairs.
 
     Example:
       >>> pair = jnp.zeros((1, 2, 3))
@@ -36,6 +40,7 @@ def orpo(scores: Scores, batch: Batch, *, beta: float = 0.1, min_gap: float = 1e
       >>> round(loss.value(), 4)
       1.0693
     """
+    check_weight("orpo", "beta", beta)
     counted = make_pairs(scores.logps, jnp.zeros_like(scores.logps), batch.loss_mask).counted
     chosen, rejected = token_average(scores.logps, batch.loss_mask).T
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from ftjax.losses.diagnosis import diagnose, gradient_share
 from ftjax.losses.divergences import DIVERGENCES
+from ftjax.losses.options import check_beta
 from ftjax.losses.pairs import PAIR_LOSSES, Pairs
 from ftjax.losses.reference import reference_logps
 from ftjax.losses.responses import shared_weights, token_average, token_sum
@@ -127,8 +128,7 @@ def weighted_losses(pairs: Pairs, losses: Mapping[str, float], *, beta: float, *
     """
     if not losses:
         raise ValueError(f"losses of pairs: name at least one of {', '.join(PAIR_LOSSES)}.")
-    if beta <= 0:
-        raise ValueError(f"losses of pairs: beta is above 0, not {beta}.")
+    check_beta("losses of pairs", beta)
     given = {name: value for name, value in options.items() if value is not None}
     found, taken = {}, set()
     for name, weight in losses.items():

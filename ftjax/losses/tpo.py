@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.losses.diagnosis import diagnose, gradient_share
+from ftjax.losses.options import check_beta
 from ftjax.losses.responses import token_average, token_sum
 from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
 
@@ -28,7 +29,7 @@ def tpo(scores: Scores, batch: Batch, *, beta: float = 0.01, nll_coef: float = 1
       part of the pull on a token of the gold response and on one of the chosen response together.
 
     Raises:
-      ValueError: the rows are no triples.
+      ValueError: the rows are no triples, or β is not above 0.
 
     Example:
       >>> triple = jnp.zeros((1, 3, 2))
@@ -37,11 +38,13 @@ def tpo(scores: Scores, batch: Batch, *, beta: float = 0.01, nll_coef: float = 1
       >>> round(loss.value(), 4)
       1.6931
     """
+    check_beta("tpo", beta)
     return _against_gold(scores, batch, jnp.full(batch.loss_mask.shape[:-1], beta, scores.logps.dtype), 0.0, nll_coef)
 
 
 def tpo_l(scores: Scores, batch: Batch, *, beta: float = 2.0, margin: float = 0.5, nll_coef: float = 1.0) -> tuple[Mean, Metrics]:
     """Return `tpo` with SimPO's comparison: log-probabilities per token, and a margin γ that the chosen response has to be better by."""
+    check_beta("tpo_l", beta)
     return _against_gold(scores, batch, beta / jnp.maximum(jnp.sum(batch.loss_mask, axis=-1), 1), margin, nll_coef)
 
 

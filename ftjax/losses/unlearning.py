@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ftjax.losses.kto import describe, read
+from ftjax.losses.options import check_beta
 from ftjax.losses.responses import token_average
 from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
 
@@ -27,8 +28,9 @@ def npo(scores: Scores, batch: Batch, *, beta: float = 0.1, retain_coef: float =
       The loss, and the metrics of `kto` without its baseline; `logps/undesirable` is what has to fall.
 
     Raises:
-      ValueError: reference or labels are missing.
+      ValueError: reference or labels are missing, or β is not above 0.
     """
+    check_beta("npo", beta)
     logratios, keep, counted = read("npo", scores, batch)
     forget = -2 / beta * jax.nn.log_sigmoid(-beta * logratios)
     retain = -retain_coef * token_average(scores.logps, batch.loss_mask)
