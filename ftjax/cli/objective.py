@@ -100,6 +100,21 @@ def check_baseline(config) -> None:
         )
 
 
+def compares_rows(config) -> bool:
+    """Return whether the objective, or one of the losses that it sums, compares the rows of a batch with each other."""
+    names = plain(config.loss).get("losses", (config.algorithm,))
+    return any(losses.NEEDS[name].whole_batch for name in names if name in losses.NEEDS)
+
+
+def check_accumulation(config) -> None:
+    """Refuse micro-batches where they are not as good as the whole; asked before anything is loaded."""
+    if config.data.accumulation > 1 and compares_rows(config):
+        raise ValueError(
+            f"data.accumulation: {config.algorithm!r} compares all rows of a step with each other, and {config.data.accumulation} "
+            "micro-batches would each compare their own; set it to 1. Several devices may hold the rows."
+        )
+
+
 def check_best_metric(config) -> None:
     """Refuse a `checkpoint.best_metric` that no evaluation will have; asked before anything is loaded."""
     if taught(config):

@@ -46,6 +46,7 @@ def begin(config: ConfigDict, workdir: epath.Path, stop: Stop, *, allow_config_c
     config_json = configs.as_json(config)
     objective.check_reference(config)
     objective.check_baseline(config)
+    objective.check_accumulation(config)
     refusals.check_student(config)
     refusals.check(config)
     objective.check_best_metric(config)

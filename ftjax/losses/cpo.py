@@ -25,12 +25,14 @@ def cpo(
     beta: float = 0.1,
     label_smoothing: float | None = None,
     nll_coef: float = 1.0,
+    nll_per_token: bool = True,
 ) -> tuple[Mean, Metrics]:
     """Return -log σ( β [log π(y_c) - log π(y_r)] ) + c · NLL(y_c), a mean over pairs: `preference` with a uniform reference.
 
     Xu et al., 2024, arXiv 2401.08417, equation 3 and the behaviour cloning term beside it. The paper writes the NLL as a sum over the
-    response; here it is per token, as in all losses of ftjax, so that c means the same at every length (TRL: over the tokens of a
-    micro-batch). Other `losses` are those of `PAIR_LOSSES` with x = log π(y): `hinge` is SLiC's, `ipo` is length-averaged.
+    response, which `nll_per_token=False` has; by itself it is per token here, as in all losses of ftjax, so that c means the same at every
+    length (TRL: over the tokens of a micro-batch, which changes with the split). Other `losses` are those of `PAIR_LOSSES` with
+    x = log π(y): `hinge` is SLiC's, `ipo` is length-averaged.
 
     Args:
       scores: of the policy, `[b, 2, t]`, chosen first.
@@ -38,13 +40,18 @@ def cpo(
       losses: names in `PAIR_LOSSES` and their weights.
       beta: > 0, the scale of a log-probability.
       label_smoothing: the probability that a label is wrong.
-      nll_coef: weight of the negative log-likelihood per token of the chosen response.
+      nll_coef: weight of the negative log-likelihood of the chosen response.
+      nll_per_token: whether that is divided by the response's length.
 
     Returns:
       The loss and the metrics of `preference`, without those of a reference, `kl` and `logratio/…`.
+
+    Raises:
+      ValueError: as in `preference`.
     """
     uniform = dataclasses.replace(batch, reference_logps=jnp.zeros_like(scores.logps))
-    loss, metrics = preference(scores, uniform, losses=losses, beta=beta, label_smoothing=label_smoothing, nll_coef=nll_coef)
+    options = {"label_smoothing": label_smoothing, "nll_coef": nll_coef, "nll_per_token": nll_per_token}
+    loss, metrics = preference(scores, uniform, losses=losses, beta=beta, **options)
     return loss, {name: value for name, value in metrics.items() if name != "kl" and not name.startswith("logratio/")}
 
 
@@ -62,7 +69,7 @@ def simpo(
 
     SimPO: Meng, Xia and Chen, 2024, arXiv 2405.14734, equation 6; its γ is our `margin` (TRL's defaults are β 0.1 and γ 0.5, far from the
     paper's). With α ≠ 0 it is AlphaPO, Gupta et al., 2025, arXiv 2501.03884: r(y) = β (1 - p^-α) / α with log p = mean_t log π(y_t), which
-    is SimPO at α → 0. Label smoothing and the NLL are CPO's.
+    is SimPO at α → 0. Label smoothing and the NLL per token are CPO's.
 
     Args:
       scores: of the policy, `[b, 2, t]`, chosen first.

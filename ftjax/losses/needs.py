@@ -30,6 +30,8 @@ class Needs(NamedTuple):
     """Whose sample each of the policy's is compared with: "reference", or "mixture" of that and the policy; "" for nobody's."""
     selected: bool = False
     """Whether it learns from those of the policy's samples that their rewards select."""
+    whole_batch: bool = False
+    """Whether it compares the rows of a batch with each other, so that micro-batches say something else than the whole."""
     both_classes: bool = False
     """Of "labelled" data: whether it needs desirable responses and undesirable ones, and says nothing of one class alone."""
 
@@ -38,6 +40,7 @@ _ANCHORED = Needs(reference=True)
 NEEDS: Mapping[str, Needs] = {
     "sft": Needs("messages"),
     **dict.fromkeys(("dpo", "rpo", "mpo", *(name for name in PAIR_LOSSES if name != "sigmoid")), _ANCHORED),
+    **dict.fromkeys(("aot", "aot_unpaired"), Needs(reference=True, whole_batch=True)),
     "wpo": Needs(outputs=("logps", "log_collision"), reference=True),
     **dict.fromkeys(("orpo", "cpo", "simpo", "alphapo"), Needs()),
     **dict.fromkeys(("tpo", "tpo_l"), Needs("triples")),

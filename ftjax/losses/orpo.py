@@ -17,8 +17,9 @@ def orpo(scores: Scores, batch: Batch, *, beta: float = 0.1, min_gap: float = 1e
 
     odds(y) = p / (1 - p), log p = mean_t log π(y_t)
 
-    Hong, Lee and Thorne, 2024, arXiv 2403.07691, where β is called λ. As there, the NLL is that of the response per token; TRL takes it
-    over the prompt too, and over the tokens of a micro-batch.
+    Hong, Lee and Thorne, 2024, arXiv 2403.07691, where β is called λ. As there, the NLL is that of the response per token. TRL takes it
+    over the prompt too, and over the tokens of a micro-batch. There is no option for either: scores are of the tokens that `loss_mask`
+    counts, and so of no prompt, and a mean over the tokens of a micro-batch changes with the split.
 
     Args:
       scores: of the policy, `[b, 2, t]`, chosen first.

@@ -81,10 +81,15 @@ def hinge(pairs: Pairs, *, beta: float) -> Float[Array, " b"]:
 def ipo(pairs: Pairs, *, beta: float) -> Float[Array, " b"]:
     """Return (Δ' - 1/2β)², Δ' of the log-ratios per token.
 
-    Azar et al., 2023, arXiv 2310.12036, equation 17, where β is called τ. The paper writes sums; its authors ran averages, as TRL does:
-    with sums the target 1/2β would mean another thing for every length.
+    Azar et al., 2023, arXiv 2310.12036, equation 17, where β is called τ. The paper writes sums, which `ipo_sum` has; its authors ran
+    averages, as TRL does: with sums the target 1/2β means another thing for every length.
     """
     return jnp.square(pairs.average_delta - 1 / (2 * beta))
+
+
+def ipo_sum(pairs: Pairs, *, beta: float) -> Float[Array, " b"]:
+    """Return (Δ - 1/2β)²: IPO as its paper writes it, of the log-ratios of whole responses; see `ipo`."""
+    return jnp.square(pairs.delta - 1 / (2 * beta))
 
 
 def exo(pairs: Pairs, *, beta: float, label_smoothing: float = 1e-3) -> Float[Array, " b"]:
@@ -121,7 +126,8 @@ def aot(pairs: Pairs, *, beta: float, label_smoothing: float = 0.0) -> Float[Arr
     """Return DPO's loss of sorted margins: δ_i = u_i - v_(i), the i-th smallest margin of the policy against that of the reference.
 
     Stochastic dominance of the margin log π(y_c) - log π(y_r) over the reference's, by optimal transport in one dimension: Melnyk et al.,
-    2024, arXiv 2406.05882. It compares the rows of one micro-batch, so it is no sum over rows: use `accumulation=1`.
+    2024, arXiv 2406.05882. It compares the rows of a batch with each other, on however many devices they are, so it is no sum over
+    micro-batches: `accumulation=1`. Policy and reference stand apart in it, so no other divergence has a place for their ratio.
     """
     return cross_entropy(beta * (pairs.policy - _of_equal_rank(pairs.reference, pairs.policy, pairs.counted)), label_smoothing)
 
@@ -172,6 +178,7 @@ PAIR_LOSSES: dict[str, PairLoss] = {
     "robust": robust,
     "hinge": hinge,
     "ipo": ipo,
+    "ipo_sum": ipo_sum,
     "exo": exo,
     "nca": nca,
     "bco_pair": bco_pair,

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ftjax.losses.diagnosis import diagnose, gradient_share
-from ftjax.losses.divergences import DIVERGENCES
+from ftjax.losses.divergences import DIVERGENCES, alpha
 from ftjax.losses.options import check_beta
 from ftjax.losses.pairs import PAIR_LOSSES, Pairs
 from ftjax.losses.reference import reference_logps
-from ftjax.losses.responses import shared_weights, token_average, token_sum
+from ftjax.losses.responses import likelihood, shared_weights, token_average, token_sum
 from ftjax.tree import nearest
 from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
 
@@ -29,8 +29,10 @@ def preference(
     label_smoothing: float | None = None,
     tau: float | None = None,
     divergence: str = "reverse_kl",
+    divergence_order: float | None = None,
     tail_weight: float = 1.0,
     nll_coef: float = 0.0,
+    nll_per_token: bool = True,
     weigh: Callable[[Scores, Batch], Float[Array, " b"]] | None = None,
 ) -> tuple[Mean, Metrics]:
     """Return Σ_k c_k ℓ_k + c_nll · NLL, a mean over pairs.
@@ -41,8 +43,9 @@ def preference(
 
     DPO: Rafailov et al., 2023, arXiv 2305.18290, equation 7. Several losses with weights and the NLL: MPO, Wang et al., 2024, arXiv
     2411.10442; DPO with the NLL: RPO, Pang et al., 2024, arXiv 2404.19733, equation 1. As in both papers the NLL is that of the chosen
-    response per token, averaged over pairs; TRL averages it over the tokens of a micro-batch, which changes with the split. TRL also
-    applies a divergence to the losses of Δ only, and ignores label smoothing in `sigmoid`; here both hold for every loss that takes them.
+    response per token, averaged over pairs. TRL averages it over the tokens of a micro-batch: there is no option for that, as it changes
+    with the split. TRL also applies a divergence to the losses of Δ only, and ignores label smoothing in `sigmoid`; here both hold for
+    every loss that takes them, and without either option the losses are TRL's.
 
     Args:
       scores: of the policy, `[b, 2, t]`, chosen first.
@@ -52,8 +55,10 @@ def preference(
       label_smoothing: the probability that a label is wrong; each loss's own default if None.
       tau: temperature of `discopop`; its default if None.
       divergence: a name in `DIVERGENCES`: what holds the policy to its reference.
+      divergence_order: of the divergence `alpha`; its default, ½, if None.
       tail_weight: in [0, 1], of the tokens beyond the shorter response's length: LD-DPO (its α).
-      nll_coef: of the mean negative log-likelihood per token of the chosen responses.
+      nll_coef: of the mean negative log-likelihood of the chosen responses.
+      nll_per_token: whether that is divided by the response's length; CPO's paper does not.
       weigh: what each pair's loss is multiplied by, e.g. `wpo_weights`; the NLL is not.
 
     Returns:
@@ -61,7 +66,8 @@ def preference(
       NLL's part of the gradient, where it has a coefficient.
 
     Raises:
-      ValueError: no reference, arrays that are no pairs, an unknown loss, or an option that none of the losses has.
+      ValueError: no reference, arrays that are no pairs, an unknown loss or divergence, an option that none of them has, a β that is not
+        above 0, or `aot` with a divergence.
 
     Example:
       >>> pair = jnp.zeros((1, 2, 3))
@@ -71,18 +77,20 @@ def preference(
       (0.6931, 0.5)
     """
     reference = reference_logps("preference", batch)
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"preference: there is no divergence {divergence!r}; nearest: {nearest(divergence, DIVERGENCES)}.")
+    implicit = _implicit_reward(divergence, divergence_order)
+    if "aot" in losses and divergence != "reverse_kl":
+        raise ValueError(
+            f"preference: 'aot' compares margins of the policy with those of the reference and never sees their ratio, so it has no "
+            f"{divergence!r}: leave the divergence at 'reverse_kl', or take 'aot_unpaired'."
+        )
     pairs = make_pairs(scores.logps, reference, batch.loss_mask, tail_weight=tail_weight)
     logratios = pairs.chosen, pairs.rejected
 
     def pair_loss(chosen: jax.Array, rejected: jax.Array) -> dict[str, jax.Array]:
-        chosen, rejected = DIVERGENCES[divergence](chosen), DIVERGENCES[divergence](rejected)
-        return weighted_losses(
-            pairs._replace(chosen=chosen, rejected=rejected), losses, beta=beta, label_smoothing=label_smoothing, tau=tau
-        )
+        mapped = pairs._replace(chosen=implicit(chosen), rejected=implicit(rejected))
+        return weighted_losses(mapped, losses, beta=beta, label_smoothing=label_smoothing, tau=tau)
 
-    rewards = (beta * DIVERGENCES[divergence](x) for x in logratios)
+    rewards = (beta * implicit(x) for x in logratios)
     parts = pair_loss(*logratios)
     weights = 1.0 if weigh is None else weigh(scores, batch)
     total = sum(parts.values()) * weights
@@ -90,10 +98,22 @@ def preference(
     if len(parts) > 1:
         metrics |= {f"loss/{name}": masked_mean(part, pairs.counted) for name, part in parts.items()}
     if nll_coef:
-        total = total - nll_coef * token_average(scores.logps[:, 0], batch.loss_mask[:, 0])
+        total = total - nll_coef * likelihood(scores.logps[:, 0], batch.loss_mask[:, 0], per_token=nll_per_token)
         pull = jax.grad(lambda chosen: jnp.sum(sum(pair_loss(chosen, pairs.rejected).values()) * weights))(pairs.chosen)
-        metrics["nll/share"] = gradient_share(nll_coef / pairs.chosen_length, jnp.abs(pull), pairs.counted)
+        pulls = nll_coef / (pairs.chosen_length if nll_per_token else jnp.ones_like(pairs.chosen_length))
+        metrics["nll/share"] = gradient_share(pulls, jnp.abs(pull), pairs.counted)
     return masked_mean(total, pairs.counted), metrics
+
+
+def _implicit_reward(divergence: str, order: float | None) -> Callable[[Float[Array, " b"]], Float[Array, " b"]]:
+    """Return the map of a log-ratio that the divergence asks for."""
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"preference: there is no divergence {divergence!r}; nearest: {nearest(divergence, DIVERGENCES)}.")
+    if order is None:
+        return DIVERGENCES[divergence]
+    if divergence != "alpha":
+        raise ValueError(f"preference: divergence_order={order} is that of 'alpha', and {divergence!r} has none; set divergence='alpha'.")
+    return partial(alpha, order=order)
 
 
 def make_pairs(

@@ -20,6 +20,11 @@ def token_average(values: Float[Given, "*b t"], weights: Float[Given, "*b t"]) -
     return token_sum(values, weights) / jnp.maximum(jnp.sum(weights, axis=-1), 1)
 
 
+def likelihood(logps: Float[Given, "*b t"], mask: Float[Given, "*b t"], *, per_token: bool) -> Float[Array, "*b"]:
+    """Return the log-likelihood of each response: what its tokens have on average, or all of it, which grows with the length."""
+    return token_average(logps, mask) if per_token else token_sum(logps, mask)
+
+
 def shared_weights(mask: Float[Array, "*b 2 t"], tail: float) -> Float[Array, "*b 2 t"]:
     """Return 1 for as many tokens of each response as the shorter one of its pair has, and `tail` for the rest: LD-DPO.
 

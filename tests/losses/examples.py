@@ -63,6 +63,7 @@ EXAMPLES = {
     "robust": pair("robust", "dpo/robust", label_smoothing=0.1),
     "hinge": pair("hinge", "dpo/hinge"),
     "ipo": [*pair("ipo", "dpo/ipo"), example("ipo", beta=1e-3)],
+    "ipo_sum": pair("ipo_sum"),
     "exo": pair("exo", "dpo/exo_pair", label_smoothing=0.05),
     "nca": pair("nca", "dpo/nca_pair"),
     "bco_pair": pair("bco_pair", "dpo/bco_pair"),

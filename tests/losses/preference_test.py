@@ -20,7 +20,7 @@ BETA = 0.5
 
 def pairs(chosen, rejected):
     """Pairs of one token each: as log-ratios, against a reference that says 0."""
-    chosen, rejected = jnp.asarray(chosen, jnp.float32), jnp.asarray(rejected, jnp.float32)
+    chosen, rejected = (jnp.asarray(x, jnp.result_type(float)) for x in (chosen, rejected))
     one = jnp.ones_like(chosen)
     return Pairs(chosen, rejected, one, one, chosen - rejected, 0 * one, one)
 
@@ -48,6 +48,7 @@ AT_EQUAL = {
     "aot_unpaired": math.log(2),
     "hinge": 1.0,
     "ipo": 1 / (2 * BETA) ** 2,
+    "ipo_sum": 1 / (2 * BETA) ** 2,
     "exo": -math.log(2) - (math.log(1e-3) + math.log1p(-1e-3)) / 2,
     "nca": 2 * math.log(2),
     "bco_pair": 2 * math.log(2),
@@ -73,6 +74,55 @@ def test_the_loss_of_a_policy_that_is_its_reference_and_where_it_pulls(name, at_
     np.testing.assert_allclose(value, AT_EQUAL[name], rtol=1e-6)
     assert rejected - chosen > 0 or name == "discopop"
     assert chosen < 0 or name in ("discopop", "apo_down")
+
+
+GRID = np.array([-8.0, -2.0, -0.7, 0.0, 0.7, 2.0, 8.0])
+NOT_MONOTONE = {
+    "ipo": "it pulls back beyond its target of 1/2β",
+    "ipo_sum": "as `ipo`",
+    "exo": "it pulls back beyond the label's own 1-ε",
+    "nca": "a chosen response has a target too",
+    "sppo_hard": "both responses have targets, ±1/2β",
+    "apo_down": "the chosen response is to become less likely too",
+    "discopop": "it has a dip of the width τ",
+}
+
+
+def in_float64(evaluate):
+    """Return `{name: evaluate(loss)}` of every loss of pairs, in one program."""
+    with jax.enable_x64(True):
+        return jax.device_get(jax.jit(lambda: {name: evaluate(partial(loss, beta=BETA)) for name, loss in losses.PAIR_LOSSES.items()})())
+
+
+@pytest.fixture(scope="module")
+def slopes():
+    """The gradients of each loss in the chosen and in the rejected log-ratio over a grid of both, one pair at a time."""
+    grid = np.stack([x.ravel() for x in np.meshgrid(GRID, GRID)], axis=-1)
+    return in_float64(lambda loss: jax.vmap(jax.grad(lambda x: loss(pairs(x[:1], x[1:]))[0]))(jnp.asarray(grid)))
+
+
+@pytest.mark.parametrize("name", losses.PAIR_LOSSES)
+def test_a_loss_falls_with_the_chosen_log_ratio_and_rises_with_the_rejected(name, slopes):
+    """Nowhere the other way round, but for those that turn back somewhere."""
+    chosen, rejected = slopes[name].T
+    assert (chosen < 0).any() and (rejected > 0).any()
+    assert ((chosen <= 0).all() and (rejected >= 0).all()) == (name not in NOT_MONOTONE)
+
+
+EACH_BY_ITSELF = {"nca", "bco_pair", "sppo_hard", "apo_zero", "apo_down"}
+"""Losses that see more of the two log-ratios than their difference."""
+ONE_SIDED = {"nca", "apo_down"}
+"""Losses that treat a chosen response otherwise than the opposite of a rejected one."""
+
+
+def test_the_symmetries_of_the_losses():
+    """ℓ(x_c + 1, x_r + 1) = ℓ(x_c, x_r) where the margin is all; ℓ(-x_r, -x_c) = ℓ(x_c, x_r), which keeps the margin, for all but two."""
+    x, y = np.random.default_rng(0).normal(size=(2, 6))
+    given = [(x, y), (x + 1, y + 1), (-y, -x)]
+    found = in_float64(lambda loss: [jnp.sum(loss(pairs(*each))) for each in given])
+    close = {name: np.isclose(values[0], values[1:], rtol=1e-12) for name, values in found.items()}
+    assert {name for name, (shifted, _) in close.items() if not shifted} == EACH_BY_ITSELF
+    assert {name for name, (_, exchanged) in close.items() if not exchanged} == ONE_SIDED
 
 
 def test_exchanged_labels_exchange_the_loss_of_dpo():
@@ -103,6 +153,8 @@ def test_aot_compares_what_has_the_same_rank():
         ({"losses": {"discopop": 1.0}, "tau": 2.0}, "tau"),
         ({"beta": 0.0}, "beta is above 0"),
         ({"divergence": "reverse-kl"}, "nearest: 'reverse_kl'"),
+        ({"divergence": "js", "divergence_order": 2.0}, "set divergence='alpha'"),
+        ({"losses": {"sigmoid": 0.5, "aot": 0.5}, "divergence": "js"}, "'aot' compares margins .* or take 'aot_unpaired'"),
         ({"weigh": losses.LOSSES["wpo"].keywords["weigh"]}, "log_collision"),
     ],
 )
