@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -25,7 +26,7 @@ def diagnose(
       batch: the pairs.
       chosen_rewards: the implicit rewards.
       rejected_rewards: likewise.
-      counted: 0 for a pair that only fills the batch.
+      counted: 0 for a pair that only fills the batch, or in which a response has no token: it counts in no metric.
 
     Returns:
       `rewards/{chosen,rejected,margin}`; `rewards/square` and `rewards/margin_square`: the means of r² over both responses and of the
@@ -36,6 +37,7 @@ def diagnose(
       `nll`: of the chosen responses' tokens; `kl`: see `distance`; `entropy` where scored.
     """
     margin = chosen_rewards - rejected_rewards
+    batch = dataclasses.replace(batch, loss_mask=batch.loss_mask * counted[:, None, None])
     logps, lengths = token_sum(scores.logps, batch.loss_mask), jnp.sum(batch.loss_mask, axis=-1)
     found = {
         "rewards/chosen": chosen_rewards,

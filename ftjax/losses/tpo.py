@@ -9,13 +9,11 @@ import jax.numpy as jnp
 
 from ftjax.losses.diagnosis import diagnose, gradient_share
 from ftjax.losses.options import check_beta
-from ftjax.losses.responses import likelihood, token_average, token_sum
+from ftjax.losses.responses import likelihood, token_sum
 from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
 
 
-def tpo(
-    scores: Scores, batch: Batch, *, beta: float = 0.01, nll_coef: float = 1.0, nll_per_token: bool = True
-) -> tuple[Mean, Metrics]:
+def tpo(scores: Scores, batch: Batch, *, beta: float = 0.01, nll_coef: float = 1.0, nll_per_token: bool = True) -> tuple[Mean, Metrics]:
     """Return -log σ( β [log π(y_c) - log π(y_r)] ) + c · NLL(y_gold), a mean over triples.
 
     Saeidi et al., 2024, arXiv 2405.16681. The NLL is that of the gold response per token; the paper's sum over the response is
@@ -68,7 +66,7 @@ def _against_gold(
     loss = -jax.nn.log_sigmoid(chosen - rejected - margin) - nll_coef * likelihood(scores.logps, mask, per_token=nll_per_token)[:, 2]
     compared = Scores(scores.logps[:, :2], entropy=None if scores.entropy is None else scores.entropy[:, :2])
     metrics = diagnose(compared, dataclasses.replace(batch, loss_mask=mask[:, :2], reference_logps=None), chosen, rejected, counted)
-    metrics["nll"] = jax.lax.stop_gradient(masked_mean(-scores.logps[:, 2], mask[:, 2]))
+    metrics["nll"] = jax.lax.stop_gradient(masked_mean(-scores.logps[:, 2], mask[:, 2] * counted[:, None]))
     if nll_coef:
         pull = scale[:, 0] * jax.nn.sigmoid(margin + rejected - chosen)
         lengths = jnp.maximum(jnp.sum(mask[:, 2], axis=-1), 1)

@@ -4,6 +4,7 @@ Whole batches are evaluated in float32 on eight devices, and halves of them in f
 """
 
 import dataclasses
+from functools import partial
 
 import chex
 import jax
@@ -12,7 +13,7 @@ import pytest
 
 from ftjax import losses, sharding
 from ftjax.types import Mean
-from tests.losses.examples import EXAMPLES, NAMED, evaluate, evaluate64, halves_of, make_problems
+from tests.losses.examples import EXAMPLES, NAMED, evaluate, evaluate64, halves_of, make_problem, make_problems
 
 every_loss = pytest.mark.parametrize("name", NAMED)
 
@@ -43,6 +44,15 @@ def read_mask(form, field, batch):
     return np.roll(batch.loss_mask, -1, axis=-1) if ahead else batch.loss_mask
 
 
+def emptied_of(scores, batch, part):
+    """Return the pairs or triples without the tokens of a part of them; other problems as they are."""
+    if batch.loss_mask.ndim < 3:
+        return scores, batch
+    mask, segments = batch.loss_mask.copy(), batch.segment_ids.copy()
+    mask[part] = segments[part] = 0
+    return scores, dataclasses.replace(batch, loss_mask=mask, segment_ids=segments)
+
+
 def on_mesh(problems):
     """Lay the rows over eight devices, one each."""
     mesh = sharding.make_mesh(data=8)
@@ -65,6 +75,7 @@ def variants(problems):
         scores,
         dataclasses.replace(batch, loss_mask=0 * batch.loss_mask, segment_ids=0 * batch.segment_ids),
     )
+    without = lambda part: changed(problems, partial(emptied_of, part=part))  # noqa: E731
     side = lambda x: -1e4 * (np.indices(x.shape)[-2] % 2).astype("f")  # noqa: E731
     made = {
         "noise": with_scores(problems, lambda x, batch: np.where(batch.loss_mask > 0, x, -np.float32(1e4))),
@@ -74,6 +85,9 @@ def variants(problems):
         "certain": with_scores(problems, lambda x, _: np.zeros_like(x)),
         "like the reference": with_scores(problems, lambda x, batch: batch.reference_logps),
         "empty": changed(problems, emptied),
+        "without a chosen response": without(np.s_[0, 0]),
+        "without a rejected response": without(np.s_[0, 1]),
+        "without a pair": without(np.s_[0]),
         "turned": jax.tree.map(lambda x: x[::-1].copy(), problems),
     }
     return {name: evaluate(on_mesh(variant)) for name, variant in made.items()}
@@ -131,6 +145,28 @@ def test_the_order_of_the_rows_does_not_matter(name, whole, variants):
 @every_loss
 def test_extreme_log_probabilities_stay_finite(name, variants):
     assert not [variant for variant, found in variants.items() if not all(np.isfinite(x).all() for x in jax.tree.leaves(found[name]))]
+
+
+@pytest.mark.parametrize("name", [name for name, example in NAMED.items() if example.form in ("pairs", "triples")])
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_pair_with_an_empty_response_counts_nowhere(name, side, variants):
+    """In value, metrics and gradient it is as if the whole pair were not there."""
+    chex.assert_trees_all_equal(variants[f"without a {side} response"][name], variants["without a pair"][name])
+
+
+@pytest.mark.parametrize("name", [name for name, example in NAMED.items() if not example.adds])
+def test_rows_that_are_compared_with_each_other_are_so_over_eight_devices(name, whole):
+    """What does not add is the same on one device, in float64."""
+    example = NAMED[name]
+
+    def total(scores, batch):
+        mean, metrics = example.loss(scores, batch)
+        return mean.total, (mean, metrics)
+
+    with jax.enable_x64(True):
+        gradient, said = jax.device_get(jax.jit(jax.grad(total, has_aux=True))(*make_problem(example.form, np.float64)))
+    chex.assert_trees_all_close(whole[name][:2], said, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(whole[name][2], getattr(gradient, example.reads), rtol=1e-5, atol=1e-6)
 
 
 @every_loss
