@@ -56,13 +56,15 @@ def distill(scores: Scores, batch: Batch, *, divergence_coef: float = 1.0, nll_c
 
 
 def forward_kl(student: Float[Array, "*b v"], teacher: Float[Array, "*b v"], *, temperature: float = 1.0) -> Float[Array, "*b"]:
-    """Return KL(T ‖ S): the student covers whatever the teacher may say."""
-    student, teacher = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
-    return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+    """Return KL(T ‖ S): the student covers whatever the teacher may say. A token that the teacher rules out, by a logit of -∞, adds 0."""
+    return _kl(_log_softmax(teacher, temperature), _log_softmax(student, temperature))
 
 
 def reverse_kl(student: Float[Array, "*b v"], teacher: Float[Array, "*b v"], *, temperature: float = 1.0) -> Float[Array, "*b"]:
-    """Return KL(S ‖ T): the student keeps to what the teacher would say; MiniLLM's, Gu et al., 2023, arXiv 2306.08543."""
+    """Return KL(S ‖ T): the student keeps to what the teacher would say; MiniLLM's, Gu et al., 2023, arXiv 2306.08543.
+
+    It is infinite where the teacher rules out, by a logit of -∞, what the student may say: take `jsd` or `forward_kl` of such a teacher.
+    """
     return forward_kl(teacher, student, temperature=temperature)
 
 
@@ -79,8 +81,7 @@ def jsd(student: Float[Array, "*b v"], teacher: Float[Array, "*b v"], *, beta: f
         raise ValueError(f"jsd: beta is in (0, 1), not {beta}; the ends are forward_kl and reverse_kl.")
     student, teacher = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
     mixture = jnp.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
-    kl = lambda log_p: jnp.sum(jnp.exp(log_p) * (log_p - mixture), axis=-1)  # noqa: E731
-    return beta * kl(teacher) + (1 - beta) * kl(student)
+    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
 
 
 def uld(student: Float[Array, "*b v"], teacher: Float[Array, "*b _"], *, temperature: float = 1.0) -> Float[Array, "*b"]:
@@ -106,8 +107,8 @@ def stored_kl(student: Float[Array, "*b v"], ids: Int[Array, "*b k"], logps: Flo
     """
     found = jnp.take_along_axis(_log_softmax(student, 1.0), ids, axis=-1)
     rest_of = lambda x: jnp.log(jnp.maximum(1 - jnp.sum(jnp.exp(x), axis=-1), REST))  # noqa: E731
-    rest, known = rest_of(logps), jnp.sum(jnp.exp(logps) * (logps - found), axis=-1)
-    return known + jnp.exp(rest) * (rest - rest_of(found))
+    rest = rest_of(logps)
+    return _kl(logps, found) + jnp.exp(rest) * (rest - rest_of(found))
 
 
 REST = 1e-6
@@ -117,3 +118,10 @@ DIVERGENCES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "jsd": jsd, "
 
 def _log_softmax(logits: jax.Array, temperature: float) -> jax.Array:
     return jax.nn.log_softmax(logits / temperature, axis=-1)
+
+
+def _kl(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """Return Σ p (log p - log q), where what p rules out adds 0, in the gradient too: there 0 · ∞ would be NaN."""
+    possible = jnp.exp(log_p) > 0
+    log_p, log_q = (jnp.where(possible, x, 0) for x in (log_p, log_q))
+    return jnp.sum(jnp.where(possible, jnp.exp(log_p) * (log_p - log_q), 0), axis=-1)

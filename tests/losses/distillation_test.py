@@ -139,3 +139,126 @@ def test_a_method_leaves_the_teacher_alone(models):
     frozen, trainable = method.init(jax.random.key(0), student)
     params = method.attach({**frozen, TEACHER: teacher}, trainable)
     assert params[TEACHER]["norm"]["scale"] is teacher["norm"]["scale"] and "scale" in params["norm"]
+
+
+def one_hot(at, far):
+    return np.where(np.arange(5) == at, 0.0, far)
+
+
+EXTREMES = {
+    "±1e4": (1e4 * np.array([1.0, -1, 1, -1, 0]), 1e4 * np.array([-1.0, 1, 0, 1, -1])),
+    "certain and right": (one_hot(1, -1e4), one_hot(1, -1e4)),
+    "certain and wrong": (one_hot(1, -1e4), one_hot(2, -1e4)),
+    "a certain teacher": (np.linspace(-1, 1, 5), one_hot(2, -1e4)),
+    "a certain student": (one_hot(2, -1e4), np.linspace(-1, 1, 5)),
+}
+RULED_OUT = {
+    "all but one": (np.linspace(-1, 1, 5), one_hot(2, -np.inf)),
+    "one": (np.linspace(-1, 1, 5), np.array([0.3, -np.inf, 0.1, 1.0, -1.0])),
+    "the same in both": (np.array([0.2, -np.inf, 0.1, 1.0, -1.0]), np.array([0.3, -np.inf, 0.7, 1.0, -2.0])),
+}
+
+
+def stored(student, teacher, *, count=3):
+    """The divergence from what a file has of a teacher."""
+    logps, ids = jax.lax.top_k(jax.nn.log_softmax(teacher), count)
+    return distillation.stored_kl(student, ids, logps)
+
+
+DIVERGENCES = {**distillation.DIVERGENCES, "stored": stored}
+
+
+@pytest.fixture(scope="module")
+def at_the_ends():
+    """Value and gradient of every divergence at extreme logits, in float32."""
+    cases = {name: tuple(np.float32(x) for x in pair) for name, pair in (EXTREMES | RULED_OUT).items()}
+
+    @jax.jit
+    def evaluate(cases):
+        return {(name, case): jax.value_and_grad(DIVERGENCES[name])(*cases[case]) for name in DIVERGENCES for case in cases}
+
+    return jax.device_get(evaluate(cases))
+
+
+def log_softmax64(logits):
+    logits = logits - logits.max()
+    return logits - np.log(np.exp(logits).sum())
+
+
+def kl64(log_p, log_q):
+    """Σ p (log p - log q) over what p does not rule out."""
+    some = np.exp(log_p) > 0
+    return (np.exp(log_p[some]) * (log_p[some] - log_q[some])).sum()
+
+
+def slope64(log_p, log_q, *, of_p):
+    """Of KL(p ‖ q) in the logits of p or of q: p (log p - log q - KL), or q - p."""
+    if not of_p:
+        return np.exp(log_q) - np.exp(log_p)
+    some = np.exp(log_p) > 0
+    return np.where(some, np.exp(log_p) * (np.where(some, log_p, 0) - np.where(some, log_q, 0) - kl64(log_p, log_q)), 0)
+
+
+@pytest.mark.parametrize("case", [*EXTREMES, *RULED_OUT])
+def test_extreme_logits_have_the_divergences_and_gradients_of_float64(case, at_the_ends):
+    student, teacher = (log_softmax64(x) for x in (EXTREMES | RULED_OUT)[case])
+    with np.errstate(divide="ignore"):
+        mixture = np.log((np.exp(student) + np.exp(teacher)) / 2)
+    expected = {
+        "forward_kl": (kl64(teacher, student), slope64(teacher, student, of_p=False)),
+        "jsd": ((kl64(teacher, mixture) + kl64(student, mixture)) / 2, slope64(student, mixture, of_p=True) / 2),
+    }
+    if case in EXTREMES or case == "the same in both":
+        expected["reverse_kl"] = kl64(student, teacher), slope64(student, teacher, of_p=True)
+    else:
+        assert at_the_ends["reverse_kl", case][0] == np.inf
+    for name, (value, slope) in expected.items():
+        np.testing.assert_allclose(at_the_ends[name, case][0], value, rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(at_the_ends[name, case][1], slope, rtol=1e-5, atol=1e-6, err_msg=name)
+    for name in ("uld", "stored"):
+        assert all(np.isfinite(x).all() for x in at_the_ends[name, case])
+
+
+def test_the_gradient_of_stored_log_probabilities_is_that_of_finite_differences():
+    """In float64, of the formula in NumPy: Σ_k T_k log T_k / S_k and the rest of both."""
+    rng = np.random.default_rng(0)
+    student, said = rng.normal(size=(2, 6)), np.log([[0.4, 0.3, 0.1], [0.9, 0.05, 0.04]])
+    ids = np.array([[4, 0, 2], [1, 5, 3]])
+
+    def formula(student):
+        found = np.take_along_axis(np.exp(student) / np.exp(student).sum(-1, keepdims=True), ids, -1)
+        told = np.exp(said)
+        rest, kept = 1 - told.sum(-1), 1 - found.sum(-1)
+        return ((told * np.log(told / found)).sum(-1) + rest * np.log(rest / kept)).sum()
+
+    with jax.enable_x64(True):
+        loss = lambda student: jnp.sum(distillation.stored_kl(student, jnp.asarray(ids), jnp.asarray(said)))  # noqa: E731
+        value, gradient = jax.device_get(jax.jit(jax.value_and_grad(loss))(student))
+    steps = 1e-6 * np.eye(student.size).reshape(-1, *student.shape)
+    slopes = [(formula(student + step) - formula(student - step)) / 2e-6 for step in steps]
+    np.testing.assert_allclose(value, formula(student), rtol=1e-12)
+    np.testing.assert_allclose(gradient, np.reshape(slopes, student.shape), rtol=1e-7, atol=1e-9)
+
+
+def test_uld_through_the_scores_has_the_gradient_of_finite_differences():
+    """Of a teacher with five tokens more, who reads the text in tokens of its own, in float64."""
+    with jax.enable_x64(True):
+        as64 = partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x)
+        student, teacher = (as64(toy.init(jax.random.key(n))) for n in range(2))
+        more = jax.random.normal(jax.random.key(3), (5, toy.DIM), jnp.float64)
+        teacher["embed_tokens"] = {"kernel": jnp.concatenate([teacher["embed_tokens"]["kernel"], more])}
+        batch = as64(toy.batch(jax.random.key(2)))
+        batch = dataclasses.replace(batch, teacher=dataclasses.replace(batch, tokens=toy.VOCAB + batch.tokens % 5))
+
+        @jax.jit
+        def loss(head):
+            params = {**student, "embed_tokens": {"kernel": head}, TEACHER: teacher}
+            scores = scoring.score_against(toy.MODEL, toy.MODEL, params, batch, divergence=distillation.uld, chunk_tokens=4, outputs=())
+            return losses.distill(scores, batch)[0].total
+
+        head = student["embed_tokens"]["kernel"]
+        gradient = jax.grad(loss)(head)
+        for key in range(3):
+            way = jax.random.normal(jax.random.key(key), head.shape, jnp.float64)
+            slope = (loss(head + 1e-5 * way) - loss(head - 1e-5 * way)) / 2e-5
+            np.testing.assert_allclose(jnp.sum(gradient * way), slope, rtol=1e-4)
