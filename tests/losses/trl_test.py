@@ -47,6 +47,20 @@ def test_kto_with_the_baseline_of_trl():
     in_trl(evaluate64(golden_problems(baseline=np.full(HALF, kl))), "kto0", "kto", 1e-10)
 
 
+def test_the_loss_of_steps_is_that_of_trl():
+    """TRL 1.13 in float32, whose two logits have the difference v: the gradient in the second is that in v, in the first the opposite."""
+    logits, labels, problems = GOLDEN["logits"][..., :2], GOLDEN["prm/labels"], golden_problems()
+    scores, batch = problems["rows"]
+    given = dataclasses.replace(batch, loss_mask=(labels >= 0).astype(float), labels=np.maximum(labels, 0).astype(float))
+    mean, _, gradient = evaluate64(problems | {"rows": (dataclasses.replace(scores, values=logits[..., 1] - logits[..., 0]), given)})[
+        "process_reward0"
+    ]
+    assert {0, 1} <= set(labels.ravel())
+    np.testing.assert_allclose(mean.total / mean.weight, GOLDEN["prm"], rtol=1e-6)
+    expected = np.stack([-gradient, gradient], axis=-1) / mean.weight
+    np.testing.assert_allclose(expected, GOLDEN["prm/gradient"], rtol=1e-6, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", ["bco", "bco/weighed"])
 def test_bco_with_the_running_mean_of_trl(name):
     """Two steps of TRL 1.13, whose δ has the rewards of the step itself in it, as a first pass would give it."""
