@@ -21,7 +21,7 @@ Complete = Callable[[Params, Batch], Batch]
 
 
 class Baseline(NamedTuple):
-    """A number that the objective compares with and that no micro-batch knows alone, as KTO's."""
+    """A number of the whole step that the objective reads and no micro-batch knows: what KTO compares with, NPO's share of rows to keep."""
 
     measure: Callable[[Params, Params, Batch], Mean]
     """`(params, frozen, batch) -> Mean` of a micro-batch, from the policy as it is before the step."""

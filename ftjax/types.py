@@ -128,6 +128,9 @@ class Batch:
     """`[b]` rows more: each prompt with a response to another one, which estimate how far the policy has moved (KTO)."""
     baseline: jax.Array | None = None
     """float `[b]`: what the reward of a response is compared with, the same in all rows of a step; `losses.with_baseline` writes it."""
+    desirable_share: jax.Array | None = None
+    """float `[b]`: the share of the desirable among all responses of a step, where the batch is a part of it; `losses.with_share` writes
+    it."""
     density_ratios: jax.Array | None = None
     """float `[b]`: p(desirable | prompt) / p(undesirable | prompt), by which an undesirable response may be weighed (BCO)."""
     margins: jax.Array | None = None

@@ -65,7 +65,7 @@ def asks_once(config) -> bool:
 def remembers(config) -> tuple[str, ...]:
     """Return the names of what `carried` is made of."""
     moves = ("reference",) if config.get("reference", {}).get("every_steps") else ()
-    return moves + ((needs(config).running,) if needs(config).running else ())
+    return moves + (("rewards",) if needs(config).running else ())
 
 
 def check_reference(config) -> None:
@@ -122,7 +122,7 @@ def check_best_metric(config) -> None:
     responses = data.KINDS.get(needs(config).data, 1)
     shape = (1, responses, 2) if responses > 1 else (1, 2)
     row, number = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
-    of_items = ("desirable", "baseline", "margins")
+    of_items = ("desirable", "baseline", "desirable_share", "margins")
     rows = ("tokens", "loss_mask", "positions", "segment_ids", "reference_logps", "behavior_logps", "labels", *needs(config).fields)
     batch = Batch(**dict.fromkeys(rows, row) | dict.fromkeys(of_items, number))
     scores = Scores(**{name: row for name in _outputs(config)})
@@ -201,10 +201,11 @@ def divergence(config) -> Callable[..., jax.Array]:
 
 
 def comparison(config, model: Model, mesh: Mesh) -> dict[str, Any]:
-    """Return `complete` and `baseline` of `train.make_train_step`: how the objective gets to know its reference; empty without one."""
+    """Return `complete` and `baseline` of `train.make_train_step`: how the objective gets to know its reference and the whole step."""
     wanted = needs(config)
+    share = Baseline(lambda params, frozen, batch: losses.desirable_share(batch), losses.with_share) if wanted.share else None
     if not wanted.reference:
-        return {}
+        return {"baseline": share} if share else {}
     look = score(config, model, mesh, ("logps",))
 
     def complete(frozen: Params, batch: Batch) -> Batch:
@@ -218,7 +219,7 @@ def comparison(config, model: Model, mesh: Mesh) -> dict[str, Any]:
         rows = complete(frozen, batch.mismatched)
         return losses.kl_baseline(look(params, rows), rows)
 
-    return {"complete": complete, "baseline": Baseline(measure, losses.with_baseline) if wanted.baseline else None}
+    return {"complete": complete, "baseline": Baseline(measure, losses.with_baseline) if wanted.baseline else share}
 
 
 def reading(config, model: Model, mesh: Mesh, *, teacher: Model | None = None) -> Callable[[Params, Params, Batch], tuple[Mean, Metrics]]:
@@ -243,10 +244,10 @@ def carried(config, model: Model, mesh: Mesh, method: Transform) -> dict[str, Ca
 
     known = {
         "reference": Carried(lambda trainable: jax.tree.map(jnp.copy, trainable), write, follow),
-        wanted.running: Carried(
-            lambda trainable: Mean(jnp.zeros(()), jnp.zeros(())),
-            lambda seen, frozen, batch: losses.with_baseline(batch, seen),
-            lambda seen, done, trainable, metrics: seen + metrics[wanted.running],
+        "rewards": Carried(
+            lambda trainable: {name: Mean(jnp.zeros(()), jnp.zeros(())) for name in wanted.running},
+            lambda seen, frozen, batch: losses.with_baseline(batch, *seen.values()),
+            lambda seen, done, trainable, metrics: {name: mean + metrics[name] for name, mean in seen.items()},
         ),
     }
     return {name: known[name] for name in remembers(config)}

@@ -22,7 +22,7 @@ from ftjax.losses.reference import followed, with_reference
 from ftjax.losses.reward import bradley_terry, response_rewards, stepwise
 from ftjax.losses.sft import sft
 from ftjax.losses.tpo import tpo, tpo_l
-from ftjax.losses.unlearning import gradient_difference, npo
+from ftjax.losses.unlearning import desirable_share, gradient_difference, npo, with_share
 
 LOSSES = {
     "sft": sft,
@@ -43,6 +43,7 @@ LOSSES = {
     "kto": kto,
     "apo_zero_unpaired": apo_zero_unpaired,
     "bco": bco,
+    "bco_balanced": bco,  # with the paper's δ: see NEEDS
     # reward models
     "reward": bradley_terry,
     "process_reward": stepwise,
@@ -71,6 +72,7 @@ __all__ = [
     "bco",
     "bradley_terry",
     "cpo",
+    "desirable_share",
     "distill",
     "dpo",
     "followed",
@@ -95,6 +97,7 @@ __all__ = [
     "unpacked",
     "with_baseline",
     "with_reference",
+    "with_share",
     "wpo",
     "xpo",
 ]

@@ -2,9 +2,12 @@
 
 δ is a mean over all responses seen so far. The loss has no memory: it returns the Mean `rewards`, the caller adds it to what was before,
 and `with_baseline` writes the quotient into the next batch. So δ lags one step behind; at the first it is 0, which is exact, as policy and
-reference are equal. (TRL 1.13 counted the micro-batch at hand too, which makes the loss depend on the split.)
+reference are equal. TRL 1.13 counted the micro-batch at hand too; there is no option for that, as it makes the loss depend on the split.
 
     loss, metrics = bco(scores, with_baseline(batch, seen)); seen = seen + metrics["rewards"]
+
+The paper's δ is the average of what the two classes get, which is another number where one has more responses than the other. It is a
+`with_baseline` of two means, `rewards/desirable` and `rewards/undesirable`, and as an objective it is called `bco_balanced`.
 """
 
 from __future__ import annotations
@@ -22,8 +25,7 @@ def bco(
 ) -> tuple[Mean, Metrics]:
     """Return -log σ(βx - δ) for a desirable and -log σ(-(βx - δ)) for an undesirable response, a mean over responses.
 
-    x = log π(y) - log π_ref(y). Jung et al., 2024, arXiv 2404.04656. The paper's δ is the average of the two classes' mean rewards; as in
-    TRL it is here that of all responses, which is the same where the classes are equally many.
+    x = log π(y) - log π_ref(y). Jung et al., 2024, arXiv 2404.04656.
 
     Args:
       scores: of the policy, `[b, t]`.

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from ftjax.losses.diagnosis import SATURATED, distance
 from ftjax.losses.options import check_beta
+from ftjax.losses.packing import for_every_row
 from ftjax.losses.reference import reference_logps
 from ftjax.losses.responses import token_sum
 from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
@@ -92,11 +93,10 @@ def kl_baseline(scores: Scores, mismatched: Batch) -> Mean:
     return jax.lax.stop_gradient(masked_mean(logratios, has_tokens(mismatched)))
 
 
-def with_baseline(batch: Batch, mean: Mean) -> Batch:
-    """Return `batch` with the quotient of `mean` as the baseline of every row, or packed item; 0 where nothing was counted."""
-    value = mean.total / jnp.where(mean.weight > 0, mean.weight, 1)
-    shape = batch.loss_mask.shape[:1] if batch.places is None else batch.places.shape[:2]
-    return dataclasses.replace(batch, baseline=jnp.broadcast_to(value, shape))
+def with_baseline(batch: Batch, *means: Mean) -> Batch:
+    """Return `batch` with a quotient as the baseline of every row, or packed item: the average of several; 0 where nothing was counted."""
+    value = sum(mean.total / jnp.where(mean.weight > 0, mean.weight, 1) for mean in means) / len(means)
+    return dataclasses.replace(batch, baseline=for_every_row(batch, value))
 
 
 def balance(num_desirable: int, num_undesirable: int, *, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> str | None:

@@ -22,8 +22,10 @@ class Needs(NamedTuple):
     """Whether it reads `reference_logps`."""
     baseline: bool = False
     """Whether it reads `baseline`, a mean over the `mismatched` rows of the whole step."""
-    running: str = ""
-    """The metric whose mean over all steps before it reads as `baseline`."""
+    running: tuple[str, ...] = ()
+    """The metrics whose means over all steps before, averaged, it reads as `baseline`."""
+    share: bool = False
+    """Whether it reads `desirable_share`, of the whole step."""
     fields: tuple[str, ...] = ()
     """Of `Batch`, which what judges rollouts writes: "desirable" is `[b]`, "advantages" may be, all others are `[b, t]`."""
     opponent: str = ""
@@ -46,7 +48,8 @@ NEEDS: Mapping[str, Needs] = {
     **dict.fromkeys(("tpo", "tpo_l"), Needs("triples")),
     "kto": Needs("labelled", reference=True, baseline=True, both_classes=True),
     "apo_zero_unpaired": Needs("labelled", reference=True, both_classes=True),
-    "bco": Needs("labelled", reference=True, running="rewards", both_classes=True),
+    "bco": Needs("labelled", reference=True, running=("rewards",), both_classes=True),
+    "bco_balanced": Needs("labelled", reference=True, running=("rewards/desirable", "rewards/undesirable"), both_classes=True),
     "reward": Needs(outputs=("logps", "values")),
     "process_reward": Needs("steps", outputs=("logps", "values")),
     "distill": Needs("messages", outputs=("logps", "divergence")),
@@ -55,7 +58,7 @@ NEEDS: Mapping[str, Needs] = {
     "nash_md": Needs("rollouts", reference=True, fields=("advantages",), opponent="mixture"),
     "xpo": Needs(reference=True, fields=("desirable",), opponent="reference"),
     "rejection_sampling": Needs("messages", selected=True),
-    "npo": Needs("labelled", reference=True),
-    "gradient_difference": Needs("labelled"),
+    "npo": Needs("labelled", reference=True, share=True),
+    "gradient_difference": Needs("labelled", share=True),
 }
 """By the names of `LOSSES`."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from ftjax.types import Batch, LossFn, Mean, Metrics, Scores
 
@@ -24,7 +25,7 @@ OF_TOKENS = (
     "labels",
 )
 """Fields of `Batch` that speak of tokens; the others speak of items, `[b, k]`, as advantages do where all tokens of a response have one."""
-OF_ITEMS = ("desirable", "baseline", "density_ratios", "margins")
+OF_ITEMS = ("desirable", "baseline", "desirable_share", "density_ratios", "margins")
 
 
 def unpacked(loss: LossFn) -> LossFn:
@@ -39,6 +40,11 @@ def unpacked(loss: LossFn) -> LossFn:
         return loss(*unpack(scores, batch))
 
     return of_rows
+
+
+def for_every_row(batch: Batch, value: Float[Array, ""]) -> Float[Array, "*b"]:
+    """Return a number of the whole step as each row, or packed item, has it."""
+    return jnp.broadcast_to(value, batch.loss_mask.shape[:1] if batch.places is None else batch.places.shape[:2])
 
 
 def unpack(scores: Scores, batch: Batch) -> tuple[Scores, Batch]:

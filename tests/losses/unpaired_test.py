@@ -96,19 +96,69 @@ def test_bco_sums_the_rewards_it_has_seen():
     assert seen.value() == 1.5 and metrics["delta"].value() == 1.5
 
 
+def test_delta_may_be_the_average_of_the_two_classes():
+    """Rewards 2, 4 of desirable and 1 of undesirable responses: the mean of all is 7/3, that of the classes (3 + 1) / 2 = 2."""
+    scores = Scores(jnp.array([[2.0], [4.0], [1.0]]))
+    batch = batch_of(scores.logps, desirable=jnp.array([1.0, 1.0, 0.0]))
+    _, metrics = said(partial(losses.bco, beta=1.0), scores, baseline(batch, 0.0))
+    of = lambda name: [metrics[metric] for metric in losses.NEEDS[name].running]  # noqa: E731
+    np.testing.assert_allclose(losses.with_baseline(batch, *of("bco")).baseline, 7 / 3, rtol=1e-6)
+    np.testing.assert_allclose(losses.with_baseline(batch, *of("bco_balanced")).baseline, 2.0, rtol=1e-6)
+
+
+def of_step(loss, logps, batch):
+    """Value and gradient of what a step goes down."""
+    quotient = lambda logps: (lambda mean: mean.total / mean.weight)(loss(Scores(logps), batch)[0])  # noqa: E731
+    return jax.jit(jax.value_and_grad(quotient))(logps)
+
+
 def test_npo_is_gradient_ascent_at_the_reference_and_lets_go_of_what_is_forgotten():
-    """d/dx of -(2/β) log σ(-βx) is 2 σ(βx): 1 at x = 0 and 0 far below; a row to keep has the NLL."""
+    """d/dx of -(2/β) log σ(-βx) is 2 σ(βx): 1 at x = 0 and 0 far below; a row to keep has the NLL; two means, of two rows and of one."""
     batch = dataclasses.replace(batch_of(jnp.zeros((3, 1))), desirable=jnp.array([0.0, 0.0, 1.0]))
-    total = lambda logps: losses.npo(Scores(logps), batch, retain_coef=0.5)[0].total  # noqa: E731
-    value, gradient = jax.jit(jax.value_and_grad(total))(jnp.array([[0.0], [-1000.0], [-4.0]]))
-    np.testing.assert_allclose(gradient[:, 0], [1.0, 0.0, -0.5], atol=1e-6)
-    np.testing.assert_allclose(value, 20 * math.log(2) + 0.5 * 4, rtol=1e-5)
+    value, gradient = of_step(partial(losses.npo, retain_coef=0.5), jnp.array([[0.0], [-1000.0], [-4.0]]), batch)
+    np.testing.assert_allclose(gradient[:, 0], [1.0 / 2, 0.0, -0.5], atol=1e-6)
+    np.testing.assert_allclose(value, 20 * math.log(2) / 2 + 0.5 * 4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["npo", "gradient_difference"])
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_one_of_the_two_sets_may_be_empty(name, label):
+    """At the reference: gradient ascent on rows to forget alone, gradient descent on rows to keep alone."""
+    logps = jnp.array([[-1.0], [-3.0]])
+    batch = dataclasses.replace(batch_of(logps, desirable=jnp.full(2, label)), reference_logps=logps)
+    value, gradient = of_step(losses.LOSSES[name], logps, batch)
+    forgotten = 20 * math.log(2) if name == "npo" else -2.0
+    np.testing.assert_allclose(value, 2.0 if label else forgotten, rtol=1e-5)
+    np.testing.assert_allclose(gradient[:, 0], [-0.5, -0.5] if label else [0.5, 0.5], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["npo", "gradient_difference"])
+def test_micro_batches_add_up_to_a_mean_over_each_of_the_two_sets(name):
+    """Three rows to keep and five to forget, of which micro-batches have as it comes; in NumPy from the scores of the whole."""
+    key, keep = jax.random.key(0), np.array([1, 0, 0, 1, 0, 0, 1, 0], bool)
+    rows = dataclasses.replace(toy.batch(key, rows=8), desirable=jnp.asarray(keep, jnp.float32))
+    frozen, trainable = METHOD.init(key, toy.init(key))
+    logps = jax.jit(SCORE)(METHOD.attach(frozen, trainable), rows).logps
+    batch = losses.with_reference(rows, Scores(logps + 0.1 * jnp.sin(jnp.arange(8.0))[:, None] * rows.loss_mask))
+    loss = partial(losses.LOSSES[name], retain_coef=0.5)
+    share = train.Baseline(lambda params, frozen, batch: losses.desirable_share(batch), losses.with_share)
+    states = []
+    for parts, baseline in ((1, None), (4, share)):
+        step = train.make_train_step(SCORE, METHOD, loss, optax.sgd(1.0), accumulation=parts, baseline=baseline)
+        states.append(step(train.init_state(key, jax.tree.map(jnp.copy, trainable), METHOD, optax.sgd(1.0)), frozen, batch))
+    (whole, said_whole), (parted, said_parted) = states
+    logps, reference = np.asarray(logps, np.float64), np.asarray(batch.reference_logps, np.float64)
+    average = logps.sum(-1) / np.asarray(rows.loss_mask).sum(-1)
+    forget = 20 * np.log(1 + np.exp(0.1 * (logps - reference).sum(-1))) if name == "npo" else average
+    expected = forget[~keep].mean() - 0.5 * average[keep].mean()
+    assert [said_whole["loss"].value(), said_parted["loss"].value()] == pytest.approx([expected, expected], rel=1e-5)
+    chex.assert_trees_all_close(whole.trainable, parted.trainable, rtol=1e-4, atol=1e-6)
 
 
 def test_gradient_difference_raises_one_loss_and_lowers_the_other():
     batch = batch_of(jnp.zeros((2, 2)), desirable=DESIRABLE)
     loss, metrics = said(partial(losses.gradient_difference, retain_coef=2.0), Scores(jnp.array([[-1.0, -3.0], [-5.0, -5.0]])), batch)
-    assert loss.value() == (2 * 2 - 5) / 2 and metrics["nll/keep"].value() == 2 and metrics["nll/forget"].value() == 5
+    assert loss.value() == 2 * 2 - 5 and metrics["nll/keep"].value() == 2 and metrics["nll/forget"].value() == 5
 
 
 @pytest.mark.parametrize("name", ["kto", "bco", "npo", "gradient_difference"])
