@@ -80,7 +80,8 @@ def jsd(student: Float[Array, "*b v"], teacher: Float[Array, "*b v"], *, beta: f
     if not 0 < beta < 1:
         raise ValueError(f"jsd: beta is in (0, 1), not {beta}; the ends are forward_kl and reverse_kl.")
     student, teacher = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
-    mixture = jnp.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    possible = jnp.maximum(student, teacher) > -jnp.inf  # what both rule out is read nowhere, and its gradient would be NaN
+    mixture = jnp.logaddexp(jnp.where(possible, teacher, 0) + math.log(beta), jnp.where(possible, student, 0) + math.log1p(-beta))
     return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
 
 

@@ -241,24 +241,37 @@ def test_the_gradient_of_stored_log_probabilities_is_that_of_finite_differences(
 
 
 def test_uld_through_the_scores_has_the_gradient_of_finite_differences():
-    """Of a teacher with five tokens more, who reads the text in tokens of its own, in float64."""
-    with jax.enable_x64(True):
-        as64 = partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x)
-        student, teacher = (as64(toy.init(jax.random.key(n))) for n in range(2))
-        more = jax.random.normal(jax.random.key(3), (5, toy.DIM), jnp.float64)
-        teacher["embed_tokens"] = {"kernel": jnp.concatenate([teacher["embed_tokens"]["kernel"], more])}
-        batch = as64(toy.batch(jax.random.key(2)))
-        batch = dataclasses.replace(batch, teacher=dataclasses.replace(batch, tokens=toy.VOCAB + batch.tokens % 5))
+    """Of a teacher with five tokens more, who reads the text in tokens of its own: in the student's last norm, of NumPy in float64."""
+    student, teacher = (toy.init(jax.random.key(n)) for n in range(2))
+    more = jax.random.normal(jax.random.key(3), (5, toy.DIM))
+    teacher["embed_tokens"] = {"kernel": jnp.concatenate([teacher["embed_tokens"]["kernel"], more])}
+    batch = toy.batch(jax.random.key(2))
+    batch = dataclasses.replace(batch, teacher=dataclasses.replace(batch, tokens=toy.VOCAB + batch.tokens % 5))
 
-        @jax.jit
-        def loss(head):
-            params = {**student, "embed_tokens": {"kernel": head}, TEACHER: teacher}
+    @jax.jit
+    def evaluate(scale):
+        def total(scale):
+            params = {**student, "norm": {"scale": scale}, TEACHER: teacher}
             scores = scoring.score_against(toy.MODEL, toy.MODEL, params, batch, divergence=distillation.uld, chunk_tokens=4, outputs=())
             return losses.distill(scores, batch)[0].total
 
-        head = student["embed_tokens"]["kernel"]
-        gradient = jax.grad(loss)(head)
-        for key in range(3):
-            way = jax.random.normal(jax.random.key(key), head.shape, jnp.float64)
-            slope = (loss(head + 1e-5 * way) - loss(head - 1e-5 * way)) / 2e-5
-            np.testing.assert_allclose(jnp.sum(gradient * way), slope, rtol=1e-4)
+        texts = (student, batch.tokens), (teacher, batch.teacher.tokens)
+        read = [toy.apply(params, tokens, segment_ids=batch.segment_ids)[0] for params, tokens in texts]
+        return jax.value_and_grad(total)(scale), read
+
+    (value, gradient), hidden = jax.device_get(evaluate(student["norm"]["scale"]))
+    said = [x[:, :-1].astype(np.float64) for x in hidden]
+    heads = [np.asarray(params["embed_tokens"]["kernel"], np.float64) for params in (student, teacher)]
+
+    def falling(logits):
+        p = np.exp(logits)
+        return -np.sort(-p / p.sum(-1, keepdims=True), axis=-1)
+
+    def formula(scale):
+        ours, theirs = falling(said[0] * scale @ heads[0].T), falling(said[1] @ heads[1].T)
+        ours = np.pad(ours, ((0, 0), (0, 0), (0, 5)))
+        return (np.abs(ours - theirs).sum(-1) * np.asarray(batch.loss_mask)[:, 1:]).sum()
+
+    slopes = [(formula(1 + step) - formula(1 - step)) / 2e-6 for step in 1e-6 * np.eye(toy.DIM)]
+    np.testing.assert_allclose(value, formula(np.ones(toy.DIM)), rtol=1e-5)
+    np.testing.assert_allclose(gradient, slopes, rtol=1e-4, atol=1e-5)
