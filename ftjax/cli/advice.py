@@ -43,7 +43,7 @@ LABELLED = frozenset(name for name, needs in losses.NEEDS.items() if needs.data 
 PER_TOKEN = frozenset({"ipo", "sigmoid_norm", "simpo", "alphapo", "orpo", "tpo_l"})
 """Objectives that compare log-probabilities per token, so that length by itself is not rewarded."""
 WITH_NLL = frozenset({"rpo", "mpo", "cpo", "simpo", "alphapo", "tpo", "tpo_l"})
-UNBOUNDED = frozenset({"ipo", "sppo_hard", "robust"})
+UNBOUNDED = frozenset({"ipo", "ipo_sum", "sppo_hard", "robust"})
 """Objectives whose gradient does not go to 0 as a margin grows."""
 
 
@@ -134,7 +134,7 @@ PATTERNS: Mapping[str, Pattern] = {
         "desirable responses, or those to keep, become less likely ({logratio/desirable:+.1f} nats against the reference).",
         (
             (("kto",), "A larger loss.desirable_weight or loss.beta holds them."),
-            (("apo_zero_unpaired", "bco"), "A larger loss.beta or a lower learning rate holds them."),
+            (("apo_zero_unpaired", "bco", "bco_balanced"), "A larger loss.beta or a lower learning rate holds them."),
             (("npo",), "A larger loss.retain_coef holds them."),
         ),
     ),
