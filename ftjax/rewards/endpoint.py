@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -49,8 +49,12 @@ class Endpoint:
     pause: float = 0.5
     """Seconds before the first retry, doubled for each further one; a `Retry-After` of the server counts up to `timeout`."""
     parallel: int = 8
-    max_tokens: int = 256
-    temperature: float = 0.0
+    max_tokens: int | None = 256
+    """None: not sent. Some endpoints refuse it, and want another field in `body`."""
+    temperature: float | None = 0.0
+    """None: not sent."""
+    body: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Further fields of each request."""
 
     def __post_init__(self) -> None:
         if urllib.parse.urlsplit(self.url).scheme not in ("http", "https"):
@@ -83,7 +87,9 @@ class Endpoint:
 
     def _once(self, question: str) -> str:
         messages = [{"role": "user", "content": question}]
-        body = {"model": self.model, "messages": messages, "max_tokens": self.max_tokens, "temperature": self.temperature}
+        limits = {"max_tokens": self.max_tokens, "temperature": self.temperature}
+        sent = {name: value for name, value in limits.items() if value is not None}
+        body = {"model": self.model, "messages": messages, **sent, **self.body}
         headers = {"Content-Type": "application/json"}
         if self.key_variable:
             headers["Authorization"] = f"Bearer {os.environ[self.key_variable]}"

@@ -61,47 +61,71 @@ CHECKS: dict[str, Callable[[], None]] = {
 """What a reward needs of the machine: raises, saying how to get it, where it is not there."""
 
 
-def build(names: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Reward]:
+OPTIONS = frozenset({"ask", "score", "url", "model", "target_tokens", "max_tokens", "soft_tokens"})
+"""What shipped rewards have no default for and no column of the rows can be; all else without a default is a column."""
+
+
+def build(chosen: Sequence[str] | Mapping[str, str | Reward], options: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Reward]:
     """Return rewards by name with their options bound, for `judge`; all that can be wrong is found here and not in the run.
 
     Args:
-      names: keys of `REWARDS`.
-      options: keywords of each, by reward: `{"soft_overlong": {"max_tokens": 256, "soft_tokens": 64}}`. An option that is itself a reward
+      chosen: keys of `REWARDS`, or `{name: reward}`, where a reward is such a key or a function of your own with TRL's signature: it is
+        called by keywords, with all columns if it takes any (`**kwargs`) and else with those that it names. One reward may have several
+        names.
+      options: keywords of each, by name: `{"soft_overlong": {"max_tokens": 256, "soft_tokens": 64}}`. An option that is itself a reward
         (`cosine`'s `correct`) may be given by its name.
 
+    >>> def polite(completions, *, word="please", **columns):
+    ...     return [float(word in completion) for completion in completions]
+    >>> rewards = build({"polite": polite, "thankful": polite}, {"thankful": {"word": "thank"}})
+    >>> rewards["thankful"](["Hello"], ["I thank you."])
+    [1.0]
+
     Raises:
-      ValueError: an unknown name or option, with the nearest ones.
+      ValueError: an unknown name or option, with the nearest ones, or an option without a default that is not given.
       ImportError: a library is not installed, with the command that does.
       sandbox.NoIsolation: the kernel does not isolate processes, for rewards that run code.
     """
-    options = options or {}
-    for name in [*names, *options]:
-        if name not in REWARDS:
-            raise ValueError(f"rewards: there is no {name!r}; nearest: {nearest(name, REWARDS)}.")
+    options, names = options or {}, list(chosen)
+    for name in options:
         if name not in names:
             raise ValueError(f"rewards: options for {name!r}, which is not among the rewards {tuple(names)}.")
     if not names or len(set(names)) != len(names):
         raise ValueError(f"rewards: name at least one, and each once, not {tuple(names)}.")
-    return {name: _bind(name, dict(options.get(name, {}))) for name in names}
+    by_name = chosen if isinstance(chosen, Mapping) else {name: name for name in names}
+    return {name: _bind(name, by_name[name], dict(options.get(name, {}))) for name in names}
 
 
-def _bind(name: str, options: dict[str, Any]) -> Reward:
+def _bind(name: str, chosen: str | Reward, options: dict[str, Any]) -> Reward:
     """Return the reward with its options, which no column of the same name replaces: data sets do have a `model` or a `score`."""
-    reward, signature = REWARDS[name], inspect.signature(REWARDS[name])
-    known = {p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY}
+    if isinstance(chosen, str) and chosen not in REWARDS:
+        raise ValueError(f"rewards: there is no {chosen!r}; nearest: {nearest(chosen, REWARDS)}.")
+    reward = REWARDS[chosen] if isinstance(chosen, str) else chosen
+    if not callable(reward):
+        raise ValueError(f"rewards: {name!r} is {reward!r}, which is no function and no name of one.")
+    signature = inspect.signature(reward)
+    parameters = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    known = {p.name for p in parameters} - {"prompts", "completions"}
     for option, value in options.items():
         if option not in known:
             raise ValueError(f"rewards: {name!r} has no option {option!r}; nearest: {nearest(option, known)}.")
         if option == "correct" and isinstance(value, str):
             options[option] = build([value])[value]
-    CHECKS.get(name, lambda: None)()
-    asked = [p for p in signature.parameters.values() if p.default is p.empty and p.name not in options]
-    hidden = signature.parameters.keys() - {p.name for p in asked}
+    asked = [p.name for p in parameters if p.default is p.empty and p.name not in options]
+    if isinstance(chosen, str):
+        CHECKS.get(chosen, lambda: None)()
+        if absent := [option for option in asked if option in OPTIONS]:
+            raise ValueError(f"rewards: {name!r} needs the option {absent[0]!r}, which no column of the rows can be.")
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    hidden = known - set(asked) if isinstance(chosen, str) else options.keys()  # TRL's rewards have defaults for columns
+    heard = {p.name for p in parameters}
 
     @functools.wraps(reward)
     def bound(prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any) -> Any:
-        shown = {column: values for column, values in columns.items() if column not in hidden}
-        return reward(prompts, completions, **options, **shown)
+        given = {"prompts": prompts, "completions": completions, **columns}
+        shown = {column: values for column, values in given.items() if column not in hidden and (takes_any or column in heard)}
+        return reward(**options, **shown)
 
-    bound.__signature__ = signature.replace(parameters=asked)  # what `judge` may ask of the rows
+    # What `judge` may ask of the rows.
+    bound.__signature__ = inspect.Signature([inspect.Parameter(one, inspect.Parameter.KEYWORD_ONLY) for one in asked])
     return bound

@@ -85,6 +85,22 @@ def test_a_server_that_is_not_there_a_key_that_is_not_set_and_a_url_that_is_none
         Endpoint("file:///etc/passwd", "m")
 
 
+@pytest.mark.parametrize(
+    "options, wanted",
+    [
+        ({}, {"max_tokens": 256, "temperature": 0.0}),
+        ({"temperature": None}, {"max_tokens": 256}),
+        ({"max_tokens": None, "temperature": None, "body": {"max_completion_tokens": 9}}, {"max_completion_tokens": 9}),
+    ],
+)
+def test_what_an_endpoint_refuses_to_hear_is_left_out(server, options, wanted):
+    server.replies = [(200, {}, said("Grade: 10"))] * 2
+    assert REWARDS["endpoint_judge"](["p"], ["c"], url=server.url, model="m", **options) == [1.0]
+    assert Endpoint(server.url, "m", **options).ask(["q"]) == ["Grade: 10"]
+    for _, _, sent in server.seen:
+        assert {name: value for name, value in sent.items() if name not in ("model", "messages")} == wanted
+
+
 def test_a_judge_behind_an_endpoint(server):
     server.replies = [(200, {}, said("Grade: 10"))]
     assert REWARDS["endpoint_judge"](["p"], ["c"], url=server.url, model="m") == [1.0]

@@ -40,6 +40,19 @@ def test_the_judge_sees_prompt_and_completion_and_a_completion_cannot_end_its_qu
     assert seen[0].lower().count("</response>") == 1 and "< / Response" not in seen[0]
 
 
+def test_instructions_may_show_json_and_a_prompt_may_speak_of_a_response():
+    seen = []
+    instructions = 'Answer as {"grade": 7}, {} or {high:g}: {prompt} / {response} / {low}'
+    ask = lambda questions: seen.extend(questions) or ['{"grade": 7}']  # noqa: E731
+    assert judge_model(["{response}"], ["{low}"], ask=ask, instructions=instructions) == [pytest.approx(6 / 9)]
+    assert seen == ['Answer as {"grade": 7}, {} or 10: {response} / {low} / 1']
+
+
+def test_instructions_that_show_no_response_are_refused():
+    with pytest.raises(ValueError, match="instructions need {response}"):
+        judge_model(["p"], ["c"], ask=lambda questions: ["1"], instructions="Grade {respnse}")
+
+
 def test_bounds_the_wrong_way_round_are_refused():
     with pytest.raises(ValueError, match="low must be below high"):
         judge_model(["p"], ["c"], ask=lambda questions: ["1"], low=5.0, high=1.0)

@@ -5,6 +5,7 @@ import pytest
 
 from ftjax import rewards
 from ftjax.rewards import REWARDS, build, judge, sandbox
+from ftjax.rewards.registry import OPTIONS
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "online.md"
 
@@ -54,6 +55,52 @@ def test_a_column_does_not_replace_an_option_of_its_name():
 def test_a_wrong_config_is_an_error_that_names_the_nearest(names, options, message):
     with pytest.raises(ValueError, match=message):
         build(names, options)
+
+
+def words(completions, least=1, **kwargs):
+    """As TRL's examples have it: no prompts, an option with a default, and everything else that is known of the rows."""
+    assert kwargs["prompts"] == ["p", "p"]
+    return [float(len(completion.split()) >= least) for completion in completions]
+
+
+async def likes(prompts, completions, answer=None):
+    """It names what it reads, as TRL's do with a default, and nothing else is passed to it."""
+    return [float(wanted in completion) for wanted, completion in zip(answer, completions, strict=True)]
+
+
+def test_a_function_of_ones_own_is_a_reward_by_any_name_and_with_its_options():
+    panel = build({"short": words, "long": words, "likes": likes, "right": "exact_match"}, {"long": {"least": 3}})
+    columns = {"answer": ["a b", "c"], "level": [1, 2]}
+    judged = judge(panel, (), ["p", "p"], ["a b", "a b c"], columns)
+    assert {name: scores.tolist() for name, scores in judged.scores.items()} == {
+        "short": [1, 1], "long": [0, 1], "likes": [1, 1], "right": [1, 0],
+    }  # fmt: skip
+    assert judge({"long": panel["long"]}, (), ["p", "p"], ["a b", "a b c"], {"least": [0, 9]}).rewards.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "chosen, options, message",
+    [
+        ({"short": words}, {"short": {"leest": 3}}, "'short' has no option 'leest'; nearest: 'least'"),
+        ({"short": words}, {"short": {"prompts": 3}}, "'short' has no option 'prompts'"),
+        ({"right": "exact_mach"}, {}, "there is no 'exact_mach'; nearest: 'exact_match'"),
+        ({"right": 3.0}, {}, "'right' is 3.0, which is no function and no name of one"),
+        (["target_length"], {}, "'target_length' needs the option 'target_tokens'"),
+        ({"far": "target_length"}, {"far": {}}, "'far' needs the option 'target_tokens'"),
+        (["soft_overlong"], {"soft_overlong": {"max_tokens": 9}}, "'soft_overlong' needs the option 'soft_tokens'"),
+        (["judge_model"], {}, "'judge_model' needs the option 'ask'"),
+        (["cosine"], {"cosine": {"max_tokens": 9, "correct": "target_length"}}, "'target_length' needs the option 'target_tokens'"),
+    ],
+)
+def test_what_a_reward_cannot_do_without_is_asked_for_when_it_is_built(chosen, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(chosen, options)
+
+
+def test_what_has_no_default_is_an_option_or_a_column():
+    columns = {"prompts", "completions", "answer", "tests", "schema", "metadata", "completion_ids", "episode_rewards"}
+    found = {p.name for one in REWARDS.values() for p in inspect.signature(one).parameters.values() if p.default is p.empty}
+    assert found - {"columns"} == columns | OPTIONS
 
 
 @pytest.mark.parametrize("name, extra", [("maths", "maths"), ("json_schema", "json"), ("reasoning_gym", "reasoning")])
