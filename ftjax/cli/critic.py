@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from ftjax import data, losses, rollout, scoring
-from ftjax.cli import build, pretrained
-from ftjax.hf import load as hf_load
+from ftjax.cli import pretrained
 from ftjax.types import VALUE_HEAD, Batch, Model, Params
 
 Critic = Callable[[Sequence[rollout.Prompt], Sequence[str]], list[float]]
@@ -31,18 +28,11 @@ def load(name: str, *, dtype: str = "auto", batch_size: int = 8) -> Critic:
     Raises:
       ValueError: it has no value head.
     """
-    given = any((Path(name) / inner / file).is_file() for inner in ("", "adapter") for file in pretrained.CONFIGS)
-    folder = pretrained.adapter_folder(name) if given else None
-    base = pretrained.base_name(folder) if folder else name
-    change = partial(pretrained.trained_in, [folder] if folder else [])
-    model, params, tokenizer, _ = hf_load.load(base, dtype=build.dtype(dtype), change=change)
-    params = pretrained.attach(model, params, folder)
-    if VALUE_HEAD not in params:
+    found = pretrained.of_name(name, dtype=dtype)
+    if VALUE_HEAD not in found.params:
         raise ValueError(f"--reward: {name} is no reward model: it has no value head. `ftjax train` makes one with algorithm='reward'.")
-    tokenizer, run = pretrained.tokenizer(folder, model, base=tokenizer), pretrained.run_of(folder) if folder else None
-    template = {name: run.data[name] for name in ("template", "template_variables")} if run else {}
-    encoder = data.make_encoder(tokenizer, max_tokens=model.config.max_position_embeddings, **template)
-    return critic(model, params, encoder, batch_size=batch_size)
+    encoder = data.make_encoder(found.tokenizer, max_tokens=found.model.config.max_position_embeddings, **pretrained.template(found))
+    return critic(found.model, found.params, encoder, batch_size=batch_size)
 
 
 def critic(model: Model, params: Params, encoder: data.Encoder, *, batch_size: int = 8) -> Critic:

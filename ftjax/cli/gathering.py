@@ -12,7 +12,7 @@ import numpy as np
 from rich.markup import escape
 
 from ftjax import data, online
-from ftjax.cli import critic, judging, opponents, rollouts
+from ftjax.cli import critic, grader, judging, opponents, rollouts
 from ftjax.cli.ahead import Devices
 from ftjax.cli.hindsight import Actor
 from ftjax.cli.run import Lessons, Run
@@ -44,7 +44,7 @@ class Gatherer:
         self._run, self._actor, self._lessons, self._asked, self._devices = run, actor, lessons, config.rollout, devices
         self._sample = rollouts.sampler(config, actor.model, run.mesh, lessons.encoder, going=devices.going)
         self._opponent = opponents.opponent(config, actor, run.mesh, lessons.encoder, going=devices.going)
-        self._judge = judging.judge(config, load=critic.load)
+        self._judge = judging.judge(config, load={"reward_model": critic.load, "judge_model": grader.load})
         self._judging = threading.Lock()  # a reward may keep a process or a connection, which is not to be asked twice at a time
 
     def __call__(self, trainable: Params, index: int) -> Gathered:

@@ -1,4 +1,4 @@
-"""The rewards of a config: which judge, how much each counts, and what they are shown."""
+"""How the rewards of a config judge: what they are shown, and which process of a run asks about what."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ftjax import data, rewards
-from ftjax.cli import runtime
+from ftjax.cli import panel, runtime
 from ftjax.cli.config import plain
 from ftjax.rollout import Sample
 
@@ -18,23 +18,9 @@ Judge = Callable[[Sequence[data.Prompt], Sequence[str], Sequence[Sample]], rewar
 """`(prompts, texts, samples) -> judged`, one of each a sample."""
 
 
-def judge(config, *, load: Callable[[str], Callable] = lambda folder: lambda prompts, texts: []) -> Judge:
-    """Return the panel of `config.rewards`: `{name of rewards.REWARDS: weight}`, or a block of its options with a `weight`.
-
-    Args:
-      config: of the run; in it `reward_model` has a `folder`.
-      load: `folder -> score` of a trained reward model; without it the panel is good for finding what is wrong with the config.
-
-    Raises:
-      ValueError: none is named, or one is unknown or has an option that it does not take.
-    """
-    blocks = {name: {"weight": block} if isinstance(block, (int, float)) else plain(block) for name, block in config.rewards.items()}
-    if not blocks:
-        raise ValueError("rewards: name at least one, as config.rewards.exact_match = 1.0 (its weight).")
-    weights = [float(block.pop("weight", 1.0)) for block in blocks.values()]
-    if "folder" in blocks.get("reward_model", {}):
-        blocks["reward_model"]["score"] = load(blocks["reward_model"].pop("folder"))
-    panel = rewards.build(list(blocks), {name: block for name, block in blocks.items() if block})
+def judge(config, *, load: Mapping[str, panel.Load] = {}) -> Judge:
+    """Return how the rewards of a config judge: see `panel.read` for the arguments and what is refused."""
+    chosen, weights = panel.read(config, load=load)
     options = plain(config.judging)
 
     def judged(prompts: Sequence[data.Prompt], texts: Sequence[str], samples: Sequence[Sample]) -> rewards.Judged:
@@ -45,7 +31,7 @@ def judge(config, *, load: Callable[[str], Callable] = lambda folder: lambda pro
         asked = [prompt.asked for prompt in prompts]
         try:
             failed = _failures(samples, asked, strict=options["on_error"] == "raise")
-            found = rewards.judge(panel, weights, asked, completions, shown, **options)
+            found = rewards.judge(chosen, weights, asked, completions, shown, **options)
         except rewards.RewardError as error:
             raise ValueError(f"{error} In a config: judging.on_error='skip'.") from error
         without = partial(_without, rows=[failure.row for failure in failed])

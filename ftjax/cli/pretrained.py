@@ -94,6 +94,22 @@ def load(flags: absl_flags.FlagValues) -> Adapted:
     return Adapted(found.model, stacked, found.tokenizer, name, ", ".join(folders), found.params, tokenizers)
 
 
+def of_name(name: str, *, dtype: str = "auto") -> Adapted:
+    """Return what is at a name: a model, or the folder of an adapter or the workdir of its run, with its base."""
+    given = any((Path(name) / inner / file).is_file() for inner in ("", "adapter") for file in CONFIGS)
+    folder = adapter_folder(name) if given else None
+    base = base_name(folder) if folder else name
+    model, params, words, _ = hf_load.load(base, dtype=build.dtype(dtype), change=partial(trained_in, [folder] if folder else []))
+    words = tokenizer(folder, model, base=words)
+    return Adapted(model, attach(model, params, folder), words, base, str(folder or ""))
+
+
+def template(adapted: Adapted) -> dict[str, Any]:
+    """Return how what a run trained reads conversations, as options of an encoder; of others nothing, for their tokenizer says it."""
+    run = run_of(Path(adapted.adapter)) if adapted.adapter else None
+    return {name: run.data[name] for name in ("template", "template_variables")} if run else {}
+
+
 def of_config(flags: absl_flags.FlagValues, mesh: Mesh) -> Adapted:
     """Return the model of `--config`, or another of its kind that `--model` names, on a mesh, and the adapter of `--adapter` on it."""
     if flags.model:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from ftjax import data, logs, losses
 from ftjax.checkpoint import Checkpoints
-from ftjax.cli import build, measure, objective, refusals, rollouts, runtime, show
+from ftjax.cli import build, measure, objective, panel, refusals, rollouts, runtime, show
 from ftjax.cli import config as configs
 from ftjax.cli.stop import Stop
 from ftjax.types import TrainState
@@ -68,6 +68,9 @@ def read(run: Run, tokenizer: Any) -> Lessons:
     held_out = build.loader(config, encoder, mesh, held_out=True)[0] if config.data.eval_sources else None
     terminal.heading("What it learns from")
     if rollouts.used(config):
+        for field, found in (("data.sources", loader), ("data.eval_sources", held_out)):
+            if found is not None:
+                panel.check_columns(config, found.prompts, field=field)
         terminal.say(show.prompts(reports, loader, samples=config.rollout.samples_per_prompt, stride=rollouts.stride(config)))
         return Lessons(encoder, loader, held_out)
     terminal.say(show.sources(reports, loader))

@@ -4,7 +4,7 @@ from ftjax.rewards.completion import Completion, Reward, Scores, text
 from ftjax.rewards.endpoint import Endpoint, EndpointError
 from ftjax.rewards.exact import exact_match
 from ftjax.rewards.numeric import numeric_match
-from ftjax.rewards.panel import Failure, Judged, RewardError, judge
+from ftjax.rewards.panel import Failure, Judged, RewardError, judge, needed
 from ftjax.rewards.registry import REWARDS, build
 from ftjax.rewards.sandbox import NoIsolation
 
@@ -22,6 +22,7 @@ __all__ = [
     "build",
     "exact_match",
     "judge",
+    "needed",
     "numeric_match",
     "text",
 ]

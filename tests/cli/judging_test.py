@@ -11,7 +11,8 @@ import pytest
 
 from ftjax import data, rewards, rollout
 from ftjax.cli import config as configs
-from ftjax.cli import judging, runtime
+from ftjax.cli import grader, judging, panel, runtime
+from ftjax.hf.tokenizer import byte_tokenizer
 from tests.cli.rollouts_test import CONFIG
 
 SAMPLES = [rollout.Sample(*[np.arange(n)] * 3, "eos") for n in (1, 4)]
@@ -45,11 +46,115 @@ def test_a_trained_reward_model_is_loaded_from_its_folder_and_shown_the_conversa
     def load(folder):
         return lambda prompts, texts: [seen.append((folder, prompt, text)) or 0.5 for prompt, text in zip(prompts, texts, strict=True)]
 
-    panel = judge({"reward_model": {"folder": "runs/reward", "clip": 0.25}}, load=load)
+    panel = judge({"reward_model": {"folder": "runs/reward", "clip": 0.25}}, load={"reward_model": load})
     judged = panel([prompt("Hello"), prompt("Hello", "Yes?", "Who?", "I.")], ["Hi", "Me"], SAMPLES)
     assert judged.rewards.tolist() == [0.25, 0.25]
     assert seen[0] == ("runs/reward", "Hello", "Hi") and [message["content"] for message in seen[1][1]] == ["Hello", "Yes?", "Who?"]
     assert judge({"reward_model": {"folder": "runs/reward"}})  # whose options alone are looked at
+
+
+OWN = """
+def short(completions, *, limit=3, **columns):
+    return [float(len(completion) <= limit) for completion in completions]
+
+def level(prompts, completions, *, level):
+    return level
+
+wanted = 3.0
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    return f"{tmp_path}/own.py"
+
+
+def test_a_reward_of_ones_own_and_one_reward_twice(own):
+    blocks = {
+        "brevity": {"reward": f"{own}:short", "weight": 2.0},
+        "longer": {"reward": f"{own}:short", "limit": 6},
+        "level": {"reward": f"{own}:level", "weight": 0.5},
+        "near": {"reward": "target_length", "target_tokens": 1},
+        "far": {"reward": "target_length", "target_tokens": 4},
+        "right": {"reward": "tests.cli.judging_test:right"},
+    }
+    judged = judge(blocks)([prompt("1 + 1?", "2", level=4), prompt("?", answer="3", level=2)], ["It is 2", "4 no"], SAMPLES)
+    assert {name: scores.tolist() for name, scores in judged.scores.items()} == {
+        "brevity": [0, 0], "longer": [0, 1], "level": [4, 2], "near": [0, -1], "far": [-0.75, 0], "right": [1, 0],
+    }  # fmt: skip
+    assert judged.rewards.tolist() == [2 - 0.75 + 1, 1 + 1 - 1]
+
+
+async def right(prompts, completions, *, answer, **columns):
+    return [float(wanted in completion) for wanted, completion in zip(answer, completions, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "shown"),
+    [
+        ({"mine": {"reward": "OWN:shrt"}}, "rewards.mine.reward: .*own.py has no 'shrt'; nearest: 'short'"),
+        ({"mine": {"reward": "exact_mach"}}, "rewards.mine.reward: there is no 'exact_mach'; nearest: 'exact_match'.*'FILE.py:NAME'"),
+        ({"exact_mach": 1.0}, "rewards.exact_mach.reward: there is no 'exact_mach'; nearest: 'exact_match'.*'FILE.py:NAME'"),
+        ({"mine": {"reward": "no/such.py:f"}}, "rewards.mine.reward: there is no file 'no/such.py'"),
+        ({"mine": {"reward": "OWN:wanted"}}, "'mine' is 3.0, which is no function"),
+        ({"mine": {"reward": "OWN:short", "limt": 2}}, "'mine' has no option 'limt'; nearest: 'limit'"),
+        ({"cosine": {"max_tokens": 4, "correct": "OWN:shrt"}}, "rewards.cosine.correct: .* has no 'shrt'"),
+        ({"target_length": 1.0}, "'target_length' needs the option 'target_tokens'"),
+        ({"judge_model": 1.0}, 'rewards.judge_model: which model.*"model": '),
+        ({"strict": {"reward": "reward_model"}}, 'rewards.strict: which model.*"folder": '),
+    ],
+)
+def test_a_reward_that_cannot_judge_is_refused_with_the_nearest(blocks, shown, own):
+    named = {
+        name: {field: value.replace("OWN", own) if isinstance(value, str) else value for field, value in block.items()}
+        if isinstance(block, dict)
+        else block
+        for name, block in blocks.items()
+    }
+    with pytest.raises(ValueError, match=shown):
+        judge(named)
+
+
+def test_a_column_that_no_row_has_is_asked_for_when_prompts_are_read():
+    config = configs.load(CONFIG)
+    rows = [prompt("1 + 1?", "2", test=None), prompt("?", tets=["1"])]
+    with config.unlocked():
+        config.rewards = {"numeric_match": 1.0, "repetition": 1.0}
+        panel.check_columns(config, rows, field="data.sources")
+        config.rewards = {"mine": {"reward": "tests.cli.judging_test:checked", "weight": 2.0}}
+        with pytest.raises(ValueError, match="rewards.mine: it needs 'tests', which no row of data.sources has.*nearest columns: 'tets'"):
+            panel.check_columns(config, rows, field="data.sources")
+        config.rewards.mine.tests = 3
+        panel.check_columns(config, rows, field="data.sources")
+        config.rewards = {"played": {"reward": "environment"}}
+        with pytest.raises(ValueError, match="rewards.played: it needs 'episode_rewards'"):
+            panel.check_columns(config, rows, field="data.sources")
+
+
+def checked(prompts, completions, *, tests):
+    return [float(tests)] * len(prompts)
+
+
+def test_a_model_of_this_process_judges_by_the_likeliest_answer(base):
+    ask = grader.load(str(base.folder), dtype="float32", max_tokens=5, batch_size=2)
+    tokenizer, questions = byte_tokenizer(), ["Grade it.", "And this one", "?"]
+    likeliest = jax.jit(lambda x: base.model.unembed(base.model.head(base.params), base.model.apply(base.params, x)[0]).argmax(axis=-1))
+    for question, answer in zip(questions, ask(questions), strict=True):
+        tokens = rollout.Encoder(base.model, tokenizer).encode([{"role": "user", "content": question}]).tolist()
+        for _ in range(5):
+            padded = np.pad(np.asarray(tokens, np.int32), (0, 64 - len(tokens)))  # which nothing before it sees
+            tokens.append(int(likeliest(padded[None])[0, len(tokens) - 1]))
+        assert answer == tokenizer.decode(tokens[-5:], skip_special_tokens=True)
+    loaded = []
+    load = lambda name, **options: loaded.append((name, options)) or (lambda asked: [f"Grade: {len(asked)}"] * len(asked))  # noqa: E731
+    blocks = {
+        "judge_model": {"model": "big", "dtype": "bfloat16", "max_tokens": 9, "low": 0.0, "high": 4.0},
+        "second": {"reward": "judge_model", "model": "small", "weight": 0.5},
+    }
+    judged = judge(blocks, load={"judge_model": load})([prompt("a", "b"), prompt("c", "d")], ["x", "y"], SAMPLES)
+    assert loaded == [("big", {"dtype": "bfloat16", "max_tokens": 9}), ("small", {})]
+    np.testing.assert_allclose(judged.rewards, [0.5 + 0.5 / 9] * 2)
 
 
 def test_a_reward_that_fails_says_how_to_go_on_without_it():
