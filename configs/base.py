@@ -144,8 +144,8 @@ def online(algorithm: str = "grpo", **loss) -> ConfigDict:
 
     A loss of pairs (`dpo`) learns from the best and the worst sample of each prompt, `xpo` and `nash_md` compare each with an opponent's,
     `rejection_sampling` keeps good ones: `base.online("rejection_sampling")`, `config.rollout.keep_above = 1.0`. `rewards` is
-    `{name: weight}` of `ftjax.rewards.REWARDS`, or a block of its options with a `weight`. A step has `data.batch_size` rows: samples,
-    pairs, or the best of each prompt.
+    `{name: weight}` of `ftjax.rewards.REWARDS`, or a block of its options with a `weight` and perhaps a `reward`: "FILE.py:NAME", say. A step
+    has `data.batch_size` rows: samples, pairs, or the best of each prompt.
     """
     config = sft().unlock()
     config.algorithm = algorithm

@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import pathlib
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from configs import base as configurations
 from ftjax import data, rewards, rollout
 from ftjax.cli import config as configs
 from ftjax.cli import grader, judging, panel, runtime
@@ -84,6 +88,19 @@ def test_a_reward_of_ones_own_and_one_reward_twice(own):
         "brevity": [0, 0], "longer": [0, 1], "level": [4, 2], "near": [0, -1], "far": [-0.75, 0], "right": [1, 0],
     }  # fmt: skip
     assert judged.rewards.tolist() == [2 - 0.75 + 1, 1 + 1 - 1]
+
+
+def test_the_example_of_the_page_is_a_config(tmp_path, monkeypatch):
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "online.md").read_text(encoding="utf-8")
+    function, named = re.findall(r"```python\n(.*?)```", page.partition("\n## Rewards\n")[2], flags=re.DOTALL)
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "rewards.py").write_text(function)
+    monkeypatch.chdir(tmp_path)
+    config = configurations.online()
+    exec(named, {"config": config, "ConfigDict": ConfigDict})
+    panel = judging.judge(config, load={"judge_model": lambda name, **options: lambda asked: ["Grade: 10"] * len(asked)})
+    judged = panel([prompt("1 + 1?", answer="2"), prompt("?", answer="3")], ["2, thank you", "Please, 3"], SAMPLES)
+    assert judged.rewards.tolist() == [1 + 0.25 + 1, 1 + 0.5 + 1]
 
 
 async def right(prompts, completions, *, answer, **columns):
