@@ -168,6 +168,8 @@ def rollout() -> ConfigDict:
     config.epochs = 1  # times that it is learnt from
     config.staleness = 0  # experiences that the sampler may lag behind, in a thread beside the training; above 0 set loss.correction
     config.max_tokens = 256  # of a sample
+    config.min_tokens = 0  # before which no sample ends; like a filter, it makes the sampler another distribution than the trainer's
+    config.stop = ()  # texts that end a sample, beside its end-of-turn token: a base model's ("\nQuestion:",); rewards see what is before them
     config.temperature = 1.0  # of the sampler, and of the policy that is trained
     config.top_k = 0  # 0: all; filters make the sampler another distribution than the trainer's
     config.top_p = 1.0

@@ -85,6 +85,7 @@ def check(config) -> None:
             f"data.batch_size: {config.data.batch_size} rows × {asked.minibatches} minibatches are no whole number of prompts with "
             f"{asked.samples_per_prompt} samples each; choose a multiple."
         )
+    _check_ends(config)
     if asked.max_tokens >= config.data.max_tokens:
         raise ValueError(f"rollout.max_tokens: {asked.max_tokens} leaves no prompt in rows of data.max_tokens={config.data.max_tokens}.")
     durations = {
@@ -99,6 +100,17 @@ def check(config) -> None:
                 f"rollout.minibatches={asked.minibatches}); nearest: {max(steps, round(value / steps) * steps)}."
             )
     _check_packing(config)
+
+
+def _check_ends(config) -> None:
+    """Refuse ends of a sample that none can have."""
+    least, texts, most = rollouts.min_tokens(config), rollouts.stop(config), config.rollout.max_tokens
+    if not 0 <= least <= most:
+        raise ValueError(f"rollout.min_tokens: from 0 to rollout.max_tokens={most}, not {least}.")
+    if isinstance(config.rollout.get("stop", ()), str) or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f'rollout.stop: a tuple of texts that are not empty, as ("\\nQuestion:",), not {config.rollout.stop!r}.')
+    if environments.used(config) and (least or texts):
+        raise ValueError("rollout.min_tokens, rollout.stop: an episode has turns, which rollout.environment.stop ends; leave these out.")
 
 
 def _check_packing(config) -> None:

@@ -104,10 +104,20 @@ def sampling(config) -> rollout.Sampling:
     return rollout.settings(**{name: config.rollout[name] for name in names})
 
 
+def stop(config) -> tuple[str, ...]:
+    """Return the texts that end a sample, beside its end-of-turn token; configs of older runs have none."""
+    return tuple(config.rollout.get("stop", ()))
+
+
+def min_tokens(config) -> int:
+    """Return how many tokens a sample has before it may end; 0 for configs of older runs."""
+    return config.rollout.get("min_tokens", 0)
+
+
 def filtered(config) -> bool:
     """Return whether the sampler draws from a part of the distribution, so that it cannot say what the trainer says."""
     asked = sampling(config)
-    return not (asked.top_k is None and asked.top_p is None and asked.min_p is None)
+    return not (asked.top_k is None and asked.top_p is None and asked.min_p is None and not min_tokens(config))
 
 
 def rows_of(config) -> Callable[[Batch, np.ndarray], Batch] | None:
@@ -157,7 +167,8 @@ def sampler(
     )
     if environments.used(config):
         return environments.sampler(config, engine, encoder, sampling(config))
-    return online.sampler(engine, max_tokens=config.rollout.max_tokens, sampling=sampling(config))
+    ends = {"max_tokens": config.rollout.max_tokens, "min_tokens": min_tokens(config), "stop": stop(config)}
+    return online.sampler(engine, sampling=sampling(config), **ends)
 
 
 def scorer(config, model: Model, method: Transform, mesh: Mesh, *, temperature: float) -> Callable[[Params, Params, Batch], Scores]:

@@ -18,17 +18,19 @@ Sampler = Callable[..., list[Sample]]
 its own prompt and key alone."""
 
 
-def sampler(engine: Engine, *, max_tokens: int, sampling: Sampling) -> Sampler:
+def sampler(engine: Engine, *, max_tokens: int, sampling: Sampling, min_tokens: int = 0, stop: Sequence[str] = ()) -> Sampler:
     """Return how an engine answers prompts, each of which is read once.
 
     Args:
       engine: its slots are filled with the next sample as soon as one has ended.
       max_tokens: the most tokens of a sample.
       sampling: from `rollout.settings`.
+      min_tokens: until a sample has so many, no token that would end it is drawn: `Sample.behavior_logps` are of what is left.
+      stop: texts that end a sample, of which they are a part.
     """
 
     def sample(params: Params, prompts: Sequence[Prompt], keys: jax.Array, *, greedy: bool = False) -> list[Sample]:
-        options = {"sampling": Sampling() if greedy else sampling, "num_samples": keys.shape[1]}
+        options = {"sampling": Sampling() if greedy else sampling, "num_samples": keys.shape[1], "min_tokens": min_tokens, "stop": stop}
         asked = zip(prompts, keys, strict=True)
         return engine.generate(params, [Request(prompt.tokens, max_tokens, key=key, **options) for prompt, key in asked])
 
@@ -44,10 +46,11 @@ def player(stage: Stage, *, sampling: Sampling) -> Sampler:
     return sample
 
 
-def words(sample: Sample, decode: Callable[..., str]) -> str:
-    """Return a sample in words; of an episode with what the policy was told, each a line with its role."""
+def words(sample: Sample, decode: Callable[..., str], *, stop: Sequence[str] = ()) -> str:
+    """Return a sample in words, up to the text that stopped it; of an episode with what the policy was told, each a line with its role."""
     if sample.episode is None:
-        return decode(sample.tokens.tolist(), skip_special_tokens=True)
+        text = decode(sample.tokens.tolist(), skip_special_tokens=True)
+        return text[: min((at for one in stop if (at := text.find(one)) >= 0), default=None)] if sample.reason == "stop" else text
     said = sample.episode.messages
     return "\n".join(one["content"] if one["role"] == "assistant" else f"[{one['role']}] {one['content']}" for one in said)
 

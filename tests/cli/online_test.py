@@ -176,6 +176,15 @@ def test_the_estimator_of_the_config_is_what_is_taken_from_rewards(train, tmp_pa
     assert wanted[1] > 1e-3 and abs(wanted[1] / seen[1].sum(axis=1).mean() - 1) > 0.1
 
 
+def test_samples_end_at_a_text_and_not_before_min_tokens(train, tmp_path, capsys):
+    ends = tuple("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    assert train(tmp_path, *FEW, "--config.rollout.min_tokens=3", f"--config.rollout.stop={ends}") == 0
+    assert "sampler and trainer agree" in " ".join(capsys.readouterr().out.split())
+    rows = read_jsonl(tmp_path / "rollouts.jsonl")
+    assert min(row["length"] for row in rows) == 3 and {row["finished"] for row in rows} == {True, False}
+    assert not any(set(ends) & set(row["completion"]) for row in rows)
+
+
 def test_a_reward_that_fails_ends_the_run_by_name_or_is_left_out(train, tmp_path, monkeypatch, capsys):
     def broken(prompts, completions, **columns):
         if "smallest" in " ".join(prompts):

@@ -52,6 +52,41 @@ def test_a_group_has_its_prompt_and_keys_of_its_own(params, keys, samples):
     assert pairs[0].tokens.tolist() != pairs[1].tokens.tolist()
 
 
+class Letters:
+    """Token 1 is "b", 2 is "c" and so on."""
+
+    def decode(self, tokens, skip_special_tokens):
+        return "".join(chr(ord("a") + token) for token in tokens)
+
+
+def test_stop_texts_end_samples_and_words_are_what_stands_before_them(params, keys, samples):
+    engine = rollout.Engine(tiny.MODEL, (3,), tokenizer=Letters(), slots=5, slot_tokens=16)
+    texts = [online.words(sample, Letters().decode) for sample in samples]
+    ends = (texts[0][1], texts[1][1:3])
+    found = online.sampler(engine, max_tokens=5, sampling=rollout.settings(temperature=1.0), stop=ends)(params, ASKED, keys)
+    for sample, one, text in zip(found, samples, texts, strict=True):
+        cut = min((at for end in ends if (at := text.find(end)) >= 0), default=None)
+        assert online.words(sample, Letters().decode, stop=ends) == text[:cut]
+        assert sample.finished == (one.finished or cut is not None)
+        np.testing.assert_array_equal(sample.tokens, one.tokens[: len(sample.tokens)])  # the same draws
+        np.testing.assert_allclose(sample.behavior_logps, one.behavior_logps[: len(sample.tokens)], atol=1e-5)
+    assert {sample.reason for sample in found} >= {"stop"}
+
+
+def test_until_min_tokens_the_behavior_is_the_models_without_its_ends(params, keys):
+    engine = rollout.Engine(tiny.MODEL, (3,), slots=5, slot_tokens=16)
+    found = online.sampler(engine, max_tokens=5, sampling=rollout.settings(temperature=1.0), min_tokens=3)(params, ASKED, keys)
+    for prompt, sample in zip(PROMPTS, found, strict=True):
+        assert len(sample.tokens) >= 3
+        whole = np.concatenate([prompt, sample.tokens])[None]
+        logits = np.asarray(tiny.MODEL.unembed(tiny.MODEL.head(params), tiny.MODEL.apply(params, jax.numpy.asarray(whole))[0]), np.float64)[0]
+        for at, token in enumerate(sample.tokens):
+            probabilities = np.exp(logits[len(prompt) - 1 + at])
+            whole_mass, left = probabilities.sum(), probabilities.sum() - (probabilities[3] if at < 3 else 0)
+            assert sample.logps[at] == pytest.approx(np.log(probabilities[token] / whole_mass), abs=1e-5)
+            assert sample.behavior_logps[at] == pytest.approx(np.log(probabilities[token] / left), abs=1e-5)
+
+
 def test_rows_hold_prompt_and_completion_and_count_what_was_written(samples):
     batch = online.rows(PROMPTS, samples, max_tokens=64)
     assert batch.tokens.shape == (5, 16)
