@@ -144,8 +144,8 @@ def online(algorithm: str = "grpo", **loss) -> ConfigDict:
 
     A loss of pairs (`dpo`) learns from the best and the worst sample of each prompt, `xpo` and `nash_md` compare each with an opponent's,
     `rejection_sampling` keeps good ones: `base.online("rejection_sampling")`, `config.rollout.keep_above = 1.0`. `rewards` is
-    `{name: weight}` of `ftjax.rewards.REWARDS`, or a block of its options with a `weight` and perhaps a `reward`: "FILE.py:NAME", say. A step
-    has `data.batch_size` rows: samples, pairs, or the best of each prompt.
+    `{name: weight}` of `ftjax.rewards.REWARDS`, or a block of its options with a `weight` and, for one of your own, its `reward`:
+    "FILE.py:NAME". A step has `data.batch_size` rows: samples, pairs, or the best of each prompt.
     """
     config = sft().unlock()
     config.algorithm = algorithm
@@ -169,7 +169,7 @@ def rollout() -> ConfigDict:
     config.staleness = 0  # experiences that the sampler may lag behind, in a thread beside the training; above 0 set loss.correction
     config.max_tokens = 256  # of a sample
     config.min_tokens = 0  # before which no sample ends; like a filter, it makes the sampler another distribution than the trainer's
-    config.stop = ()  # texts that end a sample, beside its end-of-turn token: a base model's ("\nQuestion:",); rewards see what is before them
+    config.stop = ()  # texts that end a sample beside its end-of-turn token, as a base model's ("\nQuestion:",); rewards see what is before
     config.temperature = 1.0  # of the sampler, and of the policy that is trained
     config.top_k = 0  # 0: all; filters make the sampler another distribution than the trainer's
     config.top_p = 1.0

@@ -4,13 +4,16 @@
   ftjax generate --prompts=questions.txt --output=answers.jsonl                 one object a line: prompt and completion
   ftjax generate --adapter=runs/quickstart                                      a chat; /reset forgets, /exit or Ctrl-D ends
   ftjax generate --prompts=… --best_of=8 --temperature=1 --reward=runs/reward    the best of eight answers, by a reward model
+  ftjax generate --prompts=… --num_samples=4 --temperature=1                     all four, in a list `completions`
+  ftjax generate --prompt=… --json_schema='{"type": "object", …}'                JSON of a schema; or --regex=…, or --choice=yes --choice=no
   ftjax generate --adapter=a=DIR --adapter=b=DIR --prompts=rows.jsonl            each row by the adapter that its column `adapter` names
 
 A file of prompts is .txt (one a line), or .jsonl, .json, .csv or .parquet with a column `prompt` (a text or a list of messages),
 `messages`, `question`, or the columns of another format that `ftjax train` reads; an answer at the end is left out. A text is sent as a
 user's message where the model has a chat template, and continued as it is with --raw. Rows of one batch may have different
 adapters; a row without one, or with null, is completed by the model itself. Lines go to FILE.partial as they are finished, and that becomes
-FILE when all are there.
+FILE when all are there. What cannot be written piece by piece (--min_tokens, --num_samples, --num_beams, a grammar) comes as such a line
+for --prompt too. A prompt, by its number, gets the same draws for a --seed in all of these ways.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from absl import flags as absl_flags
 from etils import epath
 
 from ftjax import data, peft, rollout
-from ftjax.cli import critic, pretrained, products, runtime
+from ftjax.cli import critic, decoding, pretrained, products, runtime
 from ftjax.cli.pretrained import Adapted
 from ftjax.data.sources import open_file
 from ftjax.tree import nearest
@@ -57,13 +60,7 @@ def define_flags(flags: absl_flags.FlagValues, argv: Sequence[str]) -> None:
     absl_flags.DEFINE_string("system", None, "a system message before every prompt that is a text", flags)
     absl_flags.DEFINE_bool("raw", False, "continue texts as they are, without the chat template", flags)
     absl_flags.DEFINE_string("template_variables", "", 'JSON: what the chat template reads, as in {"enable_thinking": false}', flags)
-    absl_flags.DEFINE_integer("max_tokens", 256, "the most tokens of a completion", flag_values=flags, lower_bound=1)
-    absl_flags.DEFINE_float("temperature", 0.0, "0: always the most likely token", flag_values=flags)
-    absl_flags.DEFINE_integer("top_k", 0, "how many tokens to choose among; 0: all", flag_values=flags)
-    absl_flags.DEFINE_float("top_p", 1.0, "the probability mass to choose among", flag_values=flags)
-    absl_flags.DEFINE_float("min_p", 0.0, "the least probability, relative to the most likely token's", flag_values=flags)
-    absl_flags.DEFINE_integer("seed", 0, "of the draws", flag_values=flags)
-    absl_flags.DEFINE_multi_string("stop", [], "a text that ends a completion; may be given several times", flag_values=flags)
+    decoding.define_flags(flags)
     absl_flags.DEFINE_integer("batch_size", 32, "prompts of a file generated at a time", flag_values=flags, lower_bound=1)
     absl_flags.DEFINE_integer(
         "best_of", 1, "completions of each prompt, of which --reward keeps the best", flag_values=flags, lower_bound=1
@@ -81,7 +78,7 @@ def main(flags: absl_flags.FlagValues) -> None:
         raise ValueError("generate: nothing to complete; give --prompt=TEXT or --prompts=FILE, or start it in a terminal to chat.")
     if flags.output:
         runtime.local_path("output", flags.output)
-    _sampling(flags)  # a wrong setting should not have to wait for the model
+    decoding.check(flags)  # a wrong setting should not have to wait for the model
     _check_best(flags, chatting)
     asked = _asked(flags)
     _check_adapters(asked, flags)
@@ -94,7 +91,7 @@ def main(flags: absl_flags.FlagValues) -> None:
     encoders = {name: rollout.Encoder(adapted.model, one, template_variables=variables) for name, one in adapted.tokenizers.items()}
     if chatting:
         chat(adapted, encoder, flags)
-    elif flags.prompts is None and not flags.output and not flags.reward:
+    elif flags.prompts is None and not flags.output and not flags.reward and not decoding.at_once(flags):
         say(adapted, encoder, _wrapped(flags.prompt, encoder, flags), flags)
     else:
         complete(adapted, {None: encoder, **encoders}, asked, flags)
@@ -125,34 +122,37 @@ def complete(
     adapted: Adapted, encoders: Mapping[str | None, rollout.Encoder], asked: Sequence[Asked], flags: absl_flags.FlagValues
 ) -> None:
     """Complete many prompts and write a line for each, in their order; with a reward model the best of several completions."""
-    count, judge = flags.best_of, critic.load(flags.reward, dtype=flags.dtype) if flags.reward else None
-    tokenizer = _common_tokenizer({one.adapter: encoders[one.adapter] for one in asked})
-    asked = [one for one in asked for _ in range(count)]
+    count, judge = max(flags.best_of, flags.num_samples), critic.load(flags.reward, dtype=flags.dtype) if flags.reward else None
+    encoder = _common_encoder({one.adapter: encoders[one.adapter] for one in asked})
     encoded = [_encoded(encoders[one.adapter], one, flags) for one in asked]
     adapters = peft.row_indices([one.adapter for one in asked], adapted.tokenizers) if adapted.tokenizers else None
-    keys = jax.random.split(jax.random.key(flags.seed), len(encoded))
-    size, began, done = -(-WINDOW_BATCHES * flags.batch_size // count) * count, time.monotonic(), 0
+    completed = decoding.completer(adapted, encoder, flags, num_samples=count)
+    size, began = -(-WINDOW_BATCHES * flags.batch_size // count), time.monotonic()
     with _lines(flags.output) as write:
         for first in range(0, len(encoded), size):
-            window = slice(first, first + size)
-            texts = rollout.generate_text(
-                adapted.model, adapted.params, tokenizer, encoded[window], max_tokens=flags.max_tokens,
-                temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, min_p=flags.min_p, key=keys[window],
-                batch_size=flags.batch_size, stop=flags.stop, adapters=adapters and adapters[window],
-            )  # fmt: skip
-            rewards = judge([_wrapped(one.prompt, encoders[one.adapter], flags) for one in asked[window]], texts) if judge else None
-            for at in range(0, len(texts), count):
-                one, group = asked[first + at], slice(at, at + count)
-                kept = critic.best(texts[group], rewards[group]) if judge else {"completion": texts[at]}
+            window = range(len(encoded))[first : first + size]
+            texts = completed([encoded[at] for at in window], window, adapters and [adapters[at] for at in window])
+            given = [_wrapped(asked[at].prompt, encoders[asked[at].adapter], flags) for at in window for _ in range(count)]
+            rewards = judge(given, texts) if judge else None
+            for at, number in enumerate(window):
+                one, group = asked[number], slice(at * count, (at + 1) * count)
+                several = {"completions": texts[group]} if flags.num_samples > 1 else {"completion": texts[group][0]}
+                kept = critic.best(texts[group], rewards[group]) if judge else several
                 write({"prompt": one.shown, **({"adapter": one.adapter} if adapters else {}), **kept})
-            done += len(texts) // count
-            print(f"{done:,} of {len(asked) // count:,} prompts, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+            seconds = time.monotonic() - began
+            print(f"{window[-1] + 1:,} of {len(asked):,} prompts, {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
 def _check_best(flags: absl_flags.FlagValues, chatting: bool) -> None:
     """Refuse a choice among completions that are all the same, or that nobody judges."""
     if flags.best_of > 1 and not flags.reward:
         raise ValueError("generate: --best_of needs a reward model that says which is best; add --reward=FOLDER.")
+    if flags.best_of > 1 and (flags.num_samples > 1 or flags.num_beams > 1):
+        raise ValueError("generate: --best_of keeps one of several samples, so --num_samples and --num_beams mean nothing beside it.")
+    if flags.num_samples > 1 and flags.reward:
+        raise ValueError("generate: --num_samples gives all completions, and --reward keeps the best: use --best_of instead.")
+    if chatting and (others := decoding.at_once(flags)):
+        raise ValueError(f"generate: a chat streams, and so has no --{others[0]}; give --prompt or --prompts.")
     if flags.best_of > 1 and flags.temperature == 0:
         raise ValueError("generate: at temperature 0 all --best_of completions are the same; add --temperature=1.")
     if flags.reward and chatting:
@@ -162,6 +162,8 @@ def _check_best(flags: absl_flags.FlagValues, chatting: bool) -> None:
 def _check_adapters(asked: Sequence[Asked], flags: absl_flags.FlagValues) -> None:
     """Refuse named adapters without rows that could name them, and rows that name one which is not there."""
     names = [name for name in pretrained.adapter_folders(flags.adapter) if name]
+    if names and flags.num_beams > 1:
+        raise ValueError("generate: --num_beams is of one model, and rows with adapters of their own are of several; run them one by one.")
     if names and flags.prompts is None:
         raise ValueError("generate: adapters with names are for --prompts, whose rows choose; give --adapter=FOLDER here.")
     for one in asked:
@@ -171,8 +173,8 @@ def _check_adapters(asked: Sequence[Asked], flags: absl_flags.FlagValues) -> Non
             )
 
 
-def _common_tokenizer(encoders: Mapping[str | None, rollout.Encoder]) -> Any:
-    """Return the tokenizer that reads all completions; adapters with other tokens than others cannot share a batch with them."""
+def _common_encoder(encoders: Mapping[str | None, rollout.Encoder]) -> rollout.Encoder:
+    """Return one whose tokenizer reads all completions; adapters with other tokens than others cannot share a batch with them."""
     first, *others = encoders
     for name in others:
         one, other = encoders[first], encoders[name]
@@ -180,16 +182,14 @@ def _common_tokenizer(encoders: Mapping[str | None, rollout.Encoder]) -> Any:
             raise ValueError(
                 f"generate: adapters {first!r} and {name!r} have other tokens or ends of a turn (None is the model); run them one by one."
             )
-    return encoders[first].tokenizer
+    return encoders[first]
 
 
 def say(adapted: Adapted, encoder: rollout.Encoder, prompt: rollout.Prompt, flags: absl_flags.FlagValues, *, turn: int = 0) -> str:
     """Stream the completion of one prompt to the terminal and return it."""
-    pieces = []
-    key = jax.random.fold_in(jax.random.key(flags.seed), turn)
-    for piece in rollout.stream_text(
-        adapted.model, adapted.params, encoder, prompt, max_tokens=flags.max_tokens, sampling=_sampling(flags), key=key, stop=flags.stop
-    ):
+    pieces, key = [], jax.random.fold_in(jax.random.key(flags.seed), turn)  # of which the sample, the first, has fold_in(key, 0)
+    options = {"max_tokens": flags.max_tokens, "sampling": decoding.sampling(flags), "key": key, "stop": flags.stop}
+    for piece in rollout.stream_text(adapted.model, adapted.params, encoder, prompt, **options):
         print(piece, end="", flush=True)
         pieces.append(piece)
     print()
@@ -223,10 +223,6 @@ def chat(adapted: Adapted, encoder: rollout.Encoder, flags: absl_flags.FlagValue
                 print(f"({error}; /reset begins anew)")
             else:
                 messages = [*prompt, {"role": "assistant", "content": reply}] if encoder.chats and not flags.raw else messages
-
-
-def _sampling(flags: absl_flags.FlagValues) -> rollout.Sampling:
-    return rollout.settings(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p, min_p=flags.min_p)
 
 
 def _asked(flags: absl_flags.FlagValues) -> list[Asked]:

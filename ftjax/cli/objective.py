@@ -27,8 +27,8 @@ def needs(config) -> losses.Needs:
         loss = config.algorithm.removeprefix("online_")
         if loss != config.algorithm and loss in losses.LOSSES:
             raise ValueError(
-                f"algorithm: {config.algorithm!r} is {loss!r} on what the policy writes: begin the config with base.online({loss!r}), and leave "
-                f"algorithm at {loss!r}."
+                f"algorithm: {config.algorithm!r} is {loss!r} on what the policy writes: begin with base.online({loss!r}), which sets "
+                f"algorithm to {loss!r}."
             )
         raise ValueError(f"algorithm: there is no {config.algorithm!r}; nearest: {nearest(config.algorithm, losses.LOSSES)}.")
     return losses.NEEDS[config.algorithm]

@@ -92,7 +92,8 @@ class Engine:
         slot_tokens = self.slot_tokens or bucket(longest)
         leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, weights.Weight))
         mixed = any(isinstance(leaf, RowWise) for leaf in leaves)
-        check(requests, slot_tokens=slot_tokens, mixed=mixed, decodes=self.tokenizer is not None)
+        context, decodes = int(self.model.config.max_position_embeddings), self.tokenizer is not None
+        check(requests, slot_tokens=slot_tokens, context=context, eos_ids=self.eos_ids, mixed=mixed, decodes=decodes)
         if requests:
             yield from _Run(self, params, list(requests), slot_tokens, mixed)
 

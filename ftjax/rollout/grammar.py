@@ -18,6 +18,8 @@ class Grammar:
     """An automaton that begins in state 0: for each state the tokens that may follow, and the state that each leads to."""
 
     transitions: Sequence[Mapping[int, int]]
+    eos_id: int | None = None
+    """The token that may follow where a text is whole, as far as there is one."""
 
 
 def choice(texts: Sequence[str], tokenizer: Any, *, eos_id: int) -> Grammar:
@@ -37,7 +39,7 @@ def choice(texts: Sequence[str], tokenizer: Any, *, eos_id: int) -> Grammar:
                 states[state][token] = len(states) - 1
             state = states[state][token]
         states[state][eos_id] = state
-    return Grammar(states)
+    return Grammar(states, eos_id)
 
 
 def regex(pattern: str, tokenizer: Any, *, eos_id: int) -> Grammar:
@@ -53,7 +55,7 @@ def regex(pattern: str, tokenizer: Any, *, eos_id: int) -> Grammar:
     index = Index(pattern, Vocabulary(eos_id, _texts(tokenizer, eos_id)))
     transitions, start = index.get_transitions(), index.get_initial_state()
     numbers = {state: n for n, state in enumerate([start, *(state for state in transitions if state != start)])}
-    return Grammar([{token: numbers[there] for token, there in transitions[state].items()} for state in numbers])
+    return Grammar([{token: numbers[there] for token, there in transitions[state].items()} for state in numbers], eos_id)
 
 
 def json_schema(schema: Mapping[str, Any], tokenizer: Any, *, eos_id: int) -> Grammar:

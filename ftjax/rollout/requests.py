@@ -82,12 +82,14 @@ class Sample:
         return np.ones(len(self.tokens), bool) if self.episode is None else self.episode.drawn
 
 
-def check(requests: Sequence[Request], *, slot_tokens: int, mixed: bool, decodes: bool) -> None:
+def check(requests: Sequence[Request], *, slot_tokens: int, context: int, eos_ids: Sequence[int], mixed: bool, decodes: bool) -> None:
     """Refuse what cannot be answered.
 
     Args:
       requests: all of a call.
       slot_tokens: the longest text that a slot holds.
+      context: the longest text that the model was made for.
+      eos_ids: the tokens that end a completion of any request.
       mixed: the parameters hold adapters to choose from.
       decodes: the engine can turn tokens into text.
 
@@ -96,7 +98,7 @@ def check(requests: Sequence[Request], *, slot_tokens: int, mixed: bool, decodes
     """
     for at, request in enumerate(requests, 1):
         length, most, shape = len(request.tokens), request.max_tokens, None if request.key is None else request.key.shape
-        drawn = bool(request.sampling.temperature)
+        drawn, last, ends = bool(request.sampling.temperature), request.grammar and request.grammar.eos_id, (*eos_ids, *request.stop_ids)
         rules = (
             ("the prompt is empty", length > 0),
             (f"max_tokens is at least 1, not {most}", most >= 1),
@@ -105,6 +107,8 @@ def check(requests: Sequence[Request], *, slot_tokens: int, mixed: bool, decodes
             ("a temperature other than 0 needs a key; pass key=jax.random.key(seed)", shape is not None or not drawn),
             (f"the key is one, or {request.num_samples} of them, not {shape}", shape in (None, (), (request.num_samples,))),
             (f"{length:,} tokens and max_tokens {most:,} exceed the {slot_tokens:,} of a slot", length + most <= slot_tokens),
+            (f"{length:,} tokens and max_tokens {most:,} exceed the {context:,} of the model's context", length + most <= context),
+            (f"its grammar ends by token {last}, which ends no completion: pass eos_id=one of {ends} to it", last is None or last in ends),
             ("stop texts need an engine with a tokenizer", decodes or not request.stop),
             ("a grammar says itself how long a completion is; leave min_tokens out", request.grammar is None or not request.min_tokens),
             ("an adapter is asked for, and the parameters are not those of peft.stack_adapters", mixed or request.adapter == NONE),

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import sys
 
 import jax
@@ -14,6 +15,7 @@ from ftjax.cli.main import main
 from ftjax.hf import adapter as hf_adapter
 from ftjax.hf import peft as hf_peft
 from ftjax.hf.tokenizer import byte_tokenizer
+from ftjax.rollout import Encoder, Engine, beam_search, pad, settings
 
 
 @pytest.fixture
@@ -43,6 +45,68 @@ def test_one_prompt_streams_what_a_file_gets(run, tmp_path, capsys):
     capsys.readouterr()
     assert run("--prompt=one") == 0
     assert capsys.readouterr().out == rows(tmp_path / "out.jsonl")[0]["completion"] + "\n"
+
+
+def test_a_seed_draws_the_same_in_every_way(run, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("one\nand another\n")
+    draws = ["--temperature=1", "--seed=5", "--max_tokens=12"]
+    assert run("--prompt=one", *draws) == 0
+    streamed = capsys.readouterr().out
+    assert run("--prompt=one", *draws, f"--output={tmp_path}/one.jsonl") == 0
+    assert run(f"--prompts={tmp_path}/p.txt", *draws, f"--output={tmp_path}/file.jsonl") == 0
+    assert run(f"--prompts={tmp_path}/p.txt", *draws, "--num_samples=3", f"--output={tmp_path}/three.jsonl") == 0
+    alone, both, three = (rows(tmp_path / f"{name}.jsonl") for name in ("one", "file", "three"))
+    assert streamed == alone[0]["completion"] + "\n" and alone[0] == both[0]
+    assert [row["completion"] for row in both] == [row["completions"][0] for row in three]
+    assert all(len(set(row["completions"])) == 3 for row in three) and three[0]["completions"] != three[1]["completions"]
+    assert run("--prompt=one", "--temperature=1", "--seed=6", "--max_tokens=12", f"--output={tmp_path}/other.jsonl") == 0
+    assert rows(tmp_path / "other.jsonl")[0] != alone[0]
+
+
+def test_what_is_asked_for_reaches_the_engine(base, run, tmp_path, monkeypatch):
+    seen = []
+    generate_of = Engine.generate
+    monkeypatch.setattr(Engine, "generate", lambda self, params, requests: seen.extend(requests) or generate_of(self, params, requests))
+    penalties = {"repetition_penalty": 1.5, "frequency_penalty": 0.5, "presence_penalty": 0.25}
+    given = [f"--{name}={value}" for name, value in penalties.items()]
+    assert run("--prompt=one", *given, "--min_tokens=3", "--stop=zz", f"--output={tmp_path}/out.jsonl") == 0
+    (request,) = seen
+    assert request.sampling == settings(**penalties) and (request.min_tokens, request.max_tokens, request.stop) == (3, 4, ["zz"])
+    streams = []
+    monkeypatch.setattr(generate.rollout, "stream_text", lambda *_, sampling, **__: streams.append(sampling) or [])
+    assert run("--prompt=one", *given) == 0 and streams == [settings(**penalties)]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["--choice=yes", "--choice=no"], "yes|no"),
+        (["--regex=[ab]{3}"], "[ab]{3}"),
+        (['--json_schema={"type": "boolean"}'], "true|false"),
+        (["--json_schema=FILE"], "true|false"),
+    ],
+)
+def test_a_completion_is_what_its_grammar_says(given, wanted, run, tmp_path, capsys):
+    if not given[0].startswith("--choice"):
+        pytest.importorskip("outlines_core")
+    (tmp_path / "schema.json").write_text('{"type": "boolean"}')
+    given = [one.replace("FILE", f"{tmp_path}/schema.json") for one in given]
+    assert run("--prompt=one", *given, "--max_tokens=8") == 0
+    assert re.fullmatch(wanted, json.loads(capsys.readouterr().out)["completion"])
+
+
+def test_beams_are_those_of_the_search_best_first(base, run, tmp_path):
+    (tmp_path / "p.txt").write_text("one\nand another\nthird")
+    common = [f"--prompts={tmp_path}/p.txt", "--raw", "--num_beams=3", "--length_penalty=0.5", "--batch_size=6"]
+    assert run(*common, "--num_samples=2", f"--output={tmp_path}/two.jsonl") == 0
+    assert run(*common, f"--output={tmp_path}/one.jsonl") == 0
+    encoder = Encoder(base.model, byte_tokenizer())
+    for prompt, two, one in zip(["one", "and another", "third"], rows(tmp_path / "two.jsonl"), rows(tmp_path / "one.jsonl"), strict=True):
+        options = {"num_beams": 3, "max_tokens": 4, "length_penalty": 0.5, "eos_ids": encoder.eos_ids}
+        found = beam_search(base.model, base.params, *pad([encoder.encode(prompt)], width=16), **options)
+        lines = [found.tokens[0, beam, : found.lengths[0, beam]].tolist() for beam in range(2)]
+        assert two["completions"] == [byte_tokenizer().decode(line, skip_special_tokens=True) for line in lines]
+        assert one["completion"] == two["completions"][0]
 
 
 def test_an_adapter_of_a_workdir_is_found_and_acts(base, run, compiled, tmp_path, capsys):
@@ -153,6 +217,18 @@ def test_what_cannot_be_read_is_named(name, text, message, tmp_path, capsys):
         (["--prompts=nowhere.txt"], 1, "no file 'nowhere.txt'"),
         (["--prompt=a", "--temperature=-1"], 1, "temperature is at least 0"),
         (["--prompt=a", "--max_tokens=0"], 2, "max_tokens"),
+        (["--prompt=a", "--repetition_penalty=0"], 1, "repetition_penalty is above 0"),
+        (["--prompt=a", "--min_tokens=9", "--max_tokens=8"], 1, "--min_tokens=9 is more than --max_tokens=8"),
+        (["--prompt=a", "--num_samples=2"], 1, "at temperature 0 all --num_samples completions are the same"),
+        (["--prompt=a", "--num_samples=2", "--temperature=1", "--reward=x"], 1, "use --best_of instead"),
+        (["--prompt=a", "--num_samples=2", "--temperature=1", "--reward=x", "--best_of=2"], 1, "mean nothing beside it"),
+        (["--prompt=a", "--num_beams=2", "--temperature=1"], 1, "heeds no --temperature"),
+        (["--prompt=a", "--num_beams=2", "--stop=x"], 1, "heeds no --stop"),
+        (["--prompt=a", "--num_beams=2", "--num_samples=3"], 1, "2 beams find no more than as many completions"),
+        (["--prompt=a", "--length_penalty=2"], 1, "--length_penalty is of beams"),
+        (["--prompt=a", "--choice=a", "--regex=b"], 1, "one grammar, not to --choice and --regex"),
+        (["--prompt=a", "--choice=a", "--min_tokens=1"], 1, "--choice says itself how long"),
+        (["--prompt=a", "--json_schema=nowhere.json"], 1, "no file 'nowhere.json'"),
         (["--prompt=a", "--template_variables={thinking: no}"], 1, "--template_variables: a JSON object is expected, not '{thinking: no}'"),
         (["--prompt=a", "--adapter=nowhere"], 1, "no folder 'nowhere'"),
         (["--prompt=a", "--adapter=gs://b/run"], 1, "--adapter: gs://b/run is not on this machine"),
@@ -162,6 +238,12 @@ def test_what_cannot_be_read_is_named(name, text, message, tmp_path, capsys):
 def test_a_wrong_command_line_is_explained(arguments, code, message, capsys):
     assert main(["generate", *arguments]) == code
     assert message in capsys.readouterr().err
+
+
+def test_a_chat_streams(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert main(["generate", "--choice=a"]) == 1
+    assert "a chat streams, and so has no --choice" in capsys.readouterr().err
 
 
 def test_a_prompt_beyond_the_context_is_named_by_its_line(run, tmp_path, capsys):

@@ -79,7 +79,9 @@ def test_until_min_tokens_the_behavior_is_the_models_without_its_ends(params, ke
     for prompt, sample in zip(PROMPTS, found, strict=True):
         assert len(sample.tokens) >= 3
         whole = np.concatenate([prompt, sample.tokens])[None]
-        logits = np.asarray(tiny.MODEL.unembed(tiny.MODEL.head(params), tiny.MODEL.apply(params, jax.numpy.asarray(whole))[0]), np.float64)[0]
+        logits = np.asarray(tiny.MODEL.unembed(tiny.MODEL.head(params), tiny.MODEL.apply(params, jax.numpy.asarray(whole))[0]), np.float64)[
+            0
+        ]
         for at, token in enumerate(sample.tokens):
             probabilities = np.exp(logits[len(prompt) - 1 + at])
             whole_mass, left = probabilities.sum(), probabilities.sum() - (probabilities[3] if at < 3 else 0)

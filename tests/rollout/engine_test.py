@@ -9,7 +9,7 @@ import pytest
 
 from ftjax import models, peft, quant, rollout, scoring, sharding, tree
 from ftjax.hf.tokenizer import byte_tokenizer
-from ftjax.rollout import Request, settings
+from ftjax.rollout import Grammar, Request, settings
 from ftjax.rollout import engine as engines
 from ftjax.rollout import slots as programs
 from ftjax.types import Batch
@@ -258,6 +258,7 @@ def test_eight_devices_write_what_one_writes(key):
         ({"max_tokens": 0}, "max_tokens is at least 1, not 0"),
         ({"max_tokens": 47}, "2 tokens and max_tokens 47 exceed the 48 of a slot"),
         ({"min_tokens": 4}, "min_tokens is from 0 to max_tokens 3, not 4"),
+        ({"grammar": Grammar([{7: 0}], 7)}, r"its grammar ends by token 7, which ends no completion: pass eos_id=one of \(.*\) to it"),
         ({"num_samples": 0}, "num_samples is at least 1"),
         ({"sampling": DRAWN}, "needs a key"),
         ({"key": jax.random.split(jax.random.key(0), 3)}, r"the key is one, or 1 of them, not \(3,\)"),
@@ -270,6 +271,13 @@ def test_a_request_that_cannot_be_answered_is_named(options, message):
     wrong = Request(**{"tokens": [1, 2], "max_tokens": 3, **options})
     with pytest.raises(ValueError, match=message):
         engine().generate(tiny()[1], [Request([1], 1), wrong])
+
+
+def test_what_is_longer_than_the_models_context_is_named():
+    wide = dataclasses.replace(engine(), slot_tokens=2048)
+    context = wide.model.config.max_position_embeddings
+    with pytest.raises(ValueError, match=f"request 1 of 1: 2 tokens and max_tokens {context - 1:,} exceed the {context:,} of the model's"):
+        wide.generate(tiny()[1], [Request([1, 2], context - 1)])
 
 
 def test_no_requests_give_no_samples_and_dropout_is_refused(key):
