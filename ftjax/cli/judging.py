@@ -20,7 +20,7 @@ Judge = Callable[[Sequence[data.Prompt], Sequence[str], Sequence[Sample]], rewar
 
 def judge(config, *, load: Mapping[str, panel.Load] = {}) -> Judge:
     """Return how the rewards of a config judge: see `panel.read` for the arguments and what is refused."""
-    chosen, weights = panel.read(config, load=load)
+    chosen, weights = panel.read(config, load=load), list(panel.weights(config).values())
     options = plain(config.judging)
 
     def judged(prompts: Sequence[data.Prompt], texts: Sequence[str], samples: Sequence[Sample]) -> rewards.Judged:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from ftjax import logs, online, sharding
-from ftjax.cli import ahead, rollouts, show
+from ftjax.cli import ahead, panel, rollouts, show
 from ftjax.cli.gathering import Gathered, Gatherer
 from ftjax.cli.hindsight import Actor, Scorer
 from ftjax.cli.leash import Leash
@@ -96,6 +96,8 @@ class Experiences:
             greedy=None if greedy is None else np.nan_to_num(greedy),
             values=groups(seen.rows.old_values),
             opponents=None if opposed is None else np.nan_to_num(opposed),
+            each=np.stack(list(found.each.values())),
+            weights=np.asarray([panel.weights(self._run.config)[name] for name in found.each], np.float32),
         )
         worth = jax.device_get(self._worth(evidence))
         self._show(found._replace(advantages=worth["advantages"]), done)

@@ -30,8 +30,8 @@ MADE = {
 }
 
 
-def read(config, *, load: Mapping[str, Load] = {}) -> tuple[dict[str, rewards.Reward], list[float]]:
-    """Return the rewards of `config.rewards` and the weight of each: `{name: weight}`, or a block of its options with a `weight`.
+def read(config, *, load: Mapping[str, Load] = {}) -> dict[str, rewards.Reward]:
+    """Return the rewards of `config.rewards`, each `{name: weight}`, or a block of its options with a `weight`.
 
     The name is one of `rewards.REWARDS`, or any other where the block has a field `reward` that says what is meant: one of those too, or
     "FILE.py:NAME" or "MODULE:NAME", a function of the user's own.
@@ -46,7 +46,8 @@ def read(config, *, load: Mapping[str, Load] = {}) -> tuple[dict[str, rewards.Re
     blocks = {name: {"weight": block} if isinstance(block, (int, float)) else plain(block) for name, block in config.rewards.items()}
     if not blocks:
         raise ValueError("rewards: name at least one, as config.rewards.exact_match = 1.0 (its weight).")
-    weights = [float(block.pop("weight", 1.0)) for block in blocks.values()]
+    for block in blocks.values():
+        block.pop("weight", None)
     chosen = {name: block.pop("reward", name) for name, block in blocks.items()}
     for name, block in blocks.items():
         if chosen[name] in MADE:
@@ -54,7 +55,13 @@ def read(config, *, load: Mapping[str, Load] = {}) -> tuple[dict[str, rewards.Re
         chosen[name] = _found(chosen[name], f"rewards.{name}.reward")
         if "correct" in block:  # a reward that says which answers are right
             block["correct"] = _found(block["correct"], f"rewards.{name}.correct")
-    return rewards.build(chosen, blocks), weights
+    return rewards.build(chosen, blocks)
+
+
+def weights(config) -> dict[str, float]:
+    """Return how much each reward counts."""
+    blocks = config.rewards.items()
+    return {name: float(block if isinstance(block, (int, float)) else block.get("weight", 1.0)) for name, block in blocks}
 
 
 def check_columns(config, prompts: Sequence[data.Prompt], *, field: str) -> None:
@@ -70,7 +77,7 @@ def check_columns(config, prompts: Sequence[data.Prompt], *, field: str) -> None
     """
     known = {name for prompt in prompts for name, value in prompt.columns.items() if value is not None}
     sampled = {"completion_ids", *(["episode_rewards"] if environments.used(config) else [])}
-    for name, reward in read(config)[0].items():
+    for name, reward in read(config).items():
         for column in rewards.needed(reward):
             if column not in known | sampled:
                 raise ValueError(

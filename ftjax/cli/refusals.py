@@ -135,6 +135,9 @@ def _check_choice(config) -> None:
             f"rollout.advantages: 'preferred' is for what has an opponent (nash_md, xpo), and only that; {config.algorithm!r} has "
             f"{'one' if rollouts.opposed(config) else 'none'}: set it to 'auto'."
         )
+    unheard = [name for name in ("kl_penalty", "unfinished_penalty", "reward_bounds") if asked[name]]
+    if asked.advantages == "decoupled" and unheard:
+        raise ValueError(f"rollout.{unheard[0]}: it acts on the sum of the rewards, and 'decoupled' advantages heed each; leave it out.")
     if objective.asks_once(config):
         raise ValueError("reference.logps: what the policy will write is not known before the run: nothing is 'cached'; set it to 'live'.")
     if rollouts.opposed(config) and config.reference.every_steps:

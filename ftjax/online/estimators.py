@@ -33,6 +33,10 @@ class Evidence:
     """float `[p, g, t]`: `Scores.values` of the policy that sampled."""
     opponents: jax.Array | None = None
     """float `[p, g]`: what the opponent's sample is worth that each is compared with; where there is none, `counted` is 0."""
+    each: jax.Array | None = None
+    """float `[k, p, g]`: each of k rewards by itself; NaN where it does not apply."""
+    weights: jax.Array | None = None
+    """float `[k]`: theirs."""
 
     @property
     def whole(self) -> jax.Array:
@@ -119,6 +123,12 @@ def preferred(evidence: Evidence) -> Worth:
     return {"advantages": advantages.preferred(evidence.rewards, evidence.opponents, evidence.counted)}
 
 
+def decoupled(evidence: Evidence) -> Worth:
+    """GDPO's: each reward is standardised by itself, and so nothing that acts on their sum is heeded."""
+    counted = jnp.isfinite(evidence.each).astype(jnp.float32) * evidence.counted[None]
+    return {"advantages": advantages.decoupled(evidence.each, evidence.weights, counted)}
+
+
 ESTIMATORS: Mapping[str, Estimator] = {
     "group_relative": Estimator(group_relative, least=2),
     "group_centred": Estimator(partial(group_relative, scale="none"), least=2),
@@ -130,5 +140,6 @@ ESTIMATORS: Mapping[str, Estimator] = {
     "reinforce_plus_plus_baseline": Estimator(reinforce_plus_plus_baseline, least=2),
     "gae": Estimator(gae, values=True, options=("gamma", "lam", "whiten_rewards")),
     "rewards": Estimator(plain),
+    "decoupled": Estimator(decoupled, least=2),
     "preferred": Estimator(preferred, opponents=True),
 }

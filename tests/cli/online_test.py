@@ -238,6 +238,31 @@ def test_remax_compares_with_the_most_likely_answer(judged, train, tmp_path, mon
         np.testing.assert_allclose([row["reward"] - row["advantage"] for row in rows], 0.75 if more else 1.0, atol=1e-5)
 
 
+TWO_REWARDS = """
+from configs import grpo_smollm2_sums
+
+def get_config(arg=""):
+    config = grpo_smollm2_sums.get_config(arg)
+    with config.unlocked():
+        config.rewards.repetition = {"weight": 0.5, "ngram_tokens": 1}
+    config.rollout.advantages = "decoupled"
+    return config
+"""
+
+
+def test_advantages_of_several_rewards_may_be_decoupled(compiled, tmp_path, monkeypatch):
+    monkeypatch.setitem(rewards.REWARDS, "numeric_match", high_bytes)
+    (tmp_path / "config.py").write_text(TWO_REWARDS)
+    common = ("train", f"--config={tmp_path}/config.py:smoke", f"--workdir={tmp_path}/run", f"--compile_cache={compiled}")
+    assert main.main([*common, *OPTIONS, *FEW]) == 0
+    lines = read_jsonl(tmp_path / "run" / "rollouts.jsonl")[:32]
+    each = [np.reshape([line["rewards"][name] for line in lines], (4, 8)) for name in ("numeric_match", "repetition")]
+    alone = [(x - x.mean(axis=1, keepdims=True)) / (x.std(axis=1, ddof=1, keepdims=True) + 1e-4) for x in each]
+    total = alone[0] + 0.5 * alone[1]
+    found = np.reshape([line["advantage"] for line in lines], (4, 8))
+    np.testing.assert_allclose(found, (total - total.mean()) / (total.std(ddof=1) + 1e-4), atol=1e-4)
+
+
 ONLINE_DPO = """
 from configs import base
 

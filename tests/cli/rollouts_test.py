@@ -74,6 +74,7 @@ def test_sizes_follow_from_rows_and_minibatches():
         ({"rollout__top_p": 1.5}, "top_p is in"),
         ({"rollout__max_tokens": 128}, "rollout.max_tokens: 128 leaves no prompt"),
         ({"rollout__advantages": "group_relativ"}, "rollout.advantages: there is no 'group_relativ'; nearest: 'group_relative'"),
+        ({"rollout__advantages": "decoupled", "rollout__unfinished_penalty": 0.5}, "rollout.unfinished_penalty: it acts on the sum"),
         ({"data__packing": "best_fit"}, "data.packing: rollouts have a row each"),
         ({"data__packing": "shared", "algorithm": "dpo"}, "data.packing: 'dpo' does not learn from all samples of a prompt"),
         ({"data__packing": "shared", "data__accumulation": 16}, "data.batch_size: 64 samples .* a multiple of 128"),

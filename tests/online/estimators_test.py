@@ -14,11 +14,14 @@ from ftjax.types import Batch, Scores
 REWARDS = np.array([[1.0, 0.0, 0.5, 0.0], [2.0, 2.0, 2.0, 2.0]], np.float32)
 MASK = np.ones((2, 4, 3), np.float32)
 MASK[0, 0, 2] = MASK[1, 1, :2] = 0
+EACH = np.array([REWARDS, [[1.0, 2.0, np.nan, 4.0], [0.0, 0.0, 0.0, 3.0]]], np.float32)
 EVIDENCE = Evidence(
     *map(jnp.asarray, (REWARDS, np.ones((2, 4), np.float32), MASK, 0 * MASK)),
     greedy=jnp.array([0.25, 1.0]),
     values=jnp.asarray(0 * MASK),
     opponents=jnp.asarray(1 - REWARDS),
+    each=jnp.asarray(EACH),
+    weights=jnp.array([1.0, 0.5]),
 )
 
 
@@ -43,6 +46,16 @@ def test_baselines_that_are_no_mean_of_the_group():
     np.testing.assert_allclose(estimate("rewards"), REWARDS)
     lengths = MASK.sum(axis=-1)
     np.testing.assert_allclose(estimate("optimal_baseline"), REWARDS - ((lengths * REWARDS).sum(1) / lengths.sum(1))[:, None], atol=1e-6)
+
+
+def test_each_reward_is_standardised_by_itself_and_their_sum_over_the_batch():
+    """A group of one value is worth 0; a reward that does not apply to a sample leaves the others to speak of it."""
+    each = EACH.astype(np.float64)
+    alone = (each - np.nanmean(each, axis=2, keepdims=True)) / (np.nanstd(each, axis=2, ddof=1, keepdims=True) + 1e-4)
+    total = np.nan_to_num(alone[0]) + 0.5 * np.nan_to_num(alone[1])
+    np.testing.assert_allclose(estimate("decoupled"), (total - total.mean()) / (total.std(ddof=1) + 1e-4), atol=1e-5)
+    gone = dataclasses.replace(EVIDENCE, counted=EVIDENCE.counted.at[0, 1].set(0))
+    assert estimate("decoupled", gone)[0, 1] == 0
 
 
 def test_a_sample_is_preferred_by_the_odds_of_its_reward_over_its_opponent_s():
@@ -116,7 +129,11 @@ def test_a_sample_without_a_reward_teaches_nothing(name):
     assert not found[0][0, 1].any() and np.isfinite(found[0]).all()
 
 
-@pytest.mark.parametrize("name", [name for name, known in ESTIMATORS.items() if not known.opponents])  # whose divergence is not known
+UNHELD = ("preferred", "decoupled")
+"""Of an opponent the divergence is not known, and of several rewards none is less for it; a config refuses the penalty with both."""
+
+
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name not in UNHELD])
 def test_a_divergence_is_taken_from_the_reward_of_its_own_sample(name):
     """Five a token in one sample alone makes it worse than its siblings, and the padding of another has no say."""
     kl = jnp.asarray(0 * MASK).at[0, 0].set(50.0).at[1, 1, 0].set(1e4)
