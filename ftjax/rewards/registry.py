@@ -122,9 +122,11 @@ def _bind(name: str, chosen: str | Reward, options: dict[str, Any]) -> Reward:
 
     @functools.wraps(reward)
     def bound(prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any) -> Any:
-        given = {"prompts": prompts, "completions": completions, **columns}
-        shown = {column: values for column, values in given.items() if column not in hidden and (takes_any or column in heard)}
-        return reward(**options, **shown)
+        shown = {column: values for column, values in columns.items() if column not in hidden and (takes_any or column in heard)}
+        if isinstance(chosen, str):
+            return reward(prompts, completions, **options, **shown)
+        texts = {"prompts": prompts, "completions": completions}
+        return reward(**{name: texts[name] for name in texts if takes_any or name in heard}, **options, **shown)
 
     # What `judge` may ask of the rows.
     bound.__signature__ = inspect.Signature([inspect.Parameter(one, inspect.Parameter.KEYWORD_ONLY) for one in asked])
