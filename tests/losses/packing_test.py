@@ -58,6 +58,7 @@ def test_packed_equals_unpacked_in_value_and_gradient(name, responses, packing, 
     def summed(packed, batch):
         loss = losses.unpacked(losses.LOSSES[name]) if packed and not steps else losses.LOSSES[name]
         batch = losses.with_baseline(batch, Mean(jnp.float32(0.6), jnp.float32(2)))
+        batch = losses.with_share(batch, Mean(jnp.float32(5), jnp.float32(11)))  # of all items, however they are split
         batch = losses.with_reference(batch, SCORE(frozen, batch, outputs=("logps",)))
 
         def total(trainable):
