@@ -3,7 +3,9 @@
 Start: configs/sft_smollm2_solutions.py, merged; its data too.
 Command: ftjax train --config=configs/dpo_smollm2_solutions.py --workdir=runs/dpo_smollm2_solutions
 Then: ftjax eval --config=configs/dpo_smollm2_solutions.py --adapter=runs/dpo_smollm2_solutions
-Hardware: UNTESTED at full length.
+Hardware: one core of an AMD EPYC. 35 minutes of its time (53 on the clock, beside other work) and 3.0 GB (JAX 0.12.0.1).
+Result: of 378 held-out pairs 56.1 % (95 %: 51.1 to 61.0) have the larger reward on the right side, with a margin of 0.143; right solutions
+become less likely too (reward -0.149). One run, seed 0, 2026-11-30, commit 2fcfbad.
 """
 
 from configs import base

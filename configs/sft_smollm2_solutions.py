@@ -3,7 +3,8 @@
 Data: python experiments/solutions/data.py EXAMPLE_MODEL_SOLUTIONS.jsonl data/solutions
 Command: ftjax train --config=configs/sft_smollm2_solutions.py --workdir=runs/sft_smollm2_solutions
 Then: ftjax merge --workdir=runs/sft_smollm2_solutions --output=runs/sft_smollm2_solutions/model
-Hardware: UNTESTED at full length.
+Hardware: one core of an AMD EPYC. 10:18 minutes and 2.0 GB (JAX 0.12.0.1), beside another run.
+Result: held-out right solutions come to 0.702 nats a token (0.737 at step 30). One run, seed 0, 2026-11-30, commit 2fcfbad.
 """
 
 from configs import base
