@@ -3,7 +3,8 @@
 Data: python experiments/rlhf_reviews/data.py T0_SAMPLE.jsonl data/reviews
 Command: ftjax train --config=configs/sft_smollm2_reviews.py --workdir=runs/sft_smollm2_reviews
 Then: ftjax merge --workdir=runs/sft_smollm2_reviews --output=runs/sft_smollm2_reviews/model
-Hardware: UNTESTED at full length.
+Hardware: one core of an AMD EPYC. 5:33 minutes and 1.9 GB (JAX 0.12.0.1), beside other work.
+Result: held-out passages come to 3.717 (step 20), 3.650 and 3.643 nats a token. One run, seed 0, 2026-11-30, commit 094a117.
 """
 
 from configs import base
