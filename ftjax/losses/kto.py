@@ -95,8 +95,7 @@ def kl_baseline(scores: Scores, mismatched: Batch) -> Mean:
 
 def with_baseline(batch: Batch, *means: Mean) -> Batch:
     """Return `batch` with a quotient as the baseline of every row, or packed item: the average of several; 0 where nothing was counted."""
-    value = sum(mean.total / jnp.where(mean.weight > 0, mean.weight, 1) for mean in means) / len(means)
-    return dataclasses.replace(batch, baseline=for_every_row(batch, value))
+    return dataclasses.replace(batch, baseline=sum(for_every_row(batch, mean) for mean in means) / len(means))
 
 
 def balance(num_desirable: int, num_undesirable: int, *, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> str | None:

@@ -42,8 +42,9 @@ def unpacked(loss: LossFn) -> LossFn:
     return of_rows
 
 
-def for_every_row(batch: Batch, value: Float[Array, ""]) -> Float[Array, "*b"]:
-    """Return a number of the whole step as each row, or packed item, has it."""
+def for_every_row(batch: Batch, mean: Mean) -> Float[Array, "*b"]:
+    """Return the quotient of a mean over the whole step as each row, or packed item, has it; 0 where nothing was counted."""
+    value = mean.total / jnp.where(mean.weight > 0, mean.weight, 1)
     return jnp.broadcast_to(value, batch.loss_mask.shape[:1] if batch.places is None else batch.places.shape[:2])
 
 

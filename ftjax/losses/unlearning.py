@@ -78,8 +78,7 @@ def desirable_share(batch: Batch) -> Mean:
 
 def with_share(batch: Batch, mean: Mean) -> Batch:
     """Return `batch` with the quotient of `desirable_share` over the whole step in every row, or packed item."""
-    share = mean.total / jnp.where(mean.weight > 0, mean.weight, 1)
-    return dataclasses.replace(batch, desirable_share=for_every_row(batch, share))
+    return dataclasses.replace(batch, desirable_share=for_every_row(batch, mean))
 
 
 def _sum_of_means(
