@@ -12,7 +12,7 @@ import numpy as np
 from ftjax import rollout, scoring
 from ftjax.cli import pretrained
 from ftjax.hf import load as hf_load
-from ftjax.online.samples import rows
+from ftjax.online.samples import rows, words
 from ftjax.rewards.sentiment import sentiment
 from ftjax.types import Params
 
@@ -52,7 +52,7 @@ class Start:
         engine = rollout.Engine(self.found.model, self.encoder.eos_ids, slots=ROWS)
         found = engine.generate(params, requests)
         repeated = [prompt for prompt in tokens for _ in range(samples)]
-        texts = [self.found.tokenizer.decode(sample.tokens.tolist(), skip_special_tokens=True) for sample in found]
+        texts = [words(sample, self.found.tokenizer.decode) for sample in found]
         mine, start = (self._logps(of, repeated, found) for of in (params, self.found.params))
         return Written(texts, np.array(sentiment([], texts)), mine - start)
 

@@ -7,9 +7,11 @@ read by the policy and never trained.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -127,9 +129,20 @@ def found(name: str, known: Mapping[str, Any], *, field: str) -> Any:
 def _from_file(path: pathlib.Path, field: str) -> Any:
     if not path.is_file():
         raise ValueError(f"{field}: there is no file {str(path)!r}.")
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_of_config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    return _executed(path.resolve(), path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _executed(path: pathlib.Path, changed: int) -> Any:
+    """Return the module of a file, executed once for each time that it was changed: what a config names is asked for more than once."""
+    name = f"{path.stem}_of_config_{abs(hash((path, changed)))}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)  # where dataclasses and pickle look for it
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

@@ -97,12 +97,17 @@ def check_reference(config) -> None:
         raise ValueError(f"reference.logps: 'cached' is not for {what}; set it to 'live'.")
 
 
-def check_baseline(config) -> None:
-    """Refuse batches in which no prompt could get the response of another one; asked before anything is loaded."""
+def check_batch(config) -> None:
+    """Refuse batches that are too few rows for the objective, or not rows enough at a time; asked before anything is loaded."""
     if needs(config).baseline and config.data.batch_size < 2:
         raise ValueError(
             f"data.batch_size: {config.algorithm!r} compares with what prompts of the same batch say of each other's responses; "
             f"set it to 2 or more, not {config.data.batch_size}."
+        )
+    if config.data.accumulation > 1 and compares_rows(config):
+        raise ValueError(
+            f"data.accumulation: {config.algorithm!r} compares all rows of a step with each other, and {config.data.accumulation} "
+            "micro-batches would each compare their own; set it to 1. Several devices may hold the rows."
         )
 
 
@@ -110,15 +115,6 @@ def compares_rows(config) -> bool:
     """Return whether the objective, or one of the losses that it sums, compares the rows of a batch with each other."""
     names = plain(config.loss).get("losses", (config.algorithm,))
     return any(losses.NEEDS[name].whole_batch for name in names if name in losses.NEEDS)
-
-
-def check_accumulation(config) -> None:
-    """Refuse micro-batches where they are not as good as the whole; asked before anything is loaded."""
-    if config.data.accumulation > 1 and compares_rows(config):
-        raise ValueError(
-            f"data.accumulation: {config.algorithm!r} compares all rows of a step with each other, and {config.data.accumulation} "
-            "micro-batches would each compare their own; set it to 1. Several devices may hold the rows."
-        )
 
 
 def check_best_metric(config) -> None:

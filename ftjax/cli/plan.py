@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ftjax import hub, logs, quant, tree
-from ftjax.cli import abstract, build, footprint, knobs, products, runtime, topology
+from ftjax.cli import abstract, build, footprint, knobs, objective, products, runtime, topology
 from ftjax.cli import config as configs
 from ftjax.cli.footprint import Footprint
 from ftjax.cli.topology import Topology
@@ -67,6 +67,7 @@ def main(flags: absl_flags.FlagValues) -> int:
     runtime.start(flags)
     found = topology.find(flags.topology)
     config, terminal = resolved(flags.config, found), logs.Terminal()
+    objective.check_batch(config)
     mesh = build.mesh(config, found.devices)
     built = abstract.built(config, mesh)
     estimate = footprint.of(config, mesh, found.kind, built)

@@ -15,7 +15,7 @@ from ftjax.losses.divergences import DIVERGENCES, alpha
 from ftjax.losses.options import check_beta
 from ftjax.losses.pairs import PAIR_LOSSES, Pairs
 from ftjax.losses.reference import reference_logps
-from ftjax.losses.responses import likelihood, shared_weights, token_average, token_sum
+from ftjax.losses.responses import likelihood, shared_weights, token_average, token_sum, token_weights
 from ftjax.tree import nearest
 from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
 
@@ -100,7 +100,7 @@ def preference(
     if nll_coef:
         total = total - nll_coef * likelihood(scores.logps[:, 0], batch.loss_mask[:, 0], per_token=nll_per_token)
         pull = jax.grad(lambda chosen: jnp.sum(sum(pair_loss(chosen, pairs.rejected).values()) * weights))(pairs.chosen)
-        pulls = nll_coef / (pairs.chosen_length if nll_per_token else jnp.ones_like(pairs.chosen_length))
+        pulls = nll_coef * token_weights(pairs.chosen_length, per_token=nll_per_token)
         metrics["nll/share"] = gradient_share(pulls, jnp.abs(pull), pairs.counted)
     return masked_mean(total, pairs.counted), metrics
 

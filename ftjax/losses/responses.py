@@ -25,6 +25,11 @@ def likelihood(logps: Float[Given, "*b t"], mask: Float[Given, "*b t"], *, per_t
     return token_average(logps, mask) if per_token else token_sum(logps, mask)
 
 
+def token_weights(lengths: Float[Given, "*b"], *, per_token: bool) -> Float[Array, "*b"]:
+    """Return the derivative of `likelihood` by the log-probability of one token, from the tokens that each response has, at least 1."""
+    return 1 / lengths if per_token else jnp.ones_like(lengths)
+
+
 def shared_weights(mask: Float[Array, "*b 2 t"], tail: float) -> Float[Array, "*b 2 t"]:
     """Return 1 for as many tokens of each response as the shorter one of its pair has, and `tail` for the rest: LD-DPO.
 

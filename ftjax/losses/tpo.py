@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from ftjax.losses.diagnosis import diagnose, gradient_share
 from ftjax.losses.options import check_beta
-from ftjax.losses.responses import likelihood, token_sum
+from ftjax.losses.responses import likelihood, token_sum, token_weights
 from ftjax.types import Batch, Mean, Metrics, Scores, masked_mean
 
 
@@ -70,5 +70,5 @@ def _against_gold(
     if nll_coef:
         pull = scale[:, 0] * jax.nn.sigmoid(margin + rejected - chosen)
         lengths = jnp.maximum(jnp.sum(mask[:, 2], axis=-1), 1)
-        metrics["nll/share"] = gradient_share(nll_coef / lengths if nll_per_token else jnp.full_like(lengths, nll_coef), pull, counted)
+        metrics["nll/share"] = gradient_share(nll_coef * token_weights(lengths, per_token=nll_per_token), pull, counted)
     return masked_mean(loss, counted), metrics

@@ -303,10 +303,11 @@ def vocabulary(model: Model, params: Params) -> int:
 
 
 def _place(slots: Slots, mesh: Mesh | None) -> Slots:
-    """Split the cache over the rows of the mesh, and have the rest on every device."""
+    """Split the cache over the rows and heads of the mesh, where they divide by it, and have the rest on every device."""
     if mesh is None:
         return slots
-    split = P(None, ROWS) if slots.cache.k.shape[1] % row_parts(mesh) == 0 else P()
+    _, rows, heads, *_ = slots.cache.k.shape
+    split = P(None, ROWS if rows % row_parts(mesh) == 0 else None, "tensor" if heads % mesh.shape["tensor"] == 0 else None)
     where = NamedSharding(mesh, split)
     rest = _replicated(dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, k=None, v=None)), mesh)
     k, v = (jax.lax.with_sharding_constraint(x, where) for x in (slots.cache.k, slots.cache.v))

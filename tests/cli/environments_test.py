@@ -1,5 +1,7 @@
 """`ftjax train` with an environment or tools: episodes are played, judged and told, and a stopped run goes on bit for bit."""
 
+import functools
+import os
 import pathlib
 
 import pytest
@@ -183,6 +185,17 @@ def test_a_reset_that_fails_when_the_data_is_read_names_the_row():
 def test_a_file_of_one_s_own_is_found(tmp_path):
     (tmp_path / "mine.py").write_text("class Mine:\n    pass\n")
     assert environments.found(f"{tmp_path}/mine.py:Mine", rollout.ENVIRONMENTS, field="x").__name__ == "Mine"
+
+
+def test_a_file_of_one_s_own_is_executed_once_and_may_have_dataclasses(tmp_path, capsys):
+    head = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    text = f"{head}print('executed')\n@dataclass\nclass Mine:\n    x: int = 1\n"
+    (tmp_path / "mine.py").write_text(text)
+    find = functools.partial(environments.found, f"{tmp_path}/mine.py:Mine", rollout.ENVIRONMENTS, field="x")
+    assert find() is find() and find()().x == 1 and capsys.readouterr().out == "executed\n"
+    (tmp_path / "mine.py").write_text(text.replace("1", "2"))
+    os.utime(tmp_path / "mine.py", ns=(1, 1))  # a clock may be coarser than a test
+    assert find()().x == 2
 
 
 def test_a_template_that_shows_no_turns_is_refused_before_the_first_episode():

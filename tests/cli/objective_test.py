@@ -28,9 +28,9 @@ COMPARED = [("aot", {}), ("aot_unpaired", {}), ("dpo", {"losses": {"sigmoid": 0.
 @pytest.mark.parametrize(("name", "options"), COMPARED)
 def test_rows_that_are_compared_with_each_other_are_in_one_micro_batch(name, options):
     with pytest.raises(ValueError, match=f"data.accumulation: '{name}' compares all rows of a step .* 2 micro-batches .* set it to 1"):
-        objective.check_accumulation(config(name, 2, **options))
-    objective.check_accumulation(config(name, 1, **options))
-    objective.check_accumulation(config("mpo", 2))
+        objective.check_batch(config(name, 2, **options))
+    objective.check_batch(config(name, 1, **options))
+    objective.check_batch(config("mpo", 2))
 
 
 @pytest.mark.parametrize(("name", "offered"), [("aot", False), ("dpo", True)])

@@ -12,6 +12,7 @@ from ftjax.hf.tokenizer import byte_tokenizer
 from ftjax.rollout import Grammar, Request, settings
 from ftjax.rollout import engine as engines
 from ftjax.rollout import slots as programs
+from ftjax.rollout.requests import form_of
 from ftjax.types import Batch
 from tests.rollout.generate_test import complete, prompts, tiny
 
@@ -243,12 +244,24 @@ def test_eight_devices_write_what_one_writes(key):
     spread = rollout.Engine(sharding.on_mesh(model, mesh), **{**SIZE, "slots": 4})
     placed = sharding.place(jax.tree.map(np.asarray, params), mesh)
     found = spread.generate(placed, requests)
-    before = [program._cache_size() for program in (programs.join, programs.write)]
     for one, other in zip(found, engine().generate(params, requests), strict=True):
         assert one.tokens.tolist() == other.tokens.tolist()
         np.testing.assert_allclose(one.logps, other.logps, atol=1e-5)
+    before = [program._cache_size() for program in (programs.join, programs.write)]
     assert tokens(spread.generate(placed, requests)) == tokens(found)
     assert [program._cache_size() for program in (programs.join, programs.write)] == before
+
+
+@pytest.mark.parametrize(("slots", "parts"), [(4, (4, 2)), (3, (1, 2))])
+def test_a_mesh_splits_the_cache_over_rows_and_heads(slots, parts, key):
+    model, params = tiny()
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    form = form_of(asked(key, 1), ())
+    placed = sharding.place(jax.tree.map(np.asarray, params), mesh)
+    cache = programs.empty(sharding.on_mesh(model, mesh), placed, form.settings([], slots), num_columns=32, mesh=mesh).cache
+    layers, rows, heads, *rest = cache.k.shape
+    assert cache.k.sharding.shard_shape(cache.k.shape) == (layers, rows // parts[0], heads // parts[1], *rest)
+    assert cache.v.sharding == cache.k.sharding
 
 
 @pytest.mark.parametrize(
