@@ -183,6 +183,7 @@ def rollout() -> ConfigDict:
     config.kl_estimator = "k1"  # of that divergence: k1, the log-ratio, k2 or k3; see ftjax.losses.kl
     config.kl_target = 0.0  # nats a sample: the penalty begins as kl_penalty and follows the divergence there; 0: it stays
     config.kl_horizon = 10_000  # samples; the more, the slower it follows
+    config.report_kl = False  # whether the reference reads the samples, and `kl` is reported, where nothing else asks for it
     config.mixture = 0.5  # nash_md: the share of the reference in the opponent
     config.keep = "best"  # rejection_sampling: the best sample of each prompt, or "all" of them, as far as they are good enough
     config.keep_above = config_dict.placeholder(float)  # what is good enough; empty: whatever it is worth

@@ -1,10 +1,12 @@
 """How many bytes of a device a training step takes, by component, from shapes alone.
 
-What is held all the time (weights, scales, adapter, optimiser, batch) is exact. The rest is the largest of three moments of a step:
+What is held all the time (weights, scales, adapter, optimiser, batch) is exact. The rest is the largest of the moments of a step:
 
     forward    what the backward pass needs + the logits of a chunk and their exponentials (+ on a CPU a packed copy of the head)
     backward   what the backward pass needs + gradients + the work of one layer
     update     gradients + updates, on a CPU with the new moments beside the old
+
+and of a run that samples, `sampling`: the cache of its slots and the work of writing (see `footprint_sampling`).
 
 What the backward pass needs is exact too, as JAX has it before the compiler: the residuals of the traced step. XLA's CPU before JAX 0.12
 takes as much as if it kept those that are bfloat16, and a copy of the dense layers, in float32.
@@ -22,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ftjax import scoring, sharding, tree
-from ftjax.cli import abstract, build, objective
+from ftjax.cli import abstract, build, footprint_sampling, objective, rollouts
 from ftjax.kernels.attention.block import BLOCK
 from ftjax.kernels.attention.blocked import MAX_BLOCKS
 
@@ -54,21 +56,35 @@ class Footprint(NamedTuple):
     """Summed gradients that exist during the forward pass."""
     packed: int
     """The output head as the matrix library of a CPU copies it in bfloat16 (JAX 0.12); no compiler counts this."""
+    past: int = 0
+    """Copies of what is trained, which sample what is on its way (`rollout.staleness`)."""
+    cache: int = 0
+    """Keys and values of the sequences that the policy writes."""
+    writing: int = 0
+    """What else it takes to write them."""
+    ahead: bool = False
+    """Whether they are written beside the steps, and not between them."""
 
     @property
     def held(self) -> int:
         """What exists between two steps, and the batch."""
-        return self.base + self.scales + self.adapter + self.optimizer + self.batch
+        return self.base + self.scales + self.adapter + self.optimizer + self.batch + self.past
 
     @property
     def moments(self) -> dict[str, int]:
-        """What exists beside it, at each of three moments of a step."""
-        kept = self.activations + self.copies
+        """What exists beside it, at each moment of a step."""
+        kept, beside = self.activations + self.copies, self.beside
         return {
-            "forward": kept + self.carried + self.logits + self.packed,
-            "backward": kept + self.gradients + self.layer,
-            "update": self.gradients - self.carried + self.updates,
+            "forward": kept + self.carried + self.logits + self.packed + beside,
+            "backward": kept + self.gradients + self.layer + beside,
+            "update": self.gradients - self.carried + self.updates + beside,
+            **({"sampling": self.cache + self.writing} if self.cache else {}),
         }
+
+    @property
+    def beside(self) -> int:
+        """What sampling takes while a step is taken."""
+        return self.cache + self.writing if self.ahead else 0
 
     @property
     def peak(self) -> int:
@@ -92,6 +108,7 @@ def of(config, mesh: Mesh, kind: str, built: abstract.Built | None = None) -> Fo
     copies, activations = _kept(config, mesh, built, rows, widened=_widens(kind))
     copies += _widened(built) if _widens(kind) else 0
     summed = trained if config.data.accumulation > 1 else 0
+    sampled, bound = footprint_sampling.of(config, mesh, kind, built, widened=_widens(kind)), rollouts.staleness(config)
     return Footprint(
         base=held["base"],
         scales=held["scales"],
@@ -106,6 +123,10 @@ def of(config, mesh: Mesh, kind: str, built: abstract.Built | None = None) -> Fo
         layer=_layer(config, mesh, built, rows, kind),
         carried=summed,
         packed=_packed(built) if kind == "cpu" else 0,
+        past=bound * trained,
+        cache=sampled.cache,
+        writing=sampled.writing,
+        ahead=bool(bound) and mesh.size == 1,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from ftjax import quant, sharding
-from ftjax.cli import build, footprint, objective
+from ftjax.cli import build, footprint, footprint_sampling, objective, rollouts
 from ftjax.cli.topology import Topology
 
 _LEAST_TOKENS = 64
@@ -55,6 +55,9 @@ def _ladders(config: ConfigDict, topology: Topology) -> Iterator[Sequence[Change
     if not objective.compares_rows(config):
         yield [{"data.accumulation": n} for n in range(data.accumulation + 1, rows + 1) if rows % n == 0]
     yield [{"data.batch_size": least * n} for n in range(data.batch_size // least - 1, 0, -1) if n & (n - 1) == 0]
+    if rollouts.used(config):
+        written = footprint_sampling.slots(config)
+        yield [{"rollout.slots": written // n} for n in (2, 4, 8, 16) if written % (n * parts) == 0]
     yield [{"model.remat": name} for name in _after(("none", "elementwise", "full"), config.model.remat)]
     yield [{"data.max_tokens": data.max_tokens // n} for n in (2, 4, 8) if data.max_tokens // n >= _LEAST_TOKENS]
     dense = [name for name in config.methods if name not in quant.METHODS]

@@ -45,7 +45,12 @@ LEFT_OUT = {
 
 _OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED.*?(?:Used |required for HLO temporaries \()([\d.]+)([KMGT])", re.DOTALL)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_NAMES = {"forward": "at the end of the forward pass", "backward": "in the backward pass", "update": "in the update"}
+_NAMES = {
+    "forward": "at the end of the forward pass",
+    "backward": "in the backward pass",
+    "update": "in the update",
+    "sampling": "while it samples, between the steps",
+}
 _PREALLOCATED = 0.75
 """Of a GPU's memory, that JAX takes at its start."""
 
@@ -169,7 +174,10 @@ def peak(where: Topology, estimate: Footprint, compiled: Compiled | None) -> int
     """Return the bytes that count: the compiler's with what it cannot know; where it is none for the device, the larger of the two."""
     if compiled is None:
         return estimate.peak
-    return max(estimate.peak, compiled.peak) if where.stand_in else compiled.peak + estimate.packed
+    step = compiled.peak + estimate.past + estimate.beside  # of which the compiler of a step knows nothing
+    if where.stand_in:
+        return max(estimate.peak, step)
+    return max(step + estimate.packed, estimate.held + estimate.moments.get("sampling", 0))
 
 
 def verdict(terminal: logs.Terminal, where: Topology, estimate: Footprint, compiled: Compiled | None) -> bool:
@@ -179,7 +187,8 @@ def verdict(terminal: logs.Terminal, where: Topology, estimate: Footprint, compi
     if compiled is not None:
         target = f"for {where.stand_in}" if where.stand_in else "for it"
         terminal.say(f"compiled     {target} in {compiled.seconds:.0f} s, {compiled.said}")
-    terminal.say(f"left out     {LEFT_OUT[where.kind]}; evaluation and generation, which come between steps")
+    between = "models that judge; evaluation" if estimate.cache else "evaluation and generation"
+    terminal.say(f"left out     {LEFT_OUT[where.kind]}; {between}, which {'comes' if estimate.cache else 'come'} between steps")
     if where.stand_in:
         terminal.say("There is no compiler for this GPU here, so this is an estimate.", style="yellow")
     needed = peak(where, estimate, compiled)
@@ -200,26 +209,30 @@ def verdict(terminal: logs.Terminal, where: Topology, estimate: Footprint, compi
 
 
 def table(found: Footprint, built: abstract.Built) -> Table:
-    """Return the table of components: what is held all the time, and what exists at three moments of a step."""
+    """Return the table of components: what is held all the time, and what exists at each moment of a step."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("component", *found.moments):
         shown.add_column(name, justify="left" if name == "component" else "right")
     dtypes = " and ".join(footprint.base_dtypes(built))
     kept, carried = {"activations kept for backward": found.activations, "copies of trained weights": found.copies}, found.carried
     at = {
-        f"base ({dtypes})" if dtypes else "base": (found.base,) * 3,
-        "scales of the base": (found.scales,) * 3,
-        "adapter, trained weights": (found.adapter,) * 3,
-        "optimiser": (found.optimizer,) * 3,
-        "batch": (found.batch,) * 3,
+        f"base ({dtypes})" if dtypes else "base": (found.base,) * 4,
+        "scales of the base": (found.scales,) * 4,
+        "adapter, trained weights": (found.adapter,) * 4,
+        "copies of it that sample ahead": (found.past,) * 4,
+        "optimiser": (found.optimizer,) * 4,
+        "batch": (found.batch,) * 4,
         **{name: (size, size, 0) for name, size in kept.items()},
         "logits of a chunk": (found.logits, 0, 0),
         "head, packed by the CPU's library": (found.packed, 0, 0),
         "gradients": (carried, found.gradients, found.gradients - carried),
         "one layer's work": (0, found.layer, 0),
         "updates": (0, 0, found.updates),
+        "keys and values of the slots": (*(found.cache if found.ahead else 0,) * 3, found.cache),
+        "work of writing to them": (*(found.writing if found.ahead else 0,) * 3, found.writing),
     }
     for name, sizes in at.items():
+        sizes = (*sizes, 0)[: len(found.moments)]  # most exist in a step alone
         if any(sizes):
             shown.add_row(name, *(megabytes(size) if size else Text("-", "dim") for size in sizes))
     shown.add_section()

@@ -43,6 +43,7 @@ OPTIONS: Mapping[str, Option] = {
     "keep_above": Option(None, rollouts.selected, "'rejection_sampling'"),
     "mixture": Option(0.5, lambda config: objective.needs(config).opponent == "mixture", "'nash_md'"),
     "kl_estimator": Option("k1", lambda config: config.rollout.kl_penalty != 0, "a rollout.kl_penalty that is not 0"),
+    "report_kl": Option(False, lambda config: objective.needs(config).data == data.ROLLOUTS, "what learns from all samples (grpo, ppo)"),
     "kl_horizon": Option(10_000, lambda config: config.rollout.kl_target != 0, "a rollout.kl_target above 0"),
 }
 """Who reads what."""
@@ -176,7 +177,7 @@ def _check_penalty(config) -> None:
 def _check_unread(config) -> None:
     """Refuse what was set and acts nowhere."""
     for name, option in OPTIONS.items():
-        value = config.rollout[name]
+        value = config.rollout.get(name, option.default)  # configs of older runs have not all of them
         if value != option.default and not option.read(config):
             raise ValueError(
                 f"rollout.{name}: {value!r} acts nowhere with {config.algorithm!r}: it is read by {option.reader}; "

@@ -129,8 +129,10 @@ def rows_of(config) -> Callable[[Batch, np.ndarray], Batch] | None:
 
 def referred(config) -> bool:
     """Return whether the run compares the policy with where it began."""
+    if not used(config):
+        return False
     live = objective.needs(config).reference and not paired(config)  # of pairs it speaks in every step
-    return used(config) and bool(config.loss.get("kl_coef", 0.0) or config.rollout.kl_penalty or live)
+    return bool(config.loss.get("kl_coef", 0.0) or config.rollout.kl_penalty or config.rollout.get("report_kl", False) or live)
 
 
 def divergence(config) -> Callable[[jax.Array], jax.Array]:

@@ -124,8 +124,7 @@ class _Run:
         self.engine, self.params, self.requests = engine, params, requests
         self.mesh = _mesh(params)
         # A CPU would copy a layer's weights and cache at each step; see `models.apart`.
-        layers_apart = jax.default_backend() == "cpu" and self.mesh is None and not mixed and models.separable(engine.model, params)
-        layers_apart = layers_apart and tree.num_bytes(params["layers"]) <= APART_BYTES
+        layers_apart = jax.default_backend() == "cpu" and self.mesh is None and not mixed and worth_apart(engine.model, params)
         self.written_by = {**params, **programs.apart({"layers": params["layers"]})} if layers_apart else params
         self.first = np.cumsum([0, *(request.num_samples for request in requests)])
         # The longest first, so that none is left alone at the end; likewise long prompts, so that short ones fill the rows.
@@ -253,6 +252,11 @@ class _Run:
 
         first = max(before + 1, request.min_tokens)
         return next(filter(holds, range(first, len(tokens) + 1)), 0) if holds(len(tokens)) else 0
+
+
+def worth_apart(model: Model, params: Params) -> bool:
+    """Return whether a CPU that is no mesh of several devices writes with the layers laid apart, which it holds beside the stacked ones."""
+    return models.separable(model, params) and tree.num_bytes(params["layers"]) <= APART_BYTES
 
 
 def _mesh(params: Params) -> Mesh | None:

@@ -69,6 +69,15 @@ def test_samples_learn_the_same_in_one_row_with_their_prompt(train, tmp_path):
     assert found[0][1][0] > 1e-3
 
 
+def test_the_divergence_is_reported_where_it_is_asked_for_and_changes_nothing(train, tmp_path):
+    for name, asked in (("without", False), ("with", True)):
+        options = ("--config.loss.kl_coef=0.0", f"--config.rollout.report_kl={asked}", "--config.steps=4", "--config.logging.every_steps=1")
+        assert train(tmp_path / name, *FEW, *options) == 0
+    assert not reported(tmp_path / "without", "train/kl") and reported(tmp_path / "with", "train/kl")[-1] > 0
+    trained = [jax.tree.leaves(stored(tmp_path / name).trainable) for name in ("without", "with")]
+    assert all(np.array_equal(one, other) for one, other in zip(*trained, strict=True))
+
+
 def test_what_is_reported_says_all_that_may_go_wrong(whole):
     row = next(row for row in read_jsonl(whole / "metrics.jsonl") if "train/reward" in row)
     names = "reward_std rewards/numeric_match zero_variance length finished repetition kl entropy clip/high ratio sampler_gap"

@@ -1,0 +1,74 @@
+"""How many bytes of a device a run takes beside what it holds while it writes its own samples, from shapes alone.
+
+The keys and values of the slots and of the prompts that are read are exact. What a step of writing works with is `LOGITS` arrays of logits,
+as XLA was found to take; laid apart, a CPU has the layers twice (`rollout.Engine`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from ftjax import models, rollout, sharding, tree
+from ftjax.cli import abstract, objective, rollouts
+from ftjax.models import virtual
+from ftjax.rollout import engine
+from ftjax.types import Model
+
+LOGITS = 5
+"""Arrays `[slots, vocabulary]` of float32: logits, their log-softmax, the noise of a draw."""
+
+
+class Sampling(NamedTuple):
+    """Bytes of the fullest device."""
+
+    cache: int
+    """Keys and values of all slots."""
+    writing: int
+    """Those of the prompts that are read, logits, and layers laid apart."""
+
+
+def of(config, mesh: Mesh, kind: str, built: abstract.Built, *, widened: bool) -> Sampling:
+    """Return what sampling takes; 0 of a run that samples nothing.
+
+    Args:
+      config: of the run.
+      mesh: of real or described devices.
+      kind: "cpu", "gpu" or "tpu".
+      built: of this config and mesh.
+      widened: whether the compiler makes copies in float32 of weights that lie in bfloat16, as XLA's CPU does before JAX 0.12.
+    """
+    if not (rollouts.used(config) or objective.on_policy(config)):
+        return Sampling(0, 0)
+    params = jax.eval_shape(built.method.attach, built.frozen, built.state.trainable)
+    parts, vocabulary = sharding.row_parts(mesh), built.model.config.vocab_size
+    before, rows = sum(virtual.count(params)), slots(config)
+    columns = max(rollout.Engine.read_tokens, config.data.max_tokens)
+    apart = kind == "cpu" and mesh.size == 1 and engine.worth_apart(built.model, params)
+    mixed = objective.needs(config).opponent == "mixture"  # whose cache has the layers of both
+    cache = _cache(built.model, mesh, rows, before + config.data.max_tokens) * (2 if mixed else 1)
+    read = _cache(built.model, mesh, parts, before + columns)
+    layers, head = params["layers"], built.model.head(params)
+    copied = (tree.num_bytes(layers) if apart else 0) + (2 * _bfloat16([head] if apart else [head, layers]) if widened else 0)
+    return Sampling(cache, read + LOGITS * 4 * rows * vocabulary + copied)
+
+
+def slots(config) -> int:
+    """Return the sequences that are written at a time."""
+    return (config.rollout.slots or rollouts.samples(config)) if rollouts.used(config) else config.data.batch_size
+
+
+def _bfloat16(params: Any) -> int:
+    return tree.num_bytes([x for x in jax.tree.leaves(params) if x.dtype == jnp.bfloat16])
+
+
+def _cache(model: Model, mesh: Mesh, rows: int, columns: int) -> int:
+    """Return the bytes of a cache on each device; see `ftjax.rollout.slots` for how a mesh splits it."""
+    cache = jax.eval_shape(partial(models.init_cache, model.config, rows, columns, model.config.dtype))
+    heads, parts = model.config.num_key_value_heads, sharding.row_parts(mesh)
+    split = (parts if rows % parts == 0 else 1) * (mesh.shape["tensor"] if heads % mesh.shape["tensor"] == 0 else 1)
+    return sum(tree.num_bytes(x) // split for x in (cache.k, cache.v))
