@@ -22,6 +22,7 @@ def group_relative(
     Shao et al., 2024, arXiv 2402.03300: GRPO; without a scale: Dr. GRPO, Liu et al., 2025, arXiv 2503.20783; with that of
     the batch: Liu et al., 2025, arXiv 2508.08221. With the scale "group" a KL term in the loss is held against rewards over their group's
     deviation σ: its β is βσ, another one for each prompt, and smaller as the policy grows sure (`experiments/preference_frontier`).
+    NeMo RL takes mean and deviation of the others of the group, unless told otherwise.
 
     Args:
       rewards: of each response.
@@ -150,7 +151,8 @@ def gae(
     δ_t = r_t + γ V_t' - V_t        A_t = δ_t + γλ A_t'        t' the next token that counts; nothing comes after the last
 
     Schulman et al., 2015, arXiv 1506.02438, equation 16. Tokens that do not count, such as a tool's, are stepped over as if they were not
-    there, and have 0.
+    there, and have 0; so in verl and NeMo RL. TRL 1.12 is one token longer where a response ended early: see `shaping.token_rewards`. Where
+    NeMo RL has one λ for advantages and another for returns, two calls have them.
 
     Args:
       rewards: of each token.

@@ -3,6 +3,8 @@
 The sampler's log-probabilities differ from the trainer's by its kernels, its precision, or the steps that it lags behind. A weight is of
 one token or of a whole response, and one that is too large is truncated or leaves its tokens out. Truncated and of a token: Yao et al.,
 2025, "Your efficient RL framework secretly brings you off-policy RL training"; TRL 1.16 has the same four.
+verl and NeMo RL have the truncated ones and IcePop; verl's division by the mean weight and NeMo RL's mask of responses by their mean
+log-ratio (`seq-mask-tis`) are not here.
 """
 
 from __future__ import annotations

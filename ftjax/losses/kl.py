@@ -4,6 +4,10 @@ Each estimator reads x = log π(y_t) - log π_ref(y_t) and returns one number a 
 The gradients are another matter (Tang and Munos, 2025, arXiv 2506.09477): that of k1 is 0 in the mean, so that k1 as a loss holds nothing
 back; that of k2 is the divergence's; that of k3 is the one of KL(π_ref ‖ π). Multiplied by the ratio π / π_old, as `policy_gradient` does
 unless told otherwise, the gradients of k1 and k3 become the divergence's too.
+
+TRL multiplies by the ratio too, verl never, and NeMo RL, if asked, by a π / π_behavior without a gradient. verl's k3 and, by default,
+all of NeMo RL's end at 10, where they lose their gradient: k3 gets there at x = -2.6, and a token that moved further is held no more. Here
+nothing is cut. verl's `abs`, |x|, estimates no divergence and is left out.
 """
 
 from __future__ import annotations

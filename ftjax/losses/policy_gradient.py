@@ -41,6 +41,7 @@ def policy_gradient(
     entropy_share: float = 1.0,
     correction: str | None = None,
     correction_cap: float = 3.0,
+    correction_floor: float = 0.0,
     off_policy_threshold: float | None = None,
 ) -> tuple[Mean, Metrics]:
     """Return Σ over tokens of w ℓ(ρ, A) + β ρ KL - c H, reduced as `reduction` says.
@@ -67,7 +68,8 @@ def policy_gradient(
       entropy_coef: c, of the entropy, which needs `score(…, entropy_gradient=True)`. It is reduced as the rest is (TRL 1.16: over tokens).
       entropy_share: the share of each response's tokens, those of the highest entropy, that have a surrogate: see `entropy.top_entropy`.
       correction: a name in `correction.CORRECTIONS`: w from `old_logps` and `behavior_logps`; 1 if None.
-      correction_cap: the largest w.
+      correction_cap: the largest w; `inf` for none.
+      correction_floor: the least w, 0 for none; IcePop of verl and NeMo RL is "token_mask" with both.
       off_policy_threshold: by how much, in nats a token, the policy may have left a bad response that still counts: see
         `correction.off_policy_mask`; by any if None.
 
@@ -97,7 +99,7 @@ def policy_gradient(
         losses = losses * top_entropy(needed_entropy(scores), mask, share=entropy_share)
     metrics = diagnose_actions(scores, batch, actions, clips)
     if correction is not None:
-        weights, found = importance_weights(scores, batch, correction=correction, cap=correction_cap)
+        weights, found = importance_weights(scores, batch, correction=correction, cap=correction_cap, floor=correction_floor)
         losses, metrics = losses * weights, metrics | found
     if off_policy_threshold is not None:
         kept = off_policy_mask(actions.logps, behavior(scores, batch), actions.advantages, mask, threshold=off_policy_threshold)
@@ -138,16 +140,18 @@ def behavior(scores: Scores, batch: Batch) -> Float[Array, "*b t"]:
     return old_logps(scores, batch) if batch.behavior_logps is None else batch.behavior_logps
 
 
-def importance_weights(scores: Scores, batch: Batch, *, correction: str, cap: float) -> tuple[Float[Array, "*b t"], Metrics]:
+def importance_weights(scores: Scores, batch: Batch, *, correction: str, cap: float, floor: float) -> tuple[Float[Array, "*b t"], Metrics]:
     """Return w of a correction, and its metrics.
 
     They are `behavior/logratio`, the mean |log π_old/π_behavior|, `behavior/weight`, and `behavior/weight/{min,max}` of the least and the
     largest w of each response, a mean over responses.
     """
+    if not 0 <= floor <= cap:
+        raise ValueError(f"policy_gradient: correction_floor is between 0 and correction_cap = {cap}, not {floor}.")
     if batch.behavior_logps is None:
         raise ValueError("policy_gradient: batch.behavior_logps is missing: a correction needs what the sampler said of its tokens.")
     logratio = jnp.where(batch.loss_mask > 0, old_logps(scores, batch) - batch.behavior_logps, 0)
-    weights = _chosen("correction", correction, CORRECTIONS)(logratio, cap=cap)
+    weights = _chosen("correction", correction, CORRECTIONS)(logratio, cap=cap, floor=floor)
     responses = (jnp.sum(batch.loss_mask, axis=-1) > 0).astype(logratio.dtype)
     counted = lambda rest: jnp.where(batch.loss_mask > 0, weights, rest)  # noqa: E731
     return weights, {

@@ -1,7 +1,8 @@
 """From one loss a token to one a step: which tokens and responses weigh how much.
 
 Each returns a `Mean`, so normalisers are those of the whole step, whatever micro-batch, row or device a token is on. A response without a
-token that counts (a row that fills the batch, an over-long response that was masked) counts in no denominator.
+token that counts (a row that fills the batch, an over-long response that was masked) counts in no denominator. verl's `token-sum`, whose
+scale grows with the batch, is not here.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def sequence_sum(losses: Float[Array, "*b t"], mask: Float[Array, "*b t"]) -> Me
 
 def constant_length(losses: Float[Array, "*b t"], mask: Float[Array, "*b t"], *, max_tokens: float = 512.0) -> Mean:
     """Return `sequence_sum` divided by a constant: Dr. GRPO, Liu et al., 2025, arXiv 2503.20783.
+
+    verl's `seq-mean-token-sum-norm`, which older versions do not divide by the number of responses.
 
     Args:
       losses: of each token.

@@ -17,7 +17,9 @@ def token_rewards(
 ) -> Float[Array, "*b t"]:
     """Return -c kl_t for every token that counts, and the reward of the response at the last of them as well.
 
-    Ziegler et al., 2019, arXiv 1909.08593; Ouyang et al., 2022, arXiv 2203.02155, equation 2. TRL 1.12 pays the token after the last one.
+    Ziegler et al., 2019, arXiv 1909.08593; Ouyang et al., 2022, arXiv 2203.02155, equation 2. TRL 1.12 pays the token after
+    the last one, if there is room, and learns the value of its state; that is what a mask of one token more says here. It changes no
+    advantage where γ = λ = 1.
 
     Args:
       rewards: of each response.

@@ -51,7 +51,8 @@ def clipped(
     """Return -min( min(ρ, δ) A, clip(ρ, 1-ε_low, 1+ε_high) A ): no gain from moving further than the clip, a loss for moving back.
 
     Schulman et al., 2017, arXiv 1707.06347, equation 7; ε_high ≠ ε_low: DAPO, Yu et al., 2025, arXiv 2503.14476; δ, which bounds the loss
-    where A < 0: dual clip, Ye et al., 2020, arXiv 1912.09729.
+    where A < 0: dual clip, Ye et al., 2020, arXiv 1912.09729, where verl and NeMo RL call it c and also take
+    one between 1 and 1 + ε_high.
 
     Args:
       actions: the drawn tokens.

@@ -123,6 +123,8 @@ EXAMPLES = {
         rollout("ppo", value_coef=0.7),
         rollout("ppo", reads="values", value_coef=0.7),
         first_step("ppo", kl_coef=0.3),
+        rollout("ppo", reduction="sequence_mean", kl_coef=0.3, kl_weighted=False),
+        rollout("ppo", reads="values", reduction="sequence_mean"),
     ],
     "nash_md": [rollout("nash_md", "nash_md", beta=0.3, differentiable=False)],
     "xpo": pair("xpo", "xpo", alpha=0.1),

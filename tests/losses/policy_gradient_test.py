@@ -33,6 +33,75 @@ def test_grpo_by_hand():
     assert metrics["kl/old"].value() == pytest.approx((2 * (1 - math.log(2))) / 3)
 
 
+RATIOS = np.array([[8, 1 / 2, 1], [2, 1 / 4, 1 / 4]])
+"""Of two responses: the first has two tokens, whose product is 4 and whose geometric mean is 2; of the second they are ⅛ and ½."""
+LOGPS = np.array([[-1, -2, 0], [-1, -2, -3]])
+E, LOG2 = math.exp, math.log(2)
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+BY_HAND = {
+    # ρA, without a clip, summed: (-(16 + 1) + (2 + ¼ + ¼)) / 2 and its opposite
+    **dict.fromkeys(("reinforce", "remax", "opo"), (-14.5 / 2, 14.5 / 2)),
+    # the loss of a response is that of its product, 4 or ⅛: min(8, 2.4), min(-⅛, -0.8); min(-8, -2.4), min(⅛, 0.8)
+    "rloo": ((-2.4 + 0.8) / 2, (8 - 1 / 8) / 2),
+    # clipped to [0.8, 1.2], of good tokens at most 2.4 and 1, of bad ones at least 2, 0.8, 0.8; then 16, 1.6 and 1.2, ¼, ¼
+    "grpo": ((-3.4 / 2 + 3.6 / 3) / 2, (17.6 / 2 - 1.7 / 3) / 2),
+    **dict.fromkeys(("bnpo", "reinforce_plus_plus"), ((-3.4 + 3.6) / 5, (17.6 - 1.7) / 5)),
+    "dr_grpo": ((-3.4 + 3.6) / 512 / 2, (17.6 - 1.7) / 512 / 2),
+    # the same up to 1.28: 2.56 instead of 2.4, and 1.28 instead of 1.2
+    "dapo": ((-3.56 + 3.6) / 5, (17.6 - 1.78) / 5),
+    # weights 5 (clipped), ½ and 2, ¼, ¼ times A log π: 10, 2 and -2, -½, -¾
+    "cispo": ((12 - 3.25) / 5, (3.25 - 12) / 5),
+    # the geometric means 2 and ½, clipped to [0.9997, 1.0004]: min(4, 2.0008), min(-½, -0.9997); min(-4, …) and min(½, …)
+    **dict.fromkeys(("gspo", "gspo_token"), ((-2.0008 + 0.9997) / 2, (4 - 0.5) / 2)),
+    # the same for each token of 2 and 3
+    "luspo": ((2 * -2.0008 + 3 * 0.9997) / 2, (2 * 4 - 3 * 0.5) / 2),
+    # 4/τ σ(τ(ρ - 1)) A: τ = 1 for the good response, 1.05 for the bad one
+    "sapo": (
+        (-8 * (sigmoid(7) + sigmoid(-0.5)) / 2 + 4 / 1.05 * (sigmoid(1.05) + 2 * sigmoid(-0.7875)) / 3) / 2,
+        (8 / 1.05 * (sigmoid(7.35) + sigmoid(-0.525)) / 2 - 4 * (sigmoid(1) + 2 * sigmoid(-0.75)) / 3) / 2,
+    ),
+    # φ(4) = 4² e^(3(1 - 4)), φ(⅛) = ⅛³ e^(2(1 - ⅛)) times A Σ log π, 2 · -3 and -1 · -6; then 4³ e^(2(1 - 4)), ⅛² e^(3(1 - ⅛))
+    "vespo": ((16 * E(-9) * 6 - E(1.75) / 512 * 6) / 5, (-64 * E(-6) * 6 + E(2.625) / 64 * 6) / 5),
+    # log ρ is 3 and -1, and 1, -2, -2 times log 2; of a good response at most 0.4, of a bad one at least -0.4
+    "gmpo": (
+        (-2 * E((0.4 - LOG2) / 2) + E((LOG2 - 0.8) / 3)) / 2,
+        (2 * E((3 * LOG2 - 0.4) / 2) - E((0.4 - 4 * LOG2) / 3)) / 2,
+    ),
+    # the policy's as bnpo; returns are 1, values of the first 0.1, of the second 3, clipped to 0.2: (2 · 0.9² + 3 · 2²) / 5 · ½ · 0.1
+    "ppo": (0.2 / 5 + 0.1362, 15.9 / 5 + 0.1362),
+    # Σ (0.1 log π/π_ref - A) log π, with π_ref = π_old: of the first 6 - 0.1 log 2, of the second -6 + 0.9 log 2; then -6 …, 6 …
+    "nash_md": (0.4 * LOG2, 0.4 * LOG2),
+}
+"""The loss where the first response is good, A = (2, -1), and where the second is, A = (-2, 1): both signs on both sides of each clip."""
+
+
+@pytest.fixture(scope="module")
+def by_hand():
+    logps = jnp.asarray(LOGPS, jnp.float32)
+    old = logps - jnp.log(jnp.asarray(RATIOS, jnp.float32))
+    values, returns = jnp.array([[0.1, 0.1, 0.1], [3.0, 3.0, 3.0]]), jnp.ones((2, 3))
+
+    def behind(x):
+        """One token of a prompt before them, whose value is that of the state in which the first is drawn."""
+        return jnp.pad(x, ((0, 0), (1, 0)))
+
+    scores = Scores(behind(logps), values=jnp.pad(values, ((0, 0), (0, 1))))
+    fields = {"old_logps": behind(old), "reference_logps": behind(old), "returns": behind(returns), "old_values": jnp.zeros((2, 4))}
+    batches = [batch_of(scores.logps, [[0, 1, 1, 0], [0, 1, 1, 1]], advantages=jnp.array(a), **fields) for a in ([2.0, -1.0], [-2.0, 1.0])]
+    every = lambda scores, batches: {name: [losses.LOSSES[name](scores, batch)[0] for batch in batches] for name in BY_HAND}  # noqa: E731
+    return said(every, scores, batches)
+
+
+@pytest.mark.parametrize("name", {**losses.POLICY_LOSSES, "ppo": None, "nash_md": None})
+def test_the_loss_by_hand(name, by_hand):
+    np.testing.assert_allclose([mean.value() for mean in by_hand[name]], BY_HAND[name], rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["reinforce", "grpo", "cispo", "gspo", "ppo", "nash_md"])
 def test_where_old_logps_are_nan_the_policy_is_asked_itself(name):
     """Value and gradient are those of a batch without them, and the ratio is exactly 1."""
@@ -222,6 +291,7 @@ def test_a_bad_response_that_the_policy_has_left_is_left_out():
         ({"entropy_coef": 0.1}, "entropy was not scored"),
         ({"entropy_share": 0.2}, "entropy was not scored"),
         ({"correction": "token_mask"}, "behavior_logps"),
+        ({"correction": "token_mask", "correction_cap": 2.0, "correction_floor": 2.1}, "correction_cap = 2.0, not 2.1"),
         ({"tau_positive": 1.0}, "neither the surrogate 'clipped' nor the reduction 'sequence_mean' takes tau_positive"),
         ({"ratio_cap": 1.1}, "above 1 \\+ clip_high"),
     ],

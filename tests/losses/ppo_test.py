@@ -8,38 +8,7 @@ import pytest
 from ftjax import losses
 from ftjax.losses import shaping
 from ftjax.types import Batch, Scores
-from tests.losses.examples import make_problem, said
-
-OPTIONS = {"clip_low": 0.2, "clip_high": 0.3, "value_coef": 0.7, "value_clip": 0.4}
-
-
-def trl_ppo(scores, batch, *, clip_low, clip_high, value_coef, value_clip):
-    """The losses of TRL 1.12's PPO over one batch, by its formulas in float64."""
-    at = batch.loss_mask > 0
-    ratio = np.exp(scores.logps - batch.old_logps)[at]
-    advantages = np.broadcast_to(batch.advantages[:, None], at.shape)[at]
-    policy = np.maximum(-advantages * ratio, -advantages * np.clip(ratio, 1 - clip_low, 1 + clip_high))
-    values, old = (x[:, :-1][at[:, 1:]] for x in (scores.values, batch.old_values))  # of the states before the tokens
-    returns = batch.returns[at]
-    clipped = np.clip(values, old - value_clip, old + value_clip)
-    value = 0.5 * np.maximum(np.square(values - returns), np.square(clipped - returns))
-    return policy.mean(), value.mean(), policy.mean() + value_coef * value.mean(), np.mean(np.abs(values - old) > value_clip)
-
-
-@pytest.fixture(scope="module")
-def problem():
-    return make_problem("rollouts", np.float64)
-
-
-def test_ppo_is_that_of_trl(problem):
-    """Whose values and clips are those of the batch; both sides of both clips occur."""
-    with jax.enable_x64(True):
-        loss, metrics = said(partial(losses.ppo, **OPTIONS), *problem)
-    *parts, share = trl_ppo(*problem, **OPTIONS)
-    found = [metrics["loss/policy"].value(), metrics["loss/value"].value(), loss.value()]
-    np.testing.assert_allclose(found, parts, rtol=1e-12)
-    assert metrics["clip/value"].value() == pytest.approx(share) and 0 < share < 1
-    assert metrics["clip/low"].value() > 0 and metrics["clip/high"].value() > 0
+from tests.losses.examples import said
 
 
 def batch_of(logps, **fields):
