@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from ftjax import data, online, rollout
+from ftjax.cli import runtime
 from ftjax.cli.config import plain
 from ftjax.rollout import environments, toolbox
 from ftjax.tree import nearest
@@ -47,10 +48,6 @@ def check(config) -> None:
     if asked.name and asked.tools:
         raise ValueError(
             "rollout.environment: name either an environment or tools; an environment that has tools makes a rollout.Toolbox itself."
-        )
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"rollout.environment: episodes are played by one process, for an environment has no twin; there are {jax.process_count()}."
         )
     if asked.max_turns < 1:
         raise ValueError(f"rollout.environment.max_turns: at least 1, not {asked.max_turns}.")
@@ -103,6 +100,8 @@ def sampler(config, engine: rollout.Engine, encoder: data.Encoder, sampling: rol
         max_turns=asked.max_turns,
         stop=tuple(asked.stop),
         seconds=config.judging.timeout,
+        part=(jax.process_index(), jax.process_count()),
+        gathered=runtime.gathered,
     )
     return online.player(stage, sampling=sampling)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +22,19 @@ from ftjax.types import Params
 
 _LATER = 2**30
 """More than the tokens of any turn: token `i` of the first turn is drawn with `fold_in(key, i)`, and turn `k` with keys of its own."""
+
+
+class _Heard(NamedTuple):
+    """What an environment said to a turn, as plain data."""
+
+    told: Sequence[Message] = ()
+    reward: float | None = None
+    done: bool = False
+    failure: str = ""
+
+
+def _alone(value: Any) -> list[Any]:
+    return [value]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +55,10 @@ class Stage:
     """Texts that end a turn, beside the engine's `eos_ids`."""
     seconds: float = 300.0
     """That an environment may take for an answer."""
+    part: tuple[int, int] = (0, 1)
+    """Which process this is, and of how many that play the same episodes: each has the environments of its share of them."""
+    gathered: Callable[[Any], list[Any]] = _alone
+    """What each of these processes has, from what this one has: plain data."""
 
 
 def play(stage: Stage, params: Params, prompts: Sequence[data.Prompt], keys: jax.Array, *, sampling: Sampling) -> list[Sample]:
@@ -67,8 +84,8 @@ def play(stage: Stage, params: Params, prompts: Sequence[data.Prompt], keys: jax
       sampling: from `sampling.settings`.
     """
     episodes = [_Playing(stage, prompt) for prompt in prompts for _ in range(keys.shape[1])]
-    for episode, begun in zip(episodes, within(stage.seconds, [partial(_begin, stage.make, one.prompt) for one in episodes]), strict=True):
-        episode.begin(begun)
+    for at, heard in _asked(stage, {at: episode.begin for at, episode in enumerate(episodes)}).items():
+        episodes[at].failure = heard.failure
     options = {"sampling": sampling, "stop": tuple(stage.stop)}
     asked = [
         Request(prompt.tokens, stage.max_tokens, key=key, num_samples=len(key), **options)
@@ -80,9 +97,9 @@ def play(stage: Stage, params: Params, prompts: Sequence[data.Prompt], keys: jax
             later = jax.vmap(jax.random.fold_in, (0, None))(flat, _LATER + turn)
             asked = [episodes[at].request(later[at], **options) for at in going]
         samples = stage.engine.generate(params, asked)
-        said = [episodes[at].hear(sample) for at, sample in zip(going, samples, strict=True)]
-        for at, reply in zip(going, within(stage.seconds, said), strict=True):
-            episodes[at].answer(reply, last=turn + 1 == stage.max_turns)
+        said = {at: episodes[at].hear(sample) for at, sample in zip(going, samples, strict=True)}
+        for at, heard in _asked(stage, said).items():
+            episodes[at].answer(heard, last=turn + 1 == stage.max_turns)
         going = [at for at in going if episodes[at].reason is None]
         if not going:
             break
@@ -106,6 +123,27 @@ def opened(example: data.Example, make: Factory) -> data.Example:
     else:
         messages.append({"role": "user", "content": told})
     return dataclasses.replace(example, messages=(*messages, *answer))
+
+
+def _asked(stage: Stage, calls: Mapping[int, Callable[[], Any]]) -> dict[int, _Heard]:
+    """Return what the environments of some episodes say, each asked by the process that has it, side by side."""
+    index, count = stage.part
+    mine = [at for at in calls if at % count == index]
+    said = map(_heard, within(stage.seconds, [calls[at] for at in mine]))
+    found = {at: _Heard(*heard) for part in stage.gathered(list(zip(mine, said, strict=True))) for at, heard in part}
+    return {at: found[at] for at in calls}
+
+
+def _heard(said: Any) -> _Heard:
+    """Return what came of a call."""
+    if isinstance(said, BaseException):
+        return _Heard(failure=_said(said))
+    try:
+        found = _Heard(*checked(said))
+        json.dumps(found)
+    except (TypeError, ValueError) as error:
+        return _Heard(failure=str(error))
+    return found
 
 
 def _row(example: data.Example) -> dict[str, Any]:
@@ -144,11 +182,10 @@ class _Playing:
     def length(self) -> int:
         return sum(len(part[0]) for part in self.parts)
 
-    def begin(self, begun: Environment | BaseException) -> None:
-        if isinstance(begun, BaseException):
-            self.failure = _said(begun)
-        else:
-            self.environment = begun
+    def begin(self) -> tuple[()]:
+        """Make the environment; there is nothing to hear of it."""
+        self.environment = _begin(self.stage.make, self.prompt)
+        return ()
 
     def request(self, key: jax.Array, **options) -> Request:
         """Return what the next turn is asked with."""
@@ -162,29 +199,28 @@ class _Playing:
         text = sample.tokens[:-1] if sample.reason == "eos" else sample.tokens
         decode = self.stage.turns.encoder.tokenizer.decode
         self.messages.append({"role": "assistant", "content": decode(text.tolist(), skip_special_tokens=True)})
-        return lambda: None if self.environment is None else self.environment.step(decode(text.tolist()))
+        return lambda: () if self.environment is None or self.failure else self.environment.step(decode(text.tolist()))
 
-    def answer(self, reply: Any, *, last: bool) -> None:
+    def answer(self, heard: _Heard, *, last: bool) -> None:
         """Take in what the environment said, and go on or end."""
-        if isinstance(reply, BaseException):
-            self.failure = self.failure or _said(reply)
+        self.failure = self.failure or heard.failure
         if not self.failure:
             try:
-                self.reason = self._after(*checked(reply), last=last)
-            except ValueError as error:
+                self.reason = self._after(heard, last=last)
+            except ValueError as error:  # a template that refuses what was said
                 self.failure = str(error)
         self.reason = "failure" if self.failure else self.reason
 
-    def _after(self, told: Sequence[Message], reward: float | None, done: bool, *, last: bool) -> str | None:
+    def _after(self, heard: _Heard, *, last: bool) -> str | None:
         """Return why the episode ends, if it does; if not, what the policy was told is in its tokens."""
         assert self.written is not None, "a turn comes before its answer"
-        self.reward = self.reward if reward is None else (self.reward or 0.0) + reward
-        self.messages += told
-        if done or self.written.reason == "length":
+        self.reward = self.reward if heard.reward is None else (self.reward or 0.0) + heard.reward
+        self.messages += heard.told
+        if heard.done or self.written.reason == "length":
             return self.written.reason
         if last:
             return "turns"
-        tokens = self.stage.turns.tokens(self.prompt.example, told, ended=self.written.reason == "eos")
+        tokens = self.stage.turns.tokens(self.prompt.example, heard.told, ended=self.written.reason == "eos")
         if self.length + len(tokens) >= self.stage.max_tokens:
             return "length"
         nothing = np.zeros(len(tokens), np.float32)

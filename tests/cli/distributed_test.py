@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from ftjax.cli import main, runtime
 from ftjax.logs.writers import read_jsonl
+from tests.cli.environments_test import CONFIG
 
 ROOT = pathlib.Path(__file__).parents[2]
 MORE = (
@@ -77,6 +78,24 @@ def get_config(arg=""):
     config.mesh.update({"data": 1, "fsdp": 2})
     return config.lock()
 """
+
+
+PLAYED = CONFIG.replace("config.mesh.data = 1", 'config.mesh.update({"data": 1, "fsdp": 2})')
+
+
+@pytest.mark.slow
+def test_two_processes_play_as_one(compiled, tmp_path):
+    """Each has half of the environments, and both have the whole episodes."""
+    (tmp_path / "played.py").write_text(PLAYED)
+    command = ["train", f"--config={tmp_path / 'played.py'}", f"--compile_cache={compiled}"]
+    assert main.main([*command, f"--workdir={tmp_path / 'one'}"]) == 0
+    for code, said in together([sys.executable, "-m", "ftjax", *command, f"--workdir={tmp_path / 'two'}", "--distributed"]):
+        assert code == 0, said
+    found, wanted = (read_jsonl(tmp_path / name / "rollouts.jsonl") for name in ("two", "one"))
+    assert len(found) == len(wanted) > 0 and len({row["reward"] for row in wanted}) > 1
+    for row, same in zip(found, wanted, strict=True):
+        assert row.pop("advantage") == pytest.approx(same.pop("advantage"), abs=1e-4)
+        assert row == same
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """Episodes: what was sampled stays as it was sampled, and neither neighbours nor what an environment does reach beyond it."""
 
 import dataclasses
+import functools
+import json
 import threading
 
 import jax
@@ -85,6 +87,44 @@ def test_the_mask_covers_exactly_what_was_sampled_and_it_is_never_written_again(
         ("user", "3:3"),
     ]
     assert sample.episode.reward == 3.0
+
+
+def test_processes_share_the_environments_and_all_have_the_whole_episodes():
+    """Two threads stand for two processes: each asks half of the environments, and their engines are asked the same."""
+    barrier, told, made = threading.Barrier(2, timeout=30), [None, None], [[], []]
+
+    def gathered(index, value):
+        told[index] = json.dumps(value)
+        barrier.wait()
+        found = [json.loads(part) for part in told]
+        barrier.wait()
+        return found
+
+    def process(index, found):
+        class Mine(Parrot):
+            def step(self, completion):
+                made[index].append(self)
+                return super().step(completion)
+
+        shared = {"part": (index, 2), "gathered": functools.partial(gathered, index)}
+        found[index] = episodes(Mine, **shared)
+
+    def episodes(make, **options):
+        engine, keys = Script(b"one", b"two", b"3"), jax.random.split(jax.random.key(0), (6, 1))
+        prompts = [prompt(f"Hi {number}") for number in range(6)]
+        return play(stage(engine, make, **options), {}, prompts, keys, sampling=DRAWN), engine.asked
+
+    found = [None, None]
+    threads = [threading.Thread(target=process, args=(index, found)) for index in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join(60) for thread in threads]
+    (one, asked), (other, same) = found
+    alone, _ = episodes(Parrot)
+    for samples in (one, other):
+        assert [x.tokens.tolist() for x in samples] == [x.tokens.tolist() for x in alone]
+        assert [(x.episode.messages, x.episode.reward) for x in samples] == [(x.episode.messages, x.episode.reward) for x in alone]
+    assert [len(set(map(id, mine))) for mine in made] == [3, 3] and [len(mine) for mine in made] == [9, 9]
+    assert [[r.tokens.tolist() for r in call] for call in asked] == [[r.tokens.tolist() for r in call] for call in same]
 
 
 @pytest.mark.parametrize(
