@@ -153,7 +153,7 @@ def online(algorithm: str = "grpo", **loss) -> ConfigDict:
     config.rollout = rollout()
     config.rollout.kl_penalty = {"ppo": 0.05}.get(algorithm, 0.0)
     config.rewards = ConfigDict()
-    config.judging = ConfigDict({"on_error": "raise", "timeout": 300.0})  # "skip": where a reward raises, hangs or is NaN, it says nothing
+    config.judging = judging()
     config.data.update({"packing": "none", "batch_size": 64})  # samples of a step
     config.optimizer.update({"learning_rate": 1e-4, "schedule": "constant"})
     config.checkpoint.best_metric = "reward"
@@ -194,6 +194,15 @@ def rollout() -> ConfigDict:
     config.environment = environment()
     config.log = 0  # samples of each experience in rollouts.jsonl; 0: all
     config.show = 2  # on the terminal, at each report
+    return config
+
+
+def judging() -> ConfigDict:
+    """How rewards are asked: see `ftjax.cli.judging`."""
+    config = ConfigDict()
+    config.messages = False  # prompts and completions as lists of messages, as TRL shows those of chats; else as texts, where they are one
+    config.timeout = 300.0  # seconds of a call
+    config.on_error = "raise"  # "skip": where a reward raises, hangs or is NaN, it says nothing
     return config
 
 

@@ -1,5 +1,6 @@
 """What the pages say exists: links lead to files, configs and fields of configs are there, methods and losses are listed."""
 
+import inspect
 import pathlib
 import re
 from typing import NamedTuple
@@ -44,6 +45,16 @@ def has(config, field):
             return False
         config = config[name]
     return True
+
+
+def test_the_table_of_other_names_has_what_there_is_here():
+    """Every loss option that it names is one of `policy_gradient` or `ppo`, every other field one of the config."""
+    page = (ROOT / "docs" / "online.md").read_text(encoding="utf-8")
+    table = page.partition("\n## Coming from TRL or verl\n")[2].partition("\n## ")[0]
+    cells = [row.split("|")[3] for row in table.splitlines() if row.startswith("| ")]
+    named = {name for cell in cells for name in re.findall(r"`((?:loss|rollout|data|reference)\.\w+)`", cell)}
+    known = {f"loss.{name}" for loss in (losses.policy_gradient, losses.ppo) for name in inspect.signature(loss).parameters}
+    assert all(name in known if name.startswith("loss.") else has(base.online(), name) for name in named) and len(named) > 30
 
 
 @pytest.mark.parametrize("name", losses.LOSSES)

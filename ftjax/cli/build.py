@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from ftjax import data, hub, models, optimizers, peft, quant, sharding
+from ftjax import data, hub, losses, models, optimizers, peft, quant, sharding
 from ftjax.cli import environments, measure, objective, rollouts
 from ftjax.cli.config import named, plain
 from ftjax.hf import depth
@@ -59,8 +59,13 @@ def dtype(name: str) -> str:
 
 
 def resolved(config) -> ConfigDict:
-    """Return a copy to be stored: "auto" has become a dtype, since another JAX may choose another, and a prompt's text its ids."""
+    """Return a copy to be stored: "auto" has become a dtype, since another JAX may choose another, a prompt's text its ids.
+
+    A loss on what the policy writes has the name of the loss: "online_dpo" is "dpo" with a block `rollout`.
+    """
     config = config.copy_and_resolve_references()
+    if "rollout" in config and (name := config.algorithm.removeprefix("online_")) in losses.LOSSES:
+        config.algorithm = name
     for block in (config.model, *([config.teacher] if "teacher" in config else [])):
         block.dtype = dtype(block.dtype)
     start = config.prompt_tuning.init

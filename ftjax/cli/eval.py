@@ -85,6 +85,7 @@ def main(flags: absl_flags.FlagValues) -> None:
     output = runtime.local_path("output", flags.output) if flags.output else None
     if flags.config is not None:
         _check_unused(flags)
+        flags.config = build.resolved(flags.config)
     of_pairs = _of_pairs(flags)
     runtime.start(flags)
     found, shown = (preferences.run if of_pairs else run)(flags)

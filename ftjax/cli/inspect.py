@@ -34,7 +34,7 @@ def main(flags: absl_flags.FlagValues) -> None:
     if flags.config is None:
         raise ValueError("inspect: --config=FILE is needed, as in: ftjax inspect --config=configs/quickstart.py")
     runtime.start(flags)
-    config, terminal = flags.config, logs.Terminal(console=Console(highlight=False))
+    config, terminal = build.resolved(flags.config), logs.Terminal(console=Console(highlight=False))
     tokenizer = build.tokenizer(config)
     encoder = build.encoder(config, tokenizer)
     loader, reports = build.loader(config, encoder, build.mesh(config), held_out=flags.held_out)

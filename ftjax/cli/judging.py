@@ -22,13 +22,15 @@ def judge(config, *, load: Mapping[str, panel.Load] = {}) -> Judge:
     """Return how the rewards of a config judge: see `panel.read` for the arguments and what is refused."""
     chosen, weights = panel.read(config, load=load), list(panel.weights(config).values())
     options = plain(config.judging)
+    in_messages = options.pop("messages", False)
 
     def judged(prompts: Sequence[data.Prompt], texts: Sequence[str], samples: Sequence[Sample]) -> rewards.Judged:
         shown = {**columns(prompts), "completion_ids": [sample.tokens[sample.drawn].tolist() for sample in samples]}
         if all(sample.episode for sample in samples):
             shown["episode_rewards"] = [sample.episode.reward for sample in samples]
-        completions = [list(sample.episode.messages) if sample.episode else text for sample, text in zip(samples, texts, strict=True)]
-        asked = [prompt.asked for prompt in prompts]
+        said = (lambda text: [{"role": "assistant", "content": text}]) if in_messages else (lambda text: text)
+        completions = [list(sample.episode.messages) if sample.episode else said(text) for sample, text in zip(samples, texts, strict=True)]
+        asked = [prompt.messages if in_messages else prompt.asked for prompt in prompts]
         try:
             failed = _failures(samples, asked, strict=options["on_error"] == "raise")
             found = rewards.judge(chosen, weights, asked, completions, shown, **options)

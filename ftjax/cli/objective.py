@@ -24,12 +24,6 @@ from ftjax.types import Batch, LossFn, Mean, Metrics, Model, Params, Scores, Tra
 def needs(config) -> losses.Needs:
     """Return what the objective of `config.algorithm` asks for."""
     if config.algorithm not in losses.LOSSES:
-        loss = config.algorithm.removeprefix("online_")
-        if loss != config.algorithm and loss in losses.LOSSES:
-            raise ValueError(
-                f"algorithm: {config.algorithm!r} is {loss!r} on what the policy writes: begin with base.online({loss!r}), which sets "
-                f"algorithm to {loss!r}."
-            )
         raise ValueError(f"algorithm: there is no {config.algorithm!r}; nearest: {nearest(config.algorithm, losses.LOSSES)}.")
     return losses.NEEDS[config.algorithm]
 

@@ -81,6 +81,7 @@ def check(config) -> None:
     _check_penalty(config)
     _check_unread(config)
     _check_staleness(config)
+    _check_correction(config)
     if not rollouts.one_of_each(config) and config.data.batch_size * asked.minibatches % asked.samples_per_prompt:
         raise ValueError(
             f"data.batch_size: {config.data.batch_size} rows × {asked.minibatches} minibatches are no whole number of prompts with "
@@ -204,6 +205,16 @@ def _check_staleness(config) -> None:
             f"loss.correction: with rollout.staleness={bound} the sampler is an earlier policy, and {config.algorithm!r} would take its "
             f"samples for its own; choose one of {', '.join(CORRECTIONS)}, as in base.online({config.algorithm!r}, "
             f"correction={next(iter(CORRECTIONS))!r})."
+        )
+
+
+def _check_correction(config) -> None:
+    """Refuse to weigh what a filter drew by how likely it was: it is more likely there, by what was left out, than under the policy."""
+    asked = [name for name in ("correction", "off_policy_threshold") if config.loss.get(name) is not None]
+    if asked and rollouts.filtered(config):
+        raise ValueError(
+            f"loss.{asked[0]}: it compares the policy with the sampler, and rollout.top_k, top_p, min_p and min_tokens make the sampler "
+            "another distribution: every weight would be below 1, a response's the less the longer it is. Leave the filter or this out."
         )
 
 

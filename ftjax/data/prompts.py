@@ -42,9 +42,14 @@ class Prompt(NamedTuple):
     @property
     def asked(self) -> str | list[Message]:
         """What a reward is shown: the text of a single message, or all messages before the answer."""
-        whole = self.example.messages
-        messages = list(whole[:-1] if whole[-1]["role"] == "assistant" else whole)
+        messages = self.messages
         return messages[0]["content"] if len(messages) == 1 else messages
+
+    @property
+    def messages(self) -> list[Message]:
+        """All messages before the answer."""
+        whole = self.example.messages
+        return list(whole[:-1] if whole[-1]["role"] == "assistant" else whole)
 
     @property
     def columns(self) -> Mapping[str, Any]:

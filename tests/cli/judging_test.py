@@ -57,6 +57,26 @@ def test_a_trained_reward_model_is_loaded_from_its_folder_and_shown_the_conversa
     assert judge({"reward_model": {"folder": "runs/reward"}})  # whose options alone are looked at
 
 
+def test_chats_are_shown_to_rewards_as_trl_shows_them():
+    """The reward of a chat in TRL's documentation reads `completion[0]["content"]`."""
+    config, seen = configs.load(CONFIG), []
+
+    def by_length(prompts, completions, **columns):
+        seen.extend(prompts)
+        return [float(len(completion[0]["content"])) for completion in completions]
+
+    with config.unlocked():
+        config.rewards = {"length": {"reward": by_length}}
+        config.judging.messages = True
+    judged = judging.judge(config)([prompt("Hello"), prompt("Hello", "Yes?", "Who?", "I.")], ["Hi", "Me, too"], SAMPLES)
+    assert judged.rewards.tolist() == [2, 7]
+    roles = [[message["role"] for message in asked] for asked in seen]
+    assert roles == [["user"], ["user", "assistant", "user"]]
+    with config.unlocked():
+        config.rewards = {"numeric_match": 1.0, "repetition": {"ngram_tokens": 1}, "think_format": 1.0}
+    assert judging.judge(config)([prompt("1 + 1?", "2")], ["It is 2"], SAMPLES[:1]).scores["numeric_match"].tolist() == [1]
+
+
 OWN = """
 def short(completions, *, limit=3, **columns):
     return [float(len(completion) <= limit) for completion in completions]

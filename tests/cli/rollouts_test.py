@@ -32,6 +32,11 @@ def test_options_are_known_with_their_defaults_and_read_where_they_are_taken():
     refusals.check(config(algorithm="rejection_sampling", rollout__keep="all", rollout__keep_above=1.0))
 
 
+def test_an_objective_on_what_the_policy_writes_may_have_that_name():
+    assert build.resolved(config(algorithm="online_dpo")).algorithm == "dpo" == build.resolved(config(algorithm="dpo")).algorithm
+    assert build.resolved(config(algorithm="online_dop")).algorithm == "online_dop"  # which is refused
+
+
 def test_sizes_follow_from_rows_and_minibatches():
     found = config(
         data__batch_size=32, rollout__minibatches=4, rollout__epochs=3, steps=120, eval__every_steps=12, checkpoint__every_steps=0
@@ -72,6 +77,8 @@ def test_sizes_follow_from_rows_and_minibatches():
         ({"rollout__samples_per_prompt": 7}, "data.batch_size: 64 rows × 1 minibatches are no whole number of prompts with 7"),
         ({"rollout__temperature": 0.0}, "rollout.temperature: above 0"),
         ({"rollout__top_p": 1.5}, "top_p is in"),
+        ({"rollout__top_p": 0.9, "loss__correction": "token_truncate"}, "loss.correction: it compares the policy with the sampler, and "),
+        ({"rollout__min_tokens": 2, "loss__off_policy_threshold": 1.0}, "loss.off_policy_threshold: it compares the policy with the"),
         ({"rollout__max_tokens": 128}, "rollout.max_tokens: 128 leaves no prompt"),
         ({"rollout__advantages": "group_relativ"}, "rollout.advantages: there is no 'group_relativ'; nearest: 'group_relative'"),
         ({"rollout__advantages": "decoupled", "rollout__unfinished_penalty": 0.5}, "rollout.unfinished_penalty: it acts on the sum"),
@@ -80,10 +87,6 @@ def test_sizes_follow_from_rows_and_minibatches():
         ({"data__packing": "shared", "data__accumulation": 16}, "data.batch_size: 64 samples .* a multiple of 128"),
         ({"rollout__min_tokens": 9}, "rollout.min_tokens: from 0 to rollout.max_tokens=8, not 9"),
         ({"rollout__stop": ("",)}, "rollout.stop: a tuple of texts that are not empty"),
-        (
-            {"algorithm": "online_dpo"},
-            "algorithm: 'online_dpo' is 'dpo' on what the policy writes: .* base.online\\('dpo'",
-        ),
         ({"algorithm": "online_dop"}, "algorithm: there is no 'online_dop'; nearest: "),
         ({"rewards": {"target_length": 1.0}}, "'target_length' needs the option 'target_tokens'"),
         ({"rewards": {}}, "rewards: name at least one"),
