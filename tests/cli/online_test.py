@@ -1,6 +1,7 @@
 """`ftjax train` on rollouts: it learns, tells what it did, and goes on bit for bit."""
 
 import dataclasses
+import json
 import pathlib
 
 import jax
@@ -311,3 +312,48 @@ def test_policy_and_reference_are_asked_at_the_temperature_that_samples(compiled
     arguments = [f"--config={tmp_path / 'online_dpo.py'}", f"--workdir={tmp_path}", f"--compile_cache={compiled}"]
     assert main.main(["train", *arguments, *more]) == 0
     assert abs(reported(tmp_path, "train/kl/sampled")[0]) < 1e-5
+
+
+UNEVEN = """
+from configs import base
+
+def get_config(arg=""):
+    config = base.online(arg)
+    config.data.sources.mine = base.source("FOLDER/prompts.jsonl")
+    config.data.update({"max_tokens": 128, "batch_size": 8, "template": "none"})
+    config.model.update({"preset": "tiny-llama", "random": True, "dtype": "float32"})
+    config.tokenizer, config.methods = "bytes", ("lora", "value_head") if arg == "ppo" else ("lora",)
+    config.rewards.numeric_match = 1.0
+    config.rollout.update({"max_tokens": 8, "samples_per_prompt": 4, "minibatches": 2, "show": 0})
+    config.rollout.stop = tuple("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    config.steps, config.rollout.kl_penalty = 12, 0.05
+    config.eval.every_steps = config.checkpoint.every_steps = 0
+    config.logging.every_steps, config.logging.tensorboard = 2, False
+    config.mesh.data = 1
+    return config.lock()
+"""
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_after_the_second_experience_nothing_is_compiled_whatever_the_lengths(algorithm, compiled, tmp_path, monkeypatch, caplog):
+    """Of six; the longest of each has rows of 96 columns, as `rollout.bucket` has it: three prompts in four are near that."""
+    rows = [{"prompt": "x" * (70 + n % 7 if n % 4 else 20 + n), "completion": "?"} for n in range(32)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "uneven.py").write_text(UNEVEN.replace("FOLDER", str(tmp_path)))
+    before = []
+
+    def counting(*given, **columns):
+        before.append(len(compilations()))
+        return high_bytes(*given, **columns)
+
+    def compilations():
+        return [record.getMessage() for record in caplog.records if record.getMessage().startswith("Compiling")]
+
+    monkeypatch.setitem(rewards.REWARDS, "numeric_match", counting)
+    arguments = [f"--config={tmp_path / 'uneven.py'}:{algorithm}", f"--workdir={tmp_path}", f"--compile_cache={compiled}"]
+    with jax.log_compiles():
+        assert main.main(["train", *arguments]) == 0
+    assert len(before) == 6 and before[0] > 5
+    assert compilations()[before[2] : before[-1]] == []
+    lengths = {(row["step"], len(row["prompt"]), row["length"]) for row in read_jsonl(tmp_path / "rollouts.jsonl")}
+    assert len({length for _, _, length in lengths}) > 4 and len({prompt for step, prompt, _ in lengths if step > 4}) > 6
