@@ -72,13 +72,15 @@ class Scorer:
             temperature = 1.0 if self._filtered else self._run.config.rollout.temperature
             # A filter draws from less than the policy, so then the models are compared.
             sampled = online.laid(rows, [sample.logps for sample in samples]) if self._filtered else rows.behavior_logps
-            self._check(sampled, drawn, self._policy(state.trainable if by is None else by, drawn, temperature).logps)
+            self._check(sampled, drawn, state.trainable if by is None else by, temperature)
         compared = not self._filtered and by is None
         if self._several or self._penalised or self._valued or (self._first and compared):
             said = self._policy(state.trainable, drawn, self._run.config.rollout.temperature)
+            if compared and self._first:
+                self._check(rows.behavior_logps, drawn, state.trainable, self._run.config.rollout.temperature, said.logps)
             if compared:
-                compare = self._check if self._first else lambda sampled, drawn, logps: online.disagreement(sampled, logps, drawn.loss_mask)
-                metrics["sampler_gap"] = Mean(np.float32(compare(rows.behavior_logps, drawn, said.logps).mean), np.float32(1))
+                gap = online.disagreement(rows.behavior_logps, said.logps, drawn.loss_mask)
+                metrics["sampler_gap"] = Mean(np.float32(gap.mean), np.float32(1))
         self._first, kl = False, np.zeros_like(rows.loss_mask)
         if self._reference:
             reference = self._look(partial(self._reference, self._actor.frozen), rows).logps
@@ -90,13 +92,16 @@ class Scorer:
     def _policy(self, trainable: Params, rows: Batch, temperature: float) -> Scores:
         return self._look(partial(self._policies[temperature], trainable, self._actor.frozen), rows)
 
-    def _check(self, sampled: np.ndarray, drawn: Batch, logps: np.ndarray) -> online.Disagreement:
-        gap = online.check_agreement(sampled, logps, drawn.loss_mask, dtype=self._run.config.model.dtype)
+    def _check(self, sampled: np.ndarray, drawn: Batch, trainable: Params, temperature: float, logps: np.ndarray | None = None) -> None:
+        """Refuse to go on where sampler and trainer differ; `logps` is what the trainer says of the samples, if it was asked."""
+        dtype, mask = self._run.config.model.dtype, drawn.loss_mask
+        logps = self._policy(trainable, drawn, temperature).logps if logps is None else logps
+        again = self._policy(trainable, online.moved(drawn), temperature).logps if dtype == "bfloat16" else None
+        gap = online.check_agreement(sampled, logps, mask, dtype=dtype, again=again)
         self._run.terminal.say(
-            f"sampler and trainer agree about {int(drawn.loss_mask.sum()):,} sampled tokens: {gap.mean:.1e} nats apart on average, "
+            f"sampler and trainer agree about {int(mask.sum()):,} sampled tokens: {gap.mean:.1e} nats apart on average, "
             f"{gap.most:.1e} at most"
         )
-        return gap
 
     def _look(self, score: Callable[[Batch], Scores], rows: Batch) -> Scores:
         """Return what a scorer says of all rows, asked for as many at a time as a step learns from at a time."""

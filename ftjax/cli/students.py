@@ -89,9 +89,10 @@ class Students:
         look = partial(scoring.score, sharding.on_mesh(self._actor.model, mesh), batch_shards=sharding.row_parts(mesh), outputs=("logps",))
         score = jax.jit(lambda trainable, frozen, batch: look(self._actor.method.attach(frozen, trainable), batch).logps)
         part = jax.tree.map(lambda x: x[: config.data.batch_size // config.data.accumulation], rows)
-        logps = jax.device_get(score(state.trainable, self._actor.frozen, build.on_mesh(part, mesh)))
+        say = lambda part: jax.device_get(score(state.trainable, self._actor.frozen, build.on_mesh(part, mesh)))  # noqa: E731
+        again = say(online.moved(part)) if config.model.dtype == "bfloat16" else None
         sampled = online.laid(part, [sample.logps for sample in samples[: len(part.tokens)]])
-        gap = online.check_agreement(sampled, logps, part.loss_mask, dtype=config.model.dtype)
+        gap = online.check_agreement(sampled, say(part), part.loss_mask, dtype=config.model.dtype, again=again)
         self._run.terminal.say(f"student and trainer agree about {int(part.loss_mask.sum()):,} sampled tokens: {gap.most:.1e} nats at most")
 
 

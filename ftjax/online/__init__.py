@@ -1,6 +1,6 @@
 """Learning from what the policy itself writes: samples, judged and compared, as rows of a batch."""
 
-from ftjax.online.agreement import Disagreement, check_agreement, disagreement
+from ftjax.online.agreement import Disagreement, check_agreement, disagreement, moved
 from ftjax.online.estimators import ESTIMATORS, Estimator, Evidence, Worth
 from ftjax.online.experience import Experience, filled, informative, minibatch, pairs, shaped, table
 from ftjax.online.opponents import contest, duels
@@ -28,6 +28,7 @@ __all__ = [
     "kept",
     "laid",
     "minibatch",
+    "moved",
     "pairs",
     "player",
     "rounded",
