@@ -9,6 +9,11 @@ import sys
 from collections.abc import Mapping, Sequence
 
 
+def ended(workdir: pathlib.Path) -> bool:
+    """Return whether a run has come to its end, where it draws its curve."""
+    return any(workdir.glob("*.png"))
+
+
 def finish(runs: Mapping[pathlib.Path, Sequence[str]]) -> None:
     """Run `ftjax train` with the arguments of each workdir, where it has not come to its end; log.txt there has what it said.
 
@@ -19,7 +24,7 @@ def finish(runs: Mapping[pathlib.Path, Sequence[str]]) -> None:
         cores.put(core)
 
     def run(workdir: pathlib.Path) -> None:
-        if (workdir / "loss.png").exists():
+        if ended(workdir):
             return
         workdir.mkdir(parents=True, exist_ok=True)
         core = cores.get()

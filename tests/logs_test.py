@@ -39,6 +39,16 @@ def test_a_resumed_log_holds_each_step_once(tmp_path):
     assert [(row["step"], row["train/loss"]) for row in writers.read_jsonl(path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
 
 
+def test_characters_that_end_a_line_elsewhere_end_none_here(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    log = writers.Jsonl(path)
+    for step in (1, 2):
+        log.row(step, {"completion": "one\u2028two\u2029three\x85four\x0cfive"})
+    log.close()
+    writers.Jsonl(path, resume_step=2).close()
+    assert [row["completion"] for row in writers.read_jsonl(path)] == ["one\u2028two\u2029three\x85four\x0cfive"] * 2
+
+
 def test_tensorboard_writes_an_event_file(tmp_path):
     board = writers.TensorBoard(tmp_path)
     board.write(1, {"train/loss": 1.0})

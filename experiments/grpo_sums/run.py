@@ -42,7 +42,7 @@ def main() -> None:
         where = {(variant, seed): pathlib.Path(folder) / f"{number}-{seed}" for seed in SEEDS for number, variant in enumerate(VARIANTS)}
         left = {key: path for key, path in where.items() if key not in results}
         runs.finish({path: [*COMMON, *VARIANTS[variant], f"--config.seed={seed}"] for (variant, seed), path in left.items()})
-        results |= {key: numbers(*key, path) for key, path in left.items() if (path / "loss.png").exists()}
+        results |= {key: numbers(*key, path) for key, path in left.items() if runs.ended(path)}
         RESULTS.write_text("".join(json.dumps(row) + "\n" for row in results.values()))
     print("| | right before, % | after | … less rank 16's, same seed | reward of the last 10 steps | memory | seconds a step | seeds |")
     print("|---|---|---|---|---|---|---|---|")

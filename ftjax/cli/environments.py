@@ -27,6 +27,10 @@ from ftjax.tree import nearest
 Change = Callable[[data.Example], data.Example]
 
 
+_OF_TOOLS = {"parser": "hermes", "prompt": "", "seconds": 10.0}
+"""Fields that tools alone have, and their defaults in `configs.base`."""
+
+
 def used(config) -> bool:
     """Return whether episodes have turns: an environment or tools are named."""
     asked = config.get("rollout", {}).get("environment")
@@ -48,6 +52,11 @@ def check(config) -> None:
     if asked.name and asked.tools:
         raise ValueError(
             "rollout.environment: name either an environment or tools; an environment that has tools makes a rollout.Toolbox itself."
+        )
+    if asked.name and (unread := [name for name, value in _OF_TOOLS.items() if asked[name] != value]):
+        raise ValueError(
+            f"rollout.environment.{unread[0]}: {asked[unread[0]]!r} is read where there are tools, and this is an environment; leave it at "
+            f"{_OF_TOOLS[unread[0]]!r}. An environment has judging.timeout seconds."
         )
     if asked.max_turns < 1:
         raise ValueError(f"rollout.environment.max_turns: at least 1, not {asked.max_turns}.")

@@ -25,7 +25,9 @@ def judge(config, *, load: Mapping[str, panel.Load] = {}) -> Judge:
     in_messages = options.pop("messages", False)
 
     def judged(prompts: Sequence[data.Prompt], texts: Sequence[str], samples: Sequence[Sample]) -> rewards.Judged:
-        shown = {**columns(prompts), "completion_ids": [sample.tokens[sample.drawn].tolist() for sample in samples]}
+        # What a reward needs and none of these rows has, others do: `panel.check_columns` has seen to it.
+        absent = {name: [None] * len(prompts) for reward in chosen.values() for name in rewards.needed(reward)}
+        shown = {**absent, **columns(prompts), "completion_ids": [sample.tokens[sample.drawn].tolist() for sample in samples]}
         if all(sample.episode for sample in samples):
             shown["episode_rewards"] = [sample.episode.reward for sample in samples]
         said = (lambda text: [{"role": "assistant", "content": text}]) if in_messages else (lambda text: text)

@@ -114,7 +114,7 @@ def answer(
         template=encoder.template.source if encoder.template else "none",  # which says what ends an answer
     )
     prompts, wanted = [question(example) for example in examples], [data.answer(example) for example in examples]
-    scores = MATCHES[metric](prompts, completions, answer=[_reference(example) for example in examples])
+    scores = MATCHES[metric](prompts, completions, answer=[data.right_answer(example) for example in examples])
     return Answers(prompts, completions, wanted, scores)
 
 
@@ -137,8 +137,3 @@ class Quiz:
 def question(example: data.Example) -> str:
     """Return the last user message, to show."""
     return next((message["content"] for message in reversed(example.messages) if message["role"] == "user"), "")
-
-
-def _reference(example: data.Example) -> Any:
-    """Return what counts as right: the row's `answer` if it has one, else the answer that would be trained."""
-    return example.columns.get("answer") or data.answer(example)

@@ -73,7 +73,9 @@ def check_reference(config) -> None:
     chosen, wanted = config.reference.logps, needs(config)
     known = wanted.reference and wanted.data in data.KINDS  # before the run: what the policy samples is not
     if config.reference.every_steps and not known:
-        raise ValueError(f"reference.every_steps: {config.algorithm!r} has no reference that could follow the policy; set it to 0.")
+        raise ValueError(
+            f"reference.every_steps: a reference follows the policy in objectives of pairs, and {config.algorithm!r} is none; set it to 0."
+        )
     if config.reference.every_steps and chosen != "live":
         raise ValueError("reference.logps: a reference that follows the policy (every_steps) speaks anew in each step: set it to 'live'.")
     if config.reference.every_steps and not 0 < config.reference.alpha <= 1:

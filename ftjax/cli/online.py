@@ -83,9 +83,11 @@ class Experiences:
         options = {"max_tokens": self._run.config.data.max_tokens, "mask_truncated": self._asked.mask_truncated}
         asked = [prompt.tokens for prompt in found.prompts for _ in range(g)]
         rows = online.rows(asked, found.samples, **options)
-        seen = self._score(state, rows, found.samples, by=gathered.by if min(self._bound, index) else None)
         rewards, opposed, greedy = found.rewards, found.opponents and found.opponents.rewards, gathered.greedy
         known = np.isfinite(rewards) & (opposed is None or np.isfinite(opposed)) & (greedy is None or np.isfinite(greedy)[:, None])
+        # A sample without a reward teaches nothing, and no coefficient of the loss pulls at it.
+        rows = dataclasses.replace(rows, loss_mask=rows.loss_mask * known.reshape(-1, 1))
+        seen = self._score(state, rows, found.samples, by=gathered.by if min(self._bound, index) else None)
         groups = lambda x: None if x is None else x.reshape(p, g, -1)  # noqa: E731
         evidence = online.Evidence(
             rewards=np.nan_to_num(rewards),

@@ -24,29 +24,29 @@ from ftjax.data.prompts import prompts as prompt_rows
 from ftjax.data.rows import RowError
 from ftjax.data.sources import open_source
 from ftjax.data.template import CHATML, ChatTemplate, TemplateError
-from ftjax.data.tokenize import Encoder, answer, make_encoder
+from ftjax.data.tokenize import Encoder, answer, make_encoder, right_answer
 
 __all__ = [
     "CHATML",
     "COMPARED",
     "ChatTemplate",
-    "KINDS",
-    "LABELLED",
-    "PAIRS",
-    "STEPS",
-    "TRIPLES",
-    "ROLLOUTS",
     "Encoder",
     "Example",
     "Items",
     "Judged",
+    "KINDS",
+    "LABELLED",
     "Loader",
+    "PAIRS",
     "Prompt",
     "Prompts",
+    "ROLLOUTS",
     "Report",
     "RowError",
+    "STEPS",
     "Sequences",
     "Source",
+    "TRIPLES",
     "TemplateError",
     "answer",
     "concatenate",
@@ -62,6 +62,7 @@ __all__ = [
     "read",
     "read_judged",
     "read_prompts",
+    "right_answer",
 ]
 
 

@@ -20,7 +20,7 @@ from ftjax.data.formats import Example, Message
 from ftjax.data.mixture import Mixture
 from ftjax.data.rows import RowError
 from ftjax.data.template import TemplateError
-from ftjax.data.tokenize import Encoder, answer
+from ftjax.data.tokenize import Encoder, right_answer
 
 ROLLOUTS = "rollouts"
 """What an objective learns from that samples its own answers to prompts."""
@@ -54,7 +54,7 @@ class Prompt(NamedTuple):
     @property
     def columns(self) -> Mapping[str, Any]:
         """The row, with the `answer` that counts as right: its own column, or what the last assistant message says."""
-        return {**self.example.columns, "answer": self.example.columns.get("answer") or answer(self.example) or None}
+        return {**self.example.columns, "answer": right_answer(self.example)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -247,6 +247,12 @@ def answer(example: Example) -> str:
     return last[0]["content"] if last else ""
 
 
+def right_answer(example: Example) -> Any:
+    """Return what counts as right: the row's own `answer`, else what the last assistant message says; None where there is neither."""
+    own = example.columns.get("answer")
+    return answer(example) or None if own is None or own == "" else own
+
+
 def cut(sequence: Encoded, *, max_tokens: int, keep: int = 0) -> Encoded:
     """Return the sequence in at most `max_tokens`: first the prompt is cut from the left, then the response on the right.
 

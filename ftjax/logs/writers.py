@@ -91,7 +91,8 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Return the rows of a metrics file; a last line that was cut short is left out."""
     path = epath.Path(path)
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    # At ends of lines alone: what a model writes has other characters that `splitlines` takes for one.
+    for line in filter(None, path.read_text(encoding="utf-8").split("\n")) if path.exists() else []:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:

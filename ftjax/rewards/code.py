@@ -8,10 +8,11 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 from ftjax.rewards import sandbox
+from ftjax.rewards.beside import beside
 from ftjax.rewards.completion import Completion, text
 
 _FORMS = "{input, output}, {call, arguments, returns}, {expression, returns}, or 'assert f(1) == 2'"
@@ -49,7 +50,7 @@ def code(
         equality with a literal as MBPP has them. None or none: the row scores None.
       seconds: of each run.
       memory_bytes: of each process.
-      parallel: runs at a time; 0: one a CPU.
+      parallel: runs at a time, of this process; 0: one a CPU.
       **columns: not looked at.
 
     Raises:
@@ -60,9 +61,10 @@ def code(
     limits = sandbox.Limits(seconds=seconds, memory_bytes=memory_bytes)
     rows = [read_tests(row) for row in tests]
     programs = [program(text(completion)) for completion in completions]
-    with ThreadPoolExecutor(parallel or os.cpu_count() or 1) as pool:
-        runs = [[pool.submit(passes, code, test, limits) for test in row if code] for code, row in zip(programs, rows, strict=True)]
-    return [sum(run.result() for run in row) / len(tests) if tests else None for row, tests in zip(runs, rows, strict=True)]
+    runs = [partial(passes, code, test, limits) for code, row in zip(programs, rows, strict=True) for test in row if code]
+    passed = iter(beside(runs, at_once=parallel or os.cpu_count() or 1, whose="code"))
+    counts = [sum(next(passed) for _ in row) if code else 0 for code, row in zip(programs, rows, strict=True)]
+    return [count / len(row) if row else None for count, row in zip(counts, rows, strict=True)]
 
 
 def program(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
 import json
 import os
 import time
@@ -10,8 +11,10 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
+
+from ftjax.rewards.beside import beside
 
 _BUSY = (408, 409, 429, 500, 502, 503, 504)
 _MOST_BYTES = 4 << 20
@@ -49,6 +52,7 @@ class Endpoint:
     pause: float = 0.5
     """Seconds before the first retry, doubled for each further one; a `Retry-After` of the server counts up to `timeout`."""
     parallel: int = 8
+    """Requests at a time, of this process."""
     max_tokens: int | None = 256
     """None: not sent. Some endpoints refuse it, and want another field in `body`."""
     temperature: float | None = 0.0
@@ -66,8 +70,7 @@ class Endpoint:
             return []
         if self.key_variable and self.key_variable not in os.environ:
             raise EndpointError(f"endpoint {self.url}: set the environment variable {self.key_variable}, or key_variable to '' for no key.")
-        with ThreadPoolExecutor(min(self.parallel, len(questions))) as pool:
-            return list(pool.map(self._answer, questions))
+        return beside([partial(self._answer, question) for question in questions], at_once=self.parallel, whose=self.url)
 
     def _answer(self, question: str) -> str:
         for trial in range(self.retries + 1):
@@ -75,11 +78,12 @@ class Endpoint:
                 return self._once(question)
             except urllib.error.HTTPError as error:
                 with error:
-                    why = f"{error.code} {error.reason}: {error.read(300).decode('utf-8', 'replace')}"
+                    why = f"{error.code} {error.reason}: {_beginning(error)}"
                 wait = error.headers.get("Retry-After", "")
                 if error.code not in _BUSY:
                     break
-            except (OSError, ValueError, LookupError, TypeError) as error:  # no connection, a timeout; no JSON, or not of this shape
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+                # No connection, a timeout, an answer that is cut; no JSON, or not of this shape.
                 why, wait = f"{type(error).__name__}: {error}", ""
             if trial < self.retries:
                 time.sleep(min(float(wait) if wait.isdigit() else self.pause * 2**trial, self.timeout))
@@ -99,3 +103,11 @@ class Endpoint:
         if not isinstance(content, str):
             raise TypeError(f"the answer's content is {content!r}, not a string")
         return content
+
+
+def _beginning(error: urllib.error.HTTPError) -> str:
+    """Return how the body of a refusal begins."""
+    try:
+        return error.read(300).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        return ""

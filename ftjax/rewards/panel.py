@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import itertools
 import math
+import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -17,6 +19,8 @@ from ftjax.rewards.completion import Completion, Reward
 from ftjax.tree import nearest
 
 ON_ERROR = ("raise", "skip")
+AT_ONCE = 4 * (os.cpu_count() or 1)
+"""Rows that are judged by themselves at a time."""
 
 
 class RewardError(RuntimeError):
@@ -60,8 +64,9 @@ def judge(
     rewards[i] = Σ_k weights[k] scores[k][i], over the k that apply to row i.
 
     Each call runs in a thread of its own, a coroutine in an event loop of its own, so that none can hold up another. A call over all rows
-    that raises, hangs or returns no list of n is repeated row by row, all rows at once: that finds the prompts, and the other rows keep
-    what they get alone. Python ends no thread: what hangs stays behind until it returns, and does not keep the program from ending.
+    that raises, hangs or returns no list of n is repeated row by row, `AT_ONCE` at a time: that finds the prompts, and the other rows keep
+    what they get alone; none begins once the rows before have taken as long as a call may. Python ends no thread: what hangs stays behind
+    until it returns, and does not keep the program from ending.
 
     Args:
       rewards: by name, in the order of `weights`; see `build`.
@@ -109,10 +114,10 @@ class _Call:
         self.deadline = time.monotonic() + timeout
         threading.Thread(target=self._run, name="reward", daemon=True).start()
 
-    def rows(self) -> Iterator[_Call]:
-        for n in range(len(self.prompts)):
-            columns = {name: values[n : n + 1] for name, values in self.columns.items()}
-            yield _Call(self.reward, self.prompts[n : n + 1], self.completions[n : n + 1], columns, self.timeout)
+    def row(self, n: int) -> _Call:
+        """Ask about one row alone."""
+        columns = {name: values[n : n + 1] for name, values in self.columns.items()}
+        return _Call(self.reward, self.prompts[n : n + 1], self.completions[n : n + 1], columns, self.timeout)
 
     def result(self) -> list[Any]:
         """Return the scores as they came, or raise `RewardError` with what went wrong."""
@@ -150,7 +155,7 @@ def _scores(call: _Call) -> tuple[np.ndarray, dict[int, str]]:
     except RewardError as error:
         if len(call.prompts) == 1:
             return np.full(1, np.nan), {0: str(error)}
-        parts = [_scores(row) for row in list(call.rows())]
+        parts = _row_by_row(call)
         reasons = {n: reason for n, (_, failed) in enumerate(parts) for reason in failed.values()}
         if reasons:
             return np.concatenate([scores for scores, _ in parts]), reasons
@@ -159,13 +164,25 @@ def _scores(call: _Call) -> tuple[np.ndarray, dict[int, str]]:
     for row, value in enumerate(found):
         try:
             scores[row] = np.nan if value is None else float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # the last of an integer beyond all floats
             reasons[row] = f"returned {_excerpt(value)}, which is no number"
             continue
         if value is not None and not math.isfinite(scores[row]):
             reasons[row] = f"returned {scores[row]}"
             scores[row] = np.nan
     return scores, reasons
+
+
+def _row_by_row(call: _Call) -> list[tuple[np.ndarray, dict[int, str]]]:
+    """Return `_scores` of each row by itself."""
+    parts, rows, until = [], iter(range(len(call.prompts))), time.monotonic() + call.timeout
+    while chosen := list(itertools.islice(rows, AT_ONCE)):
+        if time.monotonic() > until:
+            late = f"was not asked by itself: the rows before it took {call.timeout:g} s"
+            parts += [(np.full(1, np.nan), {0: late}) for _ in chosen]
+        else:
+            parts += [_scores(one) for one in [call.row(n) for n in chosen]]
+    return parts
 
 
 def _check(

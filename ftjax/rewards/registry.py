@@ -106,12 +106,14 @@ def _bind(name: str, chosen: str | Reward, options: dict[str, Any]) -> Reward:
     signature = inspect.signature(reward)
     parameters = [p for p in signature.parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     known = {p.name for p in parameters} - {"prompts", "completions"}
-    for option, value in options.items():
+    for option in options:
         if option not in known:
             raise ValueError(f"rewards: {name!r} has no option {option!r}; nearest: {nearest(option, known)}.")
-        if option == "correct" and isinstance(value, str):
-            options[option] = build([value])[value]
     asked = [p.name for p in parameters if p.default is p.empty and p.name not in options]
+    if "correct" in known and isinstance(chosen, str):  # a reward that says which answers are right; what that needs is needed too
+        correct = options.get("correct", signature.parameters["correct"].default)
+        options["correct"] = _bind(correct if isinstance(correct, str) else "correct", correct, {})
+        asked += [one for one in inspect.signature(options["correct"]).parameters if one not in (*asked, *options)]
     if isinstance(chosen, str):
         CHECKS.get(chosen, lambda: None)()
         if absent := [option for option in asked if option in OPTIONS]:

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import select
@@ -20,6 +21,8 @@ from ftjax.rewards import sandbox
 
 _SCRIPT = pathlib.Path(__file__).with_name("verifier.py")
 _START_SECONDS = 120.0
+_TOGETHER = 16
+"""Items of one question, for which it is nobody else's."""
 _LIMITS = sandbox.Limits(seconds=3600.0, memory_bytes=4 << 30, file_bytes=64 << 20, processes=32)
 
 
@@ -47,18 +50,27 @@ class Worker:
         self._buffer = b""
         atexit.register(self.close)
 
-    def ask(self, items: Sequence[dict[str, Any]], *, seconds: float, together: bool) -> list[dict[str, Any]]:
-        """Return the verifier's answer to each item, `{"value": …}` or `{"error": …}`.
+    def ask(self, items: Sequence[dict[str, Any]], *, seconds: float, together: bool, most: float = math.inf) -> list[dict[str, Any]]:
+        """Return the verifier's answer to each item, `{"value": …}` or `{"error": …}`; `{"late": …}` where it was not asked any more.
 
         Args:
           items: what to answer.
           seconds: of each.
+          most: seconds after which no further one is asked.
           together: share a process while nothing goes wrong, which is faster; not for verifiers that run what a model wrote.
 
         Raises:
           NotStarted: the verifier does not load.
           WorkerError: it broke off.
         """
+        found, deadline = [], time.monotonic() + most
+        for at in range(0, len(items), _TOGETHER):
+            part = items[at : at + _TOGETHER]
+            late = time.monotonic() > deadline
+            found += [{"late": f"those before took {most:g} s"} for _ in part] if late else self._ask(part, seconds, together)
+        return found
+
+    def _ask(self, items: Sequence[dict[str, Any]], seconds: float, together: bool) -> list[dict[str, Any]]:
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._start()
@@ -70,7 +82,10 @@ class Worker:
                 raise WorkerError(f"{self.name}: the verifier broke off ({error})") from error
 
     def close(self) -> None:
-        """End the process; a later question starts another."""
+        """End the process, also while it is asked; a later question starts another."""
+        process = self._process
+        if process is not None:
+            process.terminate()  # so that whoever listens to it lets go of the lock
         with self._lock:
             self._stop()
 
@@ -85,7 +100,9 @@ class Worker:
             self._process = self._jail.process
         else:
             pipe = subprocess.PIPE
-            self._process = subprocess.Popen([sys.executable, "-I", str(_SCRIPT), self.name], stdin=pipe, stdout=pipe, stderr=pipe)
+            command = [sys.executable, "-I", str(_SCRIPT), self.name]
+            # A session of its own: Ctrl-C is for who asks, and saves first.
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
         try:
             self._write(json.dumps(folders))
             if self._read(_START_SECONDS) != b"ready":

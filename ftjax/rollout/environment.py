@@ -69,12 +69,12 @@ def checked(reply: Any) -> tuple[tuple[Message, ...], float | None, bool]:
     observation, reward, done = Reply(*reply)
     try:
         reward = None if reward is None else float(reward)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last of an integer beyond all floats
         raise ValueError(f"a reward is a number or None, not {_short(reward)}") from None
     if reward is not None and not math.isfinite(reward):
         raise ValueError(f"a reward is finite, not {reward}")
     if observation is None or isinstance(observation, str):
-        return () if observation is None else ({"role": "user", "content": observation},), reward, bool(done)
+        return () if observation is None else (_message({"role": "user", "content": observation}),), reward, bool(done)
     return tuple(map(_message, observation)), reward, bool(done)
 
 
@@ -83,7 +83,12 @@ def _message(message: Any) -> Message:
         raise ValueError(f"an observation is a text, or messages with role and content, not {_short(message)}")
     if message.get("role") not in ROLES:
         raise ValueError(f"there is no role {message.get('role')!r}; nearest: {nearest(str(message.get('role')), ROLES)}")
-    return dict(message)
+    return {name: _clean(part) for name, part in message.items()}
+
+
+def _clean(part: Any) -> Any:
+    """Return a text without lone surrogates, which JSON can hold and neither a tokenizer nor a file."""
+    return part.encode("utf-8", "replace").decode() if isinstance(part, str) else part
 
 
 def _short(value: Any) -> str:

@@ -141,7 +141,7 @@ def _heard(said: Any) -> _Heard:
     try:
         found = _Heard(*checked(said))
         json.dumps(found)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         return _Heard(failure=str(error))
     return found
 

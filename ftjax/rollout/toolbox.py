@@ -110,7 +110,8 @@ class Toolbox:
         if not calls:
             return Reply(done=True)
         results = within(self.seconds, [partial(self._call, call) for call in calls[:MAX_CALLS]])
-        said = [{"role": "tool", "name": call.name, "content": _told(result)} for call, result in zip(calls, results, strict=False)]
+        names = [call.name if call.name in self.tools else "" for call in calls]  # a name of the policy's own may be anything
+        said = [{"role": "tool", "name": name, "content": _told(result)} for name, result in zip(names, results, strict=False)]
         if len(calls) > MAX_CALLS:
             said.append({"role": "tool", "name": "", "content": f"error: {len(calls)} calls, of which the first {MAX_CALLS} were answered"})
         return Reply(said)

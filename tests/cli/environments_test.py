@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+from configs import base
 from ftjax import data, rollout
 from ftjax.checkpoint import Checkpoints
 from ftjax.cli import config as configs
@@ -180,6 +181,14 @@ def test_a_reset_that_fails_when_the_data_is_read_names_the_row():
     example = data.Example(({"role": "user", "content": "?"},), columns={"answer": "x"}, where="numbers.jsonl:7")
     with pytest.raises(ValueError, match="reset failed on numbers.jsonl:7: ValueError: higher_lower: a row needs a whole number"):
         environments.opened(found, data.make_encoder(byte_tokenizer(), max_tokens=64))(example)
+
+
+def test_what_tools_alone_have_is_refused_of_an_environment():
+    assert environments._OF_TOOLS == {name: base.environment()[name] for name in environments._OF_TOOLS}
+    with pytest.raises(
+        ValueError, match="rollout.environment.seconds: 60.0 is read where there are tools.*leave it at 10.0.*judging.timeout"
+    ):
+        environments.check(config(rollout__environment__name="higher_lower", rollout__environment__seconds=60.0))
 
 
 def test_a_file_of_one_s_own_is_found(tmp_path):

@@ -77,6 +77,14 @@ def test_chats_are_shown_to_rewards_as_trl_shows_them():
     assert judging.judge(config)([prompt("1 + 1?", "2")], ["It is 2"], SAMPLES[:1]).scores["numeric_match"].tolist() == [1]
 
 
+def test_a_column_that_none_of_these_rows_has_says_nothing_of_them():
+    """Of a mixture: others have it, which `check_columns` has seen."""
+    panel = judge({"numeric_match": 1.0, "code": 1.0, "choice": 1.0})
+    judged = panel([prompt("1 + 1?", "2"), prompt("?", answer=3)], ["2", "3"], SAMPLES)
+    assert judged.scores["numeric_match"].tolist() == [1, 1] and np.isnan(judged.scores["code"]).all()
+    assert judged.rewards.tolist() == [1, 1]
+
+
 OWN = """
 def short(completions, *, limit=3, **columns):
     return [float(len(completion) <= limit) for completion in completions]

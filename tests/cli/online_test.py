@@ -149,6 +149,13 @@ def test_a_sampler_that_is_the_trainer_in_bfloat16_is_not(train, tmp_path, capsy
     assert max(reported(tmp_path, "train/sampler_gap")) > 1e-5  # it does round
 
 
+def test_a_sample_without_a_reward_teaches_nothing_whatever_else_the_loss_has(train, tmp_path, monkeypatch, capsys):
+    """An entropy bonus would pull at it."""
+    monkeypatch.setitem(rewards.REWARDS, "numeric_match", lambda prompts, completions, **columns: [None] * len(prompts))
+    assert train(tmp_path, *FEW, "--config.methods=lora") == 0
+    assert "step 1 taught nothing: no token of its batch counts" in " ".join(capsys.readouterr().out.split())
+
+
 def test_groups_teach_by_what_their_samples_are_worth_to_the_one_that_learns(train, sampled, tmp_path, monkeypatch):
     """All are right, every second one was cut and pays: no other prompts are asked for, and the advantages are of what is left."""
     monkeypatch.setitem(rewards.REWARDS, "numeric_match", lambda prompts, completions, **columns: [30.0] * len(prompts))

@@ -104,7 +104,7 @@ def test_a_running_mean_is_that_of_the_steps_before(command, tmp_path):
 
 def test_what_cannot_follow_says_so(command, tmp_path, capsys):
     for more, message in (
-        (("--config.algorithm=simpo", FOLLOWS[0]), "'simpo' has no reference that could follow"),
+        (("--config.algorithm=simpo", FOLLOWS[0]), "follows the policy in objectives of pairs, and 'simpo' is none"),
         ((FOLLOWS[0], "--config.reference.logps=cached"), "set it to 'live'"),
         ((FOLLOWS[0], "--config.reference.alpha=0.0"), "above 0 and at most 1, not 0.0"),
         (("--config.algorithm=bco", "--sweep=seed=0,1", "--config.eval.every_steps=1"), "members cannot remember rewards"),

@@ -16,7 +16,7 @@ CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "grpo_smollm2_sums.
 
 
 def config(**changes):
-    found = configs.load(CONFIG)
+    found = configs.load(CONFIG).unlock()
     found.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
     return found
 

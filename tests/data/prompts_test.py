@@ -21,6 +21,7 @@ def read(rows, **options) -> list[data.Example]:
         ({"prompt": "1 + 1?", "answer": "2"}, "1 + 1?", "2"),
         ({"prompt": "1 + 1?", "completion": "It is 2."}, "1 + 1?", "It is 2."),
         ({"prompt": "1 + 1?", "completion": "It is 2.", "answer": "2"}, "1 + 1?", "2"),
+        ({"prompt": "1 - 1?", "completion": "It is nothing.", "answer": 0}, "1 - 1?", 0),
         ({"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}, "1 + 1?", None),
         ({"question": "1 + 1?", "answer": "so #### 2"}, "1 + 1?", "so #### 2"),
         ({"prompt": [{"role": "system", "content": "Add."}, {"role": "user", "content": "1 + 1?"}]}, "1 + 1?", None),
@@ -30,7 +31,7 @@ def read(rows, **options) -> list[data.Example]:
 def test_a_row_is_asked_without_its_answer_which_a_reward_sees(row, text, answer):
     (prompt,) = data.prompts.encode(read([row]), ENCODER, max_tokens=8)
     shown = ENCODER.tokenizer.decode(prompt.tokens.tolist())
-    assert shown.endswith("assistant\n") and text in shown and (answer is None or answer not in shown)
+    assert shown.endswith("assistant\n") and text in shown and (answer is None or str(answer) not in shown)
     assert prompt.text == text and prompt.columns == {**row, "answer": answer}
     system = isinstance(row.get("prompt"), list)
     assert prompt.asked == (row["prompt"] if system else text)

@@ -26,6 +26,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+CUT = (200, {"Transfer-Encoding": "chunked"}, "10\r\n{")
+"""An answer that breaks off in the middle."""
+
+
 def said(content):
     return json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]})
 
@@ -51,7 +55,7 @@ def test_answers_come_in_the_order_of_the_questions_with_the_key_of_the_environm
 
 
 @pytest.mark.parametrize(
-    "reply", [(503, {}, "busy"), (429, {"Retry-After": "0"}, ""), (200, {}, "no json"), (200, {}, '{"choices": []}'), ("hang", {}, "")]
+    "reply", [(503, {}, "busy"), (429, {"Retry-After": "0"}, ""), (200, {}, "no json"), (200, {}, '{"choices": []}'), ("hang", {}, ""), CUT]
 )
 def test_what_may_pass_is_tried_again(server, reply):
     server.replies = [reply]

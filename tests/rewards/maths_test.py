@@ -1,8 +1,12 @@
+import contextlib
+import os
 import threading
+import time
 
 import pytest
 
-from ftjax.rewards.maths import maths
+from ftjax.rewards.maths import _VERIFIER, maths
+from ftjax.rewards.worker import WorkerError
 
 # completion, answer -> score with LaTeX alone (TRL's accuracy_reward), score with plain text too
 EXAMPLES = [
@@ -39,6 +43,30 @@ def test_threads_may_ask_and_a_tower_of_powers_does_not_hang():
     thread.start()
     thread.join(60.0)
     assert found == [0.0, 1.0]
+
+
+def test_what_is_late_is_not_judged():
+    """Those that begin after the first ones have taken all the time there is, of which each asks for a part."""
+    completions = [r"\boxed{9^{9^{9^{9}}}}", *[r"\boxed{3}"] * 40]
+    found = maths([""] * 41, completions, answer=["3"] * 41, seconds=1.0, most=0.5)
+    assert found == [0.0] + [1.0] * 15 + [None] * 25
+
+
+def test_a_signal_to_the_terminal_s_programs_does_not_reach_the_verifier_and_it_is_closed_while_it_is_asked():
+    assert maths([""], [r"\boxed{3}"], answer=["3"]) == [1.0]
+    assert os.getpgid(_VERIFIER._process.pid) != os.getpgid(0)
+    asked = threading.Thread(target=lambda: _asked([r"\boxed{9^{9^{9^{9}}}}"] * 3))
+    asked.start()
+    time.sleep(0.5)
+    began = time.monotonic()
+    _VERIFIER.close()
+    asked.join(30.0)
+    assert time.monotonic() - began < 10 and not asked.is_alive()
+
+
+def _asked(completions):
+    with contextlib.suppress(WorkerError):
+        maths([""] * len(completions), completions, answer=["3"] * len(completions), seconds=20.0)
 
 
 def test_without_the_library_the_error_names_the_command(monkeypatch):

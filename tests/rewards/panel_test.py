@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from ftjax.rewards import RewardError, exact_match, judge
+from ftjax.rewards import RewardError, exact_match, judge, panel
 
 PROMPTS, COMPLETIONS, COLUMNS = ["p0", "p1", "p2"], ["a", "b", "c"], {"answer": ["a", "x", None]}
 
@@ -83,6 +83,7 @@ def nothing(prompts, completions, **columns):
         (constant(1.0, float("-inf"), 1.0), "returned -inf"),
         (constant(1.0, "two", 1.0), "returned 'two', which is no number"),
         (constant(1.0, [1.0, 2.0], 1.0), "which is no number"),
+        (constant(1.0, 10**400, 1.0), "which is no number"),
     ],
 )
 def test_a_reward_that_fails_is_named_with_its_prompt_and_the_run_stops_or_goes_on(reward, reason):
@@ -92,6 +93,25 @@ def test_a_reward_that_fails_is_named_with_its_prompt_and_the_run_stops_or_goes_
     assert (failure.reward, failure.row, failure.prompt) == ("bad", 1, "p1") and reason in failure.reason
     with pytest.raises(RewardError, match="reward 'bad' .*row 1, prompt 'p1'.*on_error"):
         run({"fine": constant(1, 1, 1), "bad": reward}, timeout=0.3)
+
+
+def test_rows_by_themselves_are_judged_a_few_at_a_time_and_not_for_ever(monkeypatch):
+    monkeypatch.setattr(panel, "AT_ONCE", 2)
+    running, most = set(), []
+
+    def slow(prompts, completions, **columns):
+        if len(prompts) > 1:
+            raise OSError("not together")
+        running.add(prompts[0])
+        most.append(len(running))
+        time.sleep(0.2)
+        running.discard(prompts[0])
+        return [1.0]
+
+    many = {"prompts": [f"p{n}" for n in range(8)], "completions": [""] * 8, "columns": {}}
+    judged = judge({"slow": slow}, (), **many, timeout=0.3, on_error="skip")
+    assert max(most) == 2 and np.isnan(judged.rewards).tolist() == [False] * 4 + [True] * 4
+    assert "was not asked by itself: the rows before it took 0.3 s" in str(judged.failures[0]) and len(judged.failures) == 4
 
 
 def test_a_call_that_fails_only_over_all_rows_fails_for_all():

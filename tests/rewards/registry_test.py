@@ -4,7 +4,7 @@ import pathlib
 import pytest
 
 from ftjax import rewards
-from ftjax.rewards import REWARDS, build, judge, sandbox
+from ftjax.rewards import REWARDS, build, judge, needed, sandbox
 from ftjax.rewards.registry import OPTIONS
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "online.md"
@@ -95,6 +95,18 @@ def test_a_function_of_ones_own_is_a_reward_by_any_name_and_with_its_options():
 def test_what_a_reward_cannot_do_without_is_asked_for_when_it_is_built(chosen, options, message):
     with pytest.raises(ValueError, match=message):
         build(chosen, options)
+
+
+def test_what_says_which_answers_are_right_is_bound_as_a_reward_is():
+    def right(completions, *, level):
+        return [float(one == "yes") * level[0] for one in completions]
+
+    options = {"brevity": {"correct": right}, "cosine": {"correct": "code", "max_tokens": 4}}
+    made = build(["brevity", "cosine"], options)
+    assert needed(made["brevity"]) == ["completion_ids", "level"] and needed(made["cosine"]) == ["completion_ids", "tests"]
+    assert needed(build(["brevity"])["brevity"]) == ["completion_ids", "answer"]
+    columns = {"completion_ids": [[1], [1, 2]], "level": [1, 1], "answer": ["no", "no"]}
+    assert made["brevity"](["?", "?"], ["yes", "yes"], **columns)[0] > 0
 
 
 def test_what_has_no_default_is_an_option_or_a_column():

@@ -10,6 +10,7 @@ import pytest
 from ftjax.rewards import sandbox
 from ftjax.rollout import environments
 from ftjax.rollout.calculator import calculator
+from ftjax.rollout.environment import checked
 from ftjax.rollout.python_tool import python
 from ftjax.rollout.toolbox import HERMES_PROMPT, MAX_CALLS, MAX_CHARS, Call, Toolbox, described, hermes
 
@@ -65,6 +66,13 @@ def test_calls_of_a_turn_are_answered_in_order_and_a_turn_without_one_ends_the_e
 def test_what_cannot_be_called_is_answered_by_what_is_wrong(turn, problem):
     (content,) = contents(Toolbox([add, later]).step(turn))
     assert re.match(problem, content)
+
+
+@pytest.mark.parametrize("turn", ['"\\ud83d"', '"add", "arguments": {"\\ud83d": 1}', '"later", "arguments": {"word": "\\ud83d"}'])
+def test_half_a_character_is_answered_by_what_any_tokenizer_and_file_takes(turn):
+    box = Toolbox([add, later])
+    (message,) = checked(box.step('<tool_call>{"name": ' + turn + "}</tool_call>"))[0]
+    assert message["name"] in ("", *box.tools) and message["content"].encode("utf-8")
 
 
 def test_arguments_may_be_json_in_a_string():
