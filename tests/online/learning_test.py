@@ -16,6 +16,7 @@ from tests import tiny
 PROMPTS, SAMPLES, TOKENS = 4, 8, 6
 WANTED = 5
 METHOD = peft.full("everything")
+METHODS = {"grpo": METHOD, "ppo": peft.chain(METHOD, peft.value_head(init="normal"))}
 OPTIMIZER = optax.sgd(1.0)
 ASKED = [np.arange(1, 4 + at % 2) for at in range(PROMPTS) for _ in range(SAMPLES)]
 
@@ -35,17 +36,25 @@ def experience(params, key):
     return dataclasses.replace(rows, advantages=np.asarray(advantages).reshape(-1)), rewards.mean()
 
 
+def criticised(batch):
+    """What PPO reads beside: an advantage and a return of each token, and what policy and critic said before."""
+    random, mask = np.random.default_rng(0), batch.loss_mask
+    drawn = lambda scale: (scale * random.standard_normal(mask.shape)).astype(np.float32) * mask  # noqa: E731
+    told = {"advantages": drawn(1.0), "returns": drawn(1.0), "old_values": drawn(0.3), "old_logps": batch.behavior_logps + drawn(0.2)}
+    return dataclasses.replace(batch, **told)
+
+
 @pytest.fixture(scope="module")
 def start():
-    """`(frozen, trainable)`, made anew at each call: a step donates its state."""
-    return lambda: METHOD.init(jax.random.key(0), tiny.init(jax.random.key(1)))
+    """`start(algorithm) -> (frozen, trainable)`, made anew at each call: a step donates its state."""
+    return lambda name="grpo": METHODS[name].init(jax.random.key(0), tiny.init(jax.random.key(1)))
 
 
-def make_step(accumulation: int = 1, mesh=None, state=None):
+def make_step(name: str = "grpo", accumulation: int = 1, mesh=None, state=None):
     model = tiny.MODEL if mesh is None else sharding.on_mesh(tiny.MODEL, mesh)
     where = None if mesh is None else sharding.state_shardings(state, mesh)
-    score = partial(scoring.score, model, outputs=("logps", "entropy"))
-    return make_train_step(score, METHOD, losses.LOSSES["grpo"], OPTIMIZER, accumulation=accumulation, state_sharding=where)
+    score = partial(scoring.score, model, outputs=("logps", "entropy", *(["values"] if name == "ppo" else [])))
+    return make_train_step(score, METHODS[name], losses.LOSSES[name], OPTIMIZER, accumulation=accumulation, state_sharding=where)
 
 
 @pytest.fixture(scope="module")
@@ -88,20 +97,33 @@ def test_old_log_probabilities_of_the_same_policy_are_ratios_of_one_up_to_roundi
     assert_close(state.trainable, trained)
 
 
-def test_micro_batches_equal_the_whole(one_step, start):
-    batch, trained, metrics = one_step
-    frozen, trainable = start()
-    state, found = make_step(accumulation=4)(init_state(jax.random.key(2), trainable, METHOD, OPTIMIZER), frozen, batch)
+@pytest.fixture(scope="module", params=METHODS)
+def whole(request, one_step, start):
+    """`(algorithm, batch, what a step on all its rows makes of it, metrics)`."""
+    name, (batch, trained, metrics) = request.param, one_step
+    if name == "grpo":
+        return name, batch, trained, metrics
+    batch, (frozen, trainable) = criticised(batch), start(name)
+    state, metrics = make_step(name)(init_state(jax.random.key(2), trainable, METHODS[name], OPTIMIZER), frozen, batch)
+    metrics = jax.device_get(metrics)
+    assert all(0 < metrics[f"clip/{side}"].value() < 1 for side in ("low", "high", "value"))
+    return name, batch, jax.device_get(state.trainable), metrics
+
+
+def test_micro_batches_equal_the_whole(whole, start):
+    name, batch, trained, metrics = whole
+    frozen, trainable = start(name)
+    state, found = make_step(name, accumulation=4)(init_state(jax.random.key(2), trainable, METHODS[name], OPTIMIZER), frozen, batch)
     assert found["loss"].value() == pytest.approx(metrics["loss"].value(), abs=1e-6)
     assert_close(state.trainable, trained)
 
 
-def test_eight_devices_equal_one(one_step, start):
-    batch, trained, metrics = one_step
+def test_eight_devices_equal_one(whole, start):
+    name, batch, trained, metrics = whole
     mesh = sharding.make_mesh(data=2, fsdp=-1)
-    frozen, trainable = (sharding.place(jax.tree.map(np.asarray, tree), mesh) for tree in start())
-    state = sharding.init_on_mesh(partial(init_state, method=METHOD, optimizer=OPTIMIZER), jax.random.key(2), trainable, mesh=mesh)
-    state, found = make_step(mesh=mesh, state=state)(state, frozen, sharding.shard_batch(batch, mesh))
+    frozen, trainable = (sharding.place(jax.tree.map(np.asarray, tree), mesh) for tree in start(name))
+    state = sharding.init_on_mesh(partial(init_state, method=METHODS[name], optimizer=OPTIMIZER), jax.random.key(2), trainable, mesh=mesh)
+    state, found = make_step(name, mesh=mesh, state=state)(state, frozen, sharding.shard_batch(batch, mesh))
     assert found["loss"].value() == pytest.approx(metrics["loss"].value(), abs=1e-6)
     assert_close(state.trainable, trained)
 

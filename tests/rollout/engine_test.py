@@ -252,6 +252,28 @@ def test_eight_devices_write_what_one_writes(key):
     assert [program._cache_size() for program in (programs.join, programs.write)] == before
 
 
+METHODS = {
+    "NF4 and LoRA": peft.chain(quant.nf4("all-linear", group=16), peft.lora("all-linear", rank=2, alpha=16)),
+    "prefix tuning": peft.prefix_tuning(3),
+}
+
+
+@pytest.mark.parametrize(("method", "family"), [("NF4 and LoRA", "llama"), ("prefix tuning", "llama"), ("NF4 and LoRA", "gemma3")])
+def test_eight_devices_write_with_any_method_what_one_writes(method, family, key):
+    """Packed matrices, what stands before every row, and windows."""
+    model, params = tiny(family)
+    frozen, start = METHODS[method].init(key, params)
+    moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(7), x.shape, x.dtype), start)
+    mesh, attach = sharding.make_mesh(data=2, fsdp=2, tensor=2), METHODS[method].attach
+    spread = rollout.Engine(sharding.on_mesh(model, mesh), **{**SIZE, "slots": 4})
+    placed = (sharding.place(jax.tree.map(np.asarray, part), mesh) for part in (frozen, moved))
+    wanted = engine(family).generate(attach(frozen, moved), asked(key, 4))
+    for one, other in zip(spread.generate(attach(*placed), asked(key, 4)), wanted, strict=True):
+        assert one.tokens.tolist() == other.tokens.tolist()
+        np.testing.assert_allclose(one.logps, other.logps, atol=1e-5)
+    assert tokens(engine(family).generate(params, asked(key, 4))) != tokens(wanted)
+
+
 @pytest.mark.parametrize(("slots", "parts"), [(4, (4, 2)), (3, (1, 2))])
 def test_a_mesh_splits_the_cache_over_rows_and_heads(slots, parts, key):
     model, params = tiny()
