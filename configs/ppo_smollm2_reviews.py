@@ -21,7 +21,7 @@ def get_config(arg=""):
     config.data.update({"max_tokens": 128, "batch_size": 32, "template": "none"})
     config.rewards.sentiment = 0.0
     config.rewards.reward_model = ConfigDict({"folder": "runs/reward_smollm2_reviews", "weight": 1.0})
-    config.rollout.update({"samples_per_prompt": 1, "minibatches": 2, "max_tokens": 40, "kl_penalty": 0.05})
+    config.rollout.update({"samples_per_prompt": 1, "minibatches": 2, "max_tokens": 40, "kl_penalty": 0.02})
     config.optimizer.update({"learning_rate": 2e-4, "warmup_steps": 5})
     config.eval.update({"every_steps": 40, "batches": 4})
     config.checkpoint.every_steps = 20

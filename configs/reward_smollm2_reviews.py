@@ -12,15 +12,15 @@ START = "runs/sft_smollm2_reviews/model"
 
 
 def experiment(algorithm, **loss):
-    """The start, the pairs and the length of the run, which DPO's shares."""
+    """The start and the pairs, which DPO's run shares."""
     config = base.judged(algorithm, **loss)
     config.model.name = START
-    config.steps = 60
+    config.steps = 120
     config.data.sources.pairs = base.source(f"{sft_smollm2_reviews.FOLDER}/pairs_train.jsonl")
     config.data.eval_sources.pairs = base.source(f"{sft_smollm2_reviews.FOLDER}/pairs_test.jsonl")
     config.data.update({"max_tokens": 128, "batch_size": 6, "template": "none"})
     config.optimizer.update({"learning_rate": 2e-4, "warmup_steps": 5})
-    config.eval.update({"every_steps": 20, "batches": 0})
+    config.eval.update({"every_steps": 30, "batches": 0})
     return config
 
 
@@ -28,4 +28,5 @@ def get_config(arg=""):
     config = experiment("reward", centering_coef=0.01)
     config.methods = ("lora", "value_head")
     config.value_head.bias = False
+    config.steps, config.optimizer.learning_rate = 90, 5e-4
     return base.finish(config, arg, tiny="tiny-llama")

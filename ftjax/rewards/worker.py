@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -84,8 +85,8 @@ class Worker:
     def close(self) -> None:
         """End the process, also while it is asked; a later question starts another."""
         process = self._process
-        if process is not None:
-            process.terminate()  # so that whoever listens to it lets go of the lock
+        if process is not None and process.poll() is None:  # so that whoever listens to it lets go of the lock
+            process.terminate() if self._jail is not None else _kill(process)
         with self._lock:
             self._stop()
 
@@ -116,7 +117,7 @@ class Worker:
         if self._jail is not None:
             self._jail.close()
         elif self._process is not None:
-            self._process.kill()
+            _kill(self._process)
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
                 if stream is not None:
@@ -150,6 +151,12 @@ class Worker:
             self._buffer += chunk
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End a verifier and the fork in which it answers, which may never look up."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _folders(module: str) -> list[str]:

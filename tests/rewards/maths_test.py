@@ -58,10 +58,21 @@ def test_a_signal_to_the_terminal_s_programs_does_not_reach_the_verifier_and_it_
     asked = threading.Thread(target=lambda: _asked([r"\boxed{9^{9^{9^{9}}}}"] * 3))
     asked.start()
     time.sleep(0.5)
-    began = time.monotonic()
+    began, session = time.monotonic(), _VERIFIER._process.pid
     _VERIFIER.close()
     asked.join(30.0)
     assert time.monotonic() - began < 10 and not asked.is_alive()
+    while time.monotonic() - began < 10 and _lives(session):
+        time.sleep(0.05)
+    assert not _lives(session)  # nor the fork that was computing
+
+
+def _lives(session):
+    try:
+        os.killpg(session, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _asked(completions):
