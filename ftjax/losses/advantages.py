@@ -22,7 +22,7 @@ def group_relative(
     Shao et al., 2024, arXiv 2402.03300: GRPO; without a scale: Dr. GRPO, Liu et al., 2025, arXiv 2503.20783; with that of
     the batch: Liu et al., 2025, arXiv 2508.08221. With the scale "group" a KL term in the loss is held against rewards over their group's
     deviation σ: its β is βσ, another one for each prompt, and smaller as the policy grows sure (`experiments/preference_frontier`).
-    NeMo RL takes mean and deviation of the others of the group, unless told otherwise.
+    NeMo RL takes mean and deviation of the others of the group, unless told otherwise: `leave_one_out_scaled`.
 
     Args:
       rewards: of each response.
@@ -49,7 +49,8 @@ def decoupled(
 ) -> Float[Array, "p g"]:
     """Return Σ_k w_k (r_k - mean of its group) / (std + ε), standardised over the batch: each of several rewards by itself.
 
-    GDPO, 2026, arXiv 2601.05242: a sum of rewards, normalised as one, gives different combinations of them the same advantage.
+    GDPO, 2026, arXiv 2601.05242: a sum of rewards, normalised as one, gives different combinations of them the same advantage. verl
+    standardises the sum over tokens, NeMo RL, unless told otherwise, each reward as `leave_one_out_scaled`.
 
     Args:
       rewards: of k reward functions.
@@ -72,6 +73,27 @@ def leave_one_out(rewards: Float[Given, "p g"], counted: Shaped[Given, "p g"] | 
     known, others = _known(rewards, counted), jnp.sum(counted, axis=1, keepdims=True) - counted
     baseline = (jnp.sum(known, axis=1, keepdims=True) - known) / jnp.maximum(others, 1)
     return jnp.where(others > 0, counted * (known - baseline), 0)
+
+
+def leave_one_out_scaled(
+    rewards: Float[Given, "p g"], counted: Shaped[Given, "p g"] | None = None, *, epsilon: float = 1e-6
+) -> Float[Array, "p g"]:
+    """Return (r - mean) / (std + ε) by mean and standard deviation of the *other* rewards of its group: NeMo RL's default for GRPO.
+
+    Where there is one other, or all others are equal, it is r - mean. A reward without others has the advantage 0.
+
+    Args:
+      rewards: of each response.
+      counted: 1 where there is a reward; all if None.
+      epsilon: as in `group_relative`.
+    """
+    counted = _counted(rewards, counted)
+    others = counted[:, None] * (1 - jnp.eye(rewards.shape[1], dtype=rewards.dtype)[None])
+    each = jnp.broadcast_to(rewards[:, None], others.shape)
+    largest, least = (sign * jnp.max(jnp.where(others > 0, sign * each, -jnp.inf), axis=2) for sign in (1, -1))
+    deviation = _deviation(each, others, axis=2, ddof=1)[..., 0]
+    # of equal rewards the deviation may be a rounding error, by which nothing is to be divided
+    return leave_one_out(rewards, counted) / jnp.where(largest > least, deviation + epsilon, 1)
 
 
 def preferred(
@@ -103,35 +125,45 @@ def optimal_baseline(
 
 
 def greedy_baseline(
-    rewards: Float[Given, "p g"], greedy: Float[Given, " p"], counted: Shaped[Given, "p g"] | None = None
-) -> Float[Array, "p g"]:
+    rewards: Float[Given, "p g *t"], greedy: Float[Given, " p"], counted: Shaped[Given, "p g *t"] | None = None
+) -> Float[Array, "p g *t"]:
     """Return r - the reward of the greedy response to the same prompt: ReMax, Li et al., 2023, arXiv 2310.10505.
 
     Args:
-      rewards: of each response.
+      rewards: of each response, or `to_come` after each of its tokens, of which a divergence before the token is no part, as in verl. The
+        mean gradient is the same, as a token changes nothing that was before it, with less noise as a rule. The authors' code takes of
+        the divergence each token's own alone, which is another gradient.
       greedy: of the greedy response to each prompt.
       counted: 1 where there is a reward, of both; all if None.
     """
     counted = _counted(rewards, counted)
-    return jnp.where(counted > 0, rewards - greedy[:, None], 0)
+    return jnp.where(counted > 0, rewards - greedy.reshape(-1, *[1] * (rewards.ndim - 1)), 0)
+
+
+def to_come(rewards: Float[Given, "*b t"], mask: Float[Given, "*b t"], *, gamma: float = 1.0) -> Float[Array, "*b t"]:
+    """Return the discounted sum of the rewards of each token that counts and of those after it; see `gae` for what does not count."""
+    return gae(rewards, jnp.zeros_like(rewards), mask, gamma=gamma, lam=1.0)[0]
 
 
 def reinforce_plus_plus(rewards: Float[Given, "*b t"], mask: Float[Given, "*b t"], *, gamma: float = 1.0) -> Float[Array, "*b t"]:
     """Return the discounted sums of rewards to come, whitened over all tokens: REINFORCE++, Hu et al., 2025, arXiv 2501.03262.
+
+    What does not count, such as a tool's answer, is stepped over; in verl a token before it hears of no reward after it.
 
     Args:
       rewards: of each token, a penalty for the KL divergence included: see `shaping.token_rewards`.
       mask: tokens that count.
       gamma: in [0, 1], the discount.
     """
-    returns, _ = gae(rewards, jnp.zeros_like(rewards), mask, gamma=gamma, lam=1.0)
-    return whiten(returns, mask)
+    return whiten(to_come(rewards, mask, gamma=gamma), mask)
 
 
 def reinforce_plus_plus_baseline(
     rewards: Float[Given, "p g"], mask: Float[Given, "p g t"], counted: Shaped[Given, "p g"] | None = None
 ) -> Float[Array, "p g t"]:
     """Return r - mean of its group, whitened over all tokens of the batch: REINFORCE++ with a baseline, of the same paper.
+
+    NeMo RL takes a divergence in the rewards from each token by itself, after the baseline, and the population's deviation.
 
     Args:
       rewards: of each response.

@@ -81,14 +81,20 @@ def leave_one_out(evidence: Evidence) -> Worth:
     return {"advantages": advantages.leave_one_out(evidence.whole, evidence.counted)}
 
 
+def leave_one_out_scaled(evidence: Evidence) -> Worth:
+    """NeMo RL's GRPO."""
+    return {"advantages": advantages.leave_one_out_scaled(evidence.whole, evidence.counted)}
+
+
 def optimal_baseline(evidence: Evidence) -> Worth:
     """OPO's."""
     return {"advantages": advantages.optimal_baseline(evidence.whole, jnp.sum(evidence.mask, axis=-1), evidence.counted)}
 
 
 def greedy_baseline(evidence: Evidence) -> Worth:
-    """ReMax's."""
-    return {"advantages": advantages.greedy_baseline(evidence.whole, evidence.greedy, evidence.counted)}
+    """ReMax's, of each token what is to come; the divergence of the greedy answer is not part of its worth."""
+    mask = evidence.mask * evidence.counted[..., None]
+    return {"advantages": advantages.greedy_baseline(advantages.to_come(evidence.by_token, mask), evidence.greedy, mask)}
 
 
 def reinforce_plus_plus(evidence: Evidence, *, gamma: float = 1.0) -> Worth:
@@ -134,6 +140,7 @@ ESTIMATORS: Mapping[str, Estimator] = {
     "group_centred": Estimator(partial(group_relative, scale="none"), least=2),
     "batch_scaled": Estimator(partial(group_relative, scale="batch"), least=2),
     "leave_one_out": Estimator(leave_one_out, least=2),
+    "leave_one_out_scaled": Estimator(leave_one_out_scaled, least=2),
     "optimal_baseline": Estimator(optimal_baseline, least=2),
     "greedy_baseline": Estimator(greedy_baseline, greedy=True),
     "reinforce_plus_plus": Estimator(reinforce_plus_plus, options=("gamma",)),

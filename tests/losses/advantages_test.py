@@ -57,6 +57,16 @@ def test_the_population_s_deviation_is_asked_for():
     np.testing.assert_allclose(of(advantages.group_relative, rewards, epsilon=0.0), [[-(2**-0.5), 2**-0.5]], rtol=1e-6)
 
 
+def test_others_that_are_equal_divide_nothing():
+    """Seven times 0.1 has a mean in float32 that is not 0.1, and so a deviation of rounding errors."""
+    rewards = np.array([[0.1] * 7 + [1.0], [0.1] * 8], "f")
+    found = of(advantages.leave_one_out_scaled, rewards, np.array([[1] * 8, [1] * 5 + [0] * 3]))
+    assert found[0, -1] == pytest.approx(0.9, rel=1e-6)
+    np.testing.assert_allclose(found[0, :-1], (0.1 - 1.6 / 7) / (0.9 / 7**0.5), rtol=1e-4)
+    np.testing.assert_allclose(found[1], 0, atol=1e-7)
+    np.testing.assert_allclose(of(advantages.leave_one_out_scaled, np.array([[1.0, 3.0]], "f")), [[-2, 2]])
+
+
 def test_the_optimal_baseline_weighs_by_length():
     """Group 0: (3·1 + 1·0 + 4·½ + 1·¼) / 9; in group 1 the second response has no reward."""
     found = of(advantages.optimal_baseline, REWARDS.astype("f"), LENGTHS, COUNTED)

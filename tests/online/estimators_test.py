@@ -42,7 +42,7 @@ def test_group_relative_is_unbiased_standardisation():
 
 
 def test_baselines_that_are_no_mean_of_the_group():
-    np.testing.assert_allclose(estimate("greedy_baseline"), REWARDS - np.array([[0.25], [1.0]]))
+    np.testing.assert_allclose(estimate("greedy_baseline"), (REWARDS - np.array([[0.25], [1.0]]))[..., None] * MASK)
     np.testing.assert_allclose(estimate("rewards"), REWARDS)
     lengths = MASK.sum(axis=-1)
     np.testing.assert_allclose(estimate("optimal_baseline"), REWARDS - ((lengths * REWARDS).sum(1) / lengths.sum(1))[:, None], atol=1e-6)
@@ -139,4 +139,4 @@ def test_a_divergence_is_taken_from_the_reward_of_its_own_sample(name):
     kl = jnp.asarray(0 * MASK).at[0, 0].set(50.0).at[1, 1, 0].set(1e4)
     before, after = estimate(name), estimate(name, dataclasses.replace(EVIDENCE, kl=kl, kl_coef=0.1))
     means = [np.sum(x.reshape(2, 4, -1)[0, 0]) for x in (before, after)]
-    assert means[1] < means[0] and np.abs(after).max() < 20
+    assert means[1] < means[0] and np.abs(after).max() < 40
