@@ -151,7 +151,7 @@ def online(algorithm: str = "grpo", **loss) -> ConfigDict:
     config.algorithm = algorithm
     config.loss = ConfigDict(loss)
     config.rollout = rollout()
-    config.rollout.kl_penalty = {"ppo": 0.05}.get(algorithm, 0.0)
+    config.rollout.kl_penalty = {"ppo": 0.05, "rloo": 0.05}.get(algorithm, 0.0)  # TRL's
     config.rewards = ConfigDict()
     config.judging = judging()
     config.data.update({"packing": "none", "batch_size": 64})  # samples of a step

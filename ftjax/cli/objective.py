@@ -29,12 +29,17 @@ def needs(config) -> losses.Needs:
 
 
 def loss(config) -> LossFn:
-    """Return the objective of `config.algorithm` with the options of `config.loss`."""
+    """Return the objective of `config.algorithm` with the options of `config.loss`.
+
+    A constant that sums over tokens are divided by is the most tokens of a sample unless `loss.max_tokens` is set, as in TRL.
+    """
     needs(config)
     chosen, options = losses.LOSSES[config.algorithm], plain(config.loss)
-    known = [name for name, parameter in inspect.signature(chosen).parameters.items() if parameter.kind is parameter.KEYWORD_ONLY]
+    known = {name: taken.default for name, taken in inspect.signature(chosen).parameters.items() if taken.kind is taken.KEYWORD_ONLY}
     if unknown := sorted(options.keys() - set(known)):
         raise ValueError(f"loss.{unknown[0]}: {config.algorithm!r} has no such option; nearest: {nearest(unknown[0], known)}.")
+    if "rollout" in config and (known | options).get("reduction") == "constant_length" and options.get("max_tokens") is None:
+        options["max_tokens"] = config.rollout.max_tokens
     return partial(chosen, **options)
 
 

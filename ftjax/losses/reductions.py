@@ -37,7 +37,8 @@ def constant_length(losses: Float[Array, "*b t"], mask: Float[Array, "*b t"], *,
     Args:
       losses: of each token.
       mask: tokens that count.
-      max_tokens: the constant, which only scales the loss; the most tokens that a response may have, by custom.
+      max_tokens: the constant, which only scales the loss; the most tokens that a response may have, by custom, and in a run unless it is
+        told otherwise.
     """
     return masked_mean(token_sum(losses, mask) / max_tokens, _counted(mask))
 

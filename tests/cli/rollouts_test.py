@@ -11,6 +11,7 @@ from ftjax import losses
 from ftjax.cli import abstract, build, objective, refusals, rollouts
 from ftjax.cli import config as configs
 from ftjax.online import ESTIMATORS
+from ftjax.types import Batch, Scores
 
 CONFIG = str(pathlib.Path(__file__).parents[2] / "configs" / "grpo_smollm2_sums.py")
 
@@ -133,8 +134,31 @@ def test_what_is_taken_for_a_log_ratio_is_that_or_one_of_two_that_are_never_nega
     np.testing.assert_allclose(found["k3"], 1 / ratio - 1 + np.log(ratio), rtol=1e-5)
 
 
-def test_ppo_is_held_to_its_reference_unless_told_otherwise():
-    assert [base.online(name).rollout.kl_penalty for name in ("ppo", "grpo", "rloo")] == [0.05, 0, 0]
+def test_ppo_and_rloo_are_held_to_their_reference_unless_told_otherwise():
+    """As in TRL, where RLOO's beta is 0.05 too, of k1 over a whole response."""
+    found = {name: base.online(name).rollout for name in ("ppo", "rloo", "grpo", "reinforce")}
+    assert [asked.kl_penalty for asked in found.values()] == [0.05, 0.05, 0, 0] and found["rloo"].kl_estimator == "k1"
+    assert rollouts.referred(base.online("rloo")) and not rollouts.referred(base.online("reinforce"))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options", "divisor"),
+    [
+        ("dr_grpo", {}, 8),  # rollout.max_tokens of the config
+        ("dr_grpo", {"max_tokens": 20}, 20),
+        ("grpo", {"reduction": "constant_length"}, 8),
+        ("dr_grpo", {"reduction": "sequence_sum"}, 1),
+        ("grpo", {}, 3),  # tokens of the response
+    ],
+)
+def test_what_sums_are_divided_by_is_the_most_tokens_of_a_sample(algorithm, options, divisor):
+    """TRL's max_completion_length. Of three tokens of the advantage 2 and the ratio 1."""
+    found = config(algorithm=algorithm)
+    with found.unlocked():
+        found.loss = options
+    ids, mask = jax.numpy.zeros((1, 3), int), jax.numpy.ones((1, 3))
+    mean, _ = objective.loss(found)(Scores(logps=-mask), Batch(ids, mask, ids, ids + 1, advantages=2 * mask[:, 0]))
+    assert mean.value() == pytest.approx(-6 / divisor)
 
 
 @pytest.mark.parametrize("name", ["dpo", "xpo", "nash_md", "rejection_sampling"])
