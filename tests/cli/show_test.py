@@ -28,3 +28,14 @@ def test_the_layout_names_rules_sizes_and_what_did_not_divide():
 )
 def test_a_plot_calls_a_model_by_the_last_part_of_its_name(name, title):
     assert show.model_title(ConfigDict({"model": {"name": name, "random": False, "preset": "tiny"}})) == title
+
+
+def test_rollouts_are_a_table_of_texts_and_numbers():
+    known = {"prompt": "What\n is [2]+2?", "completion": "x" * 201, "rewards": {"right": 1.0, "short": 0.123456}, "advantage": -0.5}
+    unknown = {"prompt": "And [/]?", "completion": "five", "rewards": {"right": None, "short": 2.0}, "advantage": None}
+    out = io.StringIO()
+    Console(file=out, width=320).print(show.rollouts([known, unknown]))
+    heads, _, *rows = (line.split() for line in out.getvalue().splitlines() if line.strip())
+    assert heads == ["prompt", "completion", "right", "short", "advantage"]
+    assert rows == [["What", "is", "[2]+2?", "x" * 200, "…", "1", "0.123", "-0.5"], ["And", "[/]?", "five", "–", "2", "–"]]
+    assert [column.header for column in show.rollouts([]).columns] == ["prompt", "completion", "advantage"]
