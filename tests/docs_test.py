@@ -9,6 +9,7 @@ import pytest
 
 from configs import base
 from ftjax import losses, peft, tree
+from ftjax.cli.advice import PATTERNS
 from ftjax.cli.build import METHODS
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -60,6 +61,15 @@ def test_the_table_of_other_names_has_what_there_is_here():
 @pytest.mark.parametrize("name", losses.LOSSES)
 def test_every_loss_stands_in_the_readme(name):
     assert f"`{name}`" in README
+
+
+def test_every_pattern_that_a_run_speaks_of_has_a_row():
+    found = []
+    for name in ("objectives", "online"):
+        text = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        (rows,) = re.findall(r"^\| pattern \|.*\n\|.*\n((?:\|.*\n)+)", text, re.MULTILINE)
+        found += [name for row in rows.splitlines() for name in row.split("|")[1].strip().split(", ")]
+    assert sorted(found) == sorted(PATTERNS)
 
 
 class Row(NamedTuple):

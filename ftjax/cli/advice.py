@@ -1,7 +1,8 @@
 """What the numbers of a run on pairs, labelled responses or rollouts mean, in plain words, when a known pattern appears for the first time.
 
-A mean of a few pairs says little: in bfloat16 alone the log-probability of a response moves by up to a nat. So what is compared is
-`ENOUGH` pairs or responses at a time, and a pattern is a difference of three standard errors at least.
+A mean of a few pairs says little: in bfloat16 alone the log-probability of a response moves by up to a nat. So pairs and labelled responses
+are read `ENOUGH` at a time, and where a pattern hangs on their log-probabilities, rewards, margins or accuracy it takes `STANDARD_ERRORS`
+of what is read. Shares of saturated pairs and of wrong steps, lengths, and all that is said of rollouts have plain bounds.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from ftjax import losses
 
 Values = Mapping[str, float]
 ENOUGH = 128
-"""Pairs or labelled responses that are read together; rollouts are read at each report."""
+"""Pairs, labelled responses or wrong steps that are read together; what learns from samples without pairing them, at each report."""
 STANDARD_ERRORS = 3
 LATE = 0.25
 """The part of a run after which it should have begun to learn."""

@@ -135,6 +135,11 @@ def referred(config) -> bool:
     return bool(config.loss.get("kl_coef", 0.0) or config.rollout.kl_penalty or config.rollout.get("report_kl", False) or live)
 
 
+def unwatched(config) -> bool:
+    """Return whether no metric says how far the policy is from where it began, though `rollout.report_kl` could."""
+    return used(config) and objective.needs(config).data == data.ROLLOUTS and not referred(config)
+
+
 def divergence(config) -> Callable[[jax.Array], jax.Array]:
     """Return what is taken from the reward of a token for its log-ratio to the reference."""
     name = config.rollout.kl_estimator

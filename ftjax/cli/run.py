@@ -71,6 +71,8 @@ def read(run: Run, tokenizer: Any) -> Lessons:
             if found is not None:
                 panel.check_columns(config, found.prompts, field=field)
         terminal.say(show.prompts(reports, loader, samples=config.rollout.samples_per_prompt, stride=rollouts.stride(config)))
+        if rollouts.unwatched(config):
+            terminal.say("the divergence from the start is not watched; rollout.report_kl=True watches it")
         return Lessons(encoder, loader, held_out)
     terminal.say(show.sources(reports, loader))
     if advice := _balance(config, loader):

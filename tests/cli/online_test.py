@@ -70,12 +70,37 @@ def test_samples_learn_the_same_in_one_row_with_their_prompt(train, tmp_path):
     assert found[0][1][0] > 1e-3
 
 
-def test_the_divergence_is_reported_where_it_is_asked_for_and_changes_nothing(train, tmp_path):
+def test_the_divergence_is_reported_where_it_is_asked_for_and_changes_nothing(train, tmp_path, capsys):
+    """And where nothing asks for it, the run says so once."""
     for name, asked in (("without", False), ("with", True)):
         options = ("--config.loss.kl_coef=0.0", f"--config.rollout.report_kl={asked}", "--config.steps=4", "--config.logging.every_steps=1")
         assert train(tmp_path / name, *FEW, *options) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert said.count("the divergence from the start is not watched; rollout.report_kl=True watches it") == (not asked)
     assert not reported(tmp_path / "without", "train/kl") and reported(tmp_path / "with", "train/kl")[-1] > 0
-    assert_bitwise_equal(stored(tmp_path / "with"), stored(tmp_path / "without"))
+    for name in ("loss", "grad_norm", "reward"):  # another program, which may round differently
+        found = [reported(tmp_path / run, f"train/{name}") for run in ("without", "with")]
+        np.testing.assert_allclose(*found, rtol=1e-3, atol=1e-6)
+
+
+def test_a_reward_for_one_byte_over_and_over_is_called_hacked(train, tmp_path, monkeypatch, capsys):
+    """Once for each pattern, on the terminal and where the metrics go, at the first report that shows it."""
+
+    def commonest(prompts, completions, *, completion_ids, **columns):
+        return [float(np.unique(ids, return_counts=True)[1].max()) / 8 for ids in completion_ids]
+
+    monkeypatch.setitem(rewards.REWARDS, "numeric_match", commonest)
+    more = ("--config.steps=32", "--config.optimizer.learning_rate=0.05", "--config.optimizer.warmup_steps=0")
+    assert train(tmp_path, *FEW, *more) == 0
+    said, rows = " ".join(capsys.readouterr().out.split()), read_jsonl(tmp_path / "metrics.jsonl")
+    first, *reports = [row for row in rows if "train/reward" in row]
+    hacked = {
+        "repetition": [row["step"] for row in reports if row["train/repetition"] > max(0.25, 2 * first["train/repetition"])],
+        "entropy collapse": [row["step"] for row in reports if row["train/entropy"] < 0.2 * first["train/entropy"]],
+    }
+    for name, steps in hacked.items():
+        ((step, text),) = [(row["step"], row[field]) for row in rows if (field := f"advice/{name.replace(' ', '_')}") in row]
+        assert step == steps[0] and said.count(f"{name}: {text}") == 1
 
 
 def test_what_is_reported_says_all_that_may_go_wrong(whole):
