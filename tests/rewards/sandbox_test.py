@@ -3,6 +3,7 @@
 import os
 import pathlib
 import platform
+import shutil
 import socket
 import subprocess
 import sys
@@ -57,36 +58,72 @@ HOSTILE = {
         "        os.execv('/bin/sleep', ['TOKEN', '1000'])\nprint('done')"
     ),
     "open files": (
-        "import os\nfor file in range(3, 64):\n    try: os.fstat(file)\n    except OSError: continue\n"
+        "import os\nfor file in range(FREE, 64):\n    try: os.fstat(file)\n    except OSError: continue\n"
         "    print('SECRET')\n    break"
     ),
     "reading everything": (
-        "import gc, os, sys\nfound = [str(vars()), str(os.environ), str(sys.argv), str(gc.get_objects())]\n"
+        "import gc, os, sys\nfound, places, frame = {*os.environ.values(), *sys.argv}, gc.get_objects(), sys._getframe()\n"
+        "while frame: places += [frame.f_globals, frame.f_locals]; frame = frame.f_back\n"
+        "for place in places:\n"
+        "    values = place.values() if isinstance(place, dict) else place if isinstance(place, (list, tuple, set)) else ()\n"
+        "    found |= {value for value in list(values) if isinstance(value, str)}\n"
         "for top in ('/program', '/tmp', '/dev/shm', '/proc', '/root', '/home', 'FOLDER'):\n"
         "    for folder, _, files in os.walk(top):\n"
-        "        for name in files: found.append(open(os.path.join(folder, name), 'rb').read(10**6).decode('latin1'))\n"
-        "text = ''.join(found)\nat = text.find('the expected' + ' answer')\nprint(text[at:at + 52] if at >= 0 else 'nothing')"
+        "        for name in files: found.add(open(os.path.join(folder, name), 'rb').read(10**6).decode('latin1'))\n"
+        "wanted = ' '.join(['the expected', 'answer'])\n"
+        "print(*[text[text.find(wanted):][:52] for text in found if wanted in text][:1])"
     ),
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def scores(isolated):
-    """Of each hostile program, all run side by side by the reward."""
+# Before a program that is asked for a value: what it prints is the value of `answer()`, so that whoever learns the secret scores here too.
+PRINTED = """import builtins
+said = []
+def print(*words, **options):
+    said.append(" ".join(map(str, words)))
+    builtins.print(*words, **options)
+def answer():
+    return "\\n".join(said)
+"""
+FORMS = {"input": ("", {"input": "", "output": SECRET}), "assert": (PRINTED, f"assert answer() == {SECRET!r}")}
+"""Of each form of a test: what stands before the program, and the test. In the second the program shares a process with the harness."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def marks(tmp_path_factory):
+    """Put the token among the arguments of every process of a jail, the launcher's three and the program's, which forks inherit."""
+    launcher_of_tests = tmp_path_factory.mktemp("launcher") / f"{TOKEN}.py"
+    shutil.copy(launcher.__file__, launcher_of_tests)
+    start = sandbox.start
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox, "_LAUNCHER", launcher_of_tests)
+        patch.setattr(sandbox, "start", lambda argv, **options: start([*argv, TOKEN], **options))
+        yield
+
+
+def marked(mark=TOKEN):
+    """Return the processes of this machine that have a mark among their arguments."""
+    return [process for process in psutil.process_iter(["cmdline"]) if any(mark in part for part in process.info["cmdline"] or ())]
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def scores(request, isolated):
+    """Of each hostile program, all run side by side by the reward, tested in one form."""
+    before, test = FORMS[request.param]
     with socket.create_server(("127.0.0.1", 0)) as server:
         words = {
             "PORT": str(server.getsockname()[1]),
             "PARENT": str(os.getpid()),
             "TOKEN": TOKEN,
             "FOLDER": str(pathlib.Path(__file__).parent),
+            "FREE": "4" if before else "3",  # 3 is where the harness answers
         }
         programs = []
         for text in HOSTILE.values():
             for word, value in words.items():
                 text = text.replace(word, value)
-            programs.append(f"```python\n{text}\n```".replace("SECRET", SECRET))
-        tests = [[{"input": "", "output": SECRET}]] * len(programs)
-        found = code.code([""] * len(programs), programs, tests=tests, seconds=1.0, parallel=4)
+            programs.append(f"```python\n{before}{text}\n```".replace("SECRET", SECRET))
+        found = code.code([""] * len(programs), programs, tests=[[test]] * len(programs), seconds=1.0, parallel=4)
         server.settimeout(0.0)
         with pytest.raises(BlockingIOError):  # nobody has called
             server.accept()
@@ -99,14 +136,26 @@ def test_a_hostile_program_scores_nothing(scores, name):
 
 
 def test_hostile_programs_leave_nothing_behind(scores):
-    assert not named("")
-    assert not [child for child in psutil.Process().children(recursive=True) if "launcher.py" in str(child.cmdline())]
+    assert not marked()
     assert not [path for folder in ("/tmp", "/var/tmp", "/usr") for path in pathlib.Path(folder).glob(f"*{TOKEN}*")]
     assert "/program" not in pathlib.Path("/proc/self/mountinfo").read_text()
 
 
-def test_the_same_program_would_score_if_it_knew(isolated):
-    assert code.code([""], [f"```python\nprint('{SECRET}')\n```"], tests=[[{"input": "", "output": SECRET}]]) == [1.0]
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_program_would_score_if_it_knew(form, isolated):
+    before, test = FORMS[form]
+    assert code.code([""], [f"```python\n{before}print('{SECRET}')\n```"], tests=[[test]]) == [1.0]
+
+
+def test_whatever_a_jail_starts_is_seen_while_it_lasts(isolated):
+    """Three processes of the launcher's, the program, its child, and the child's after both have turned their backs on it."""
+    program = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    os.fork()\ntime.sleep(1000)"
+    jail = start(program)
+    try:
+        wait_until(lambda: len(marked()) == 6)
+    finally:
+        jail.close()
+    assert not marked()
 
 
 def test_a_program_has_its_input_its_folder_and_children(isolated):
@@ -144,20 +193,18 @@ def test_how_a_program_ended(isolated):
 
 
 def test_a_launcher_that_is_killed_takes_all_with_it(isolated):
-    program = f"import os\nos.fork()\nos.execv('/bin/sleep', ['killed-{TOKEN}', '1000'])"
-    argv = [sandbox.PYTHON, "-I", "/program/main.py"]
-    jail = sandbox.start(argv, files={"main.py": program}, stdin="", limits=sandbox.Limits(seconds=60.0), readable=())
+    jail = start(f"import os\nos.fork()\nos.execv('/bin/sleep', ['killed-{TOKEN}', '1000'])")
     try:
-        wait_until(lambda: len(named("killed-")) == 2)
+        wait_until(lambda: len(marked(f"killed-{TOKEN}")) == 2)
         jail.process.kill()
-        wait_until(lambda: not named("killed-"))
+        wait_until(lambda: not marked())
     finally:
         jail.close()
 
 
-def named(start):
-    """Return the processes whose name is a start and the token."""
-    return [process for process in psutil.process_iter(["cmdline"]) if start + TOKEN in (process.info["cmdline"] or [])]
+def start(program):
+    argv = [sandbox.PYTHON, "-I", "/program/main.py"]
+    return sandbox.start(argv, files={"main.py": program}, stdin="", limits=sandbox.Limits(seconds=60.0), readable=())
 
 
 def wait_until(true, seconds=20.0):
