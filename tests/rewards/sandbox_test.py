@@ -62,16 +62,20 @@ HOSTILE = {
         "    print('SECRET')\n    break"
     ),
     "reading everything": (
-        "import gc, os, sys\nfound, places, frame = {*os.environ.values(), *sys.argv}, gc.get_objects(), sys._getframe()\n"
+        "import gc, os, sys\n"
+        "where = lambda text: text.find(' '.join(['the expected', 'answer']))\n"
+        "found, places, frame = set(), [list(os.environ.values()), sys.argv, *gc.get_objects()], sys._getframe()\n"
         "while frame: places += [frame.f_globals, frame.f_locals]; frame = frame.f_back\n"
         "for place in places:\n"
         "    values = place.values() if isinstance(place, dict) else place if isinstance(place, (list, tuple, set)) else ()\n"
-        "    found |= {value for value in list(values) if isinstance(value, str)}\n"
+        "    found |= {value for value in list(values) if isinstance(value, str) and where(value) >= 0}\n"
         "for top in ('/program', '/tmp', '/dev/shm', '/proc', '/root', '/home', 'FOLDER'):\n"
-        "    for folder, _, files in os.walk(top):\n"
-        "        for name in files: found.add(open(os.path.join(folder, name), 'rb').read(10**6).decode('latin1'))\n"
-        "wanted = ' '.join(['the expected', 'answer'])\n"
-        "print(*[text[text.find(wanted):][:52] for text in found if wanted in text][:1])"
+        "    for folder, inner, files in os.walk(top):\n"
+        "        inner[:] = [one for one in inner if os.path.join(folder, one) != sys.base_prefix]  # the interpreter's own library\n"
+        "        for name in files:\n"
+        "            text = open(os.path.join(folder, name), 'rb').read(10**6).decode('latin1')\n"
+        "            if where(text) >= 0: found.add(text)\n"
+        "print(*[text[where(text):][:52] for text in found][:1])"
     ),
 }  # fmt: skip
 
@@ -145,6 +149,13 @@ def test_hostile_programs_leave_nothing_behind(scores):
 def test_the_same_program_would_score_if_it_knew(form, isolated):
     before, test = FORMS[form]
     assert code.code([""], [f"```python\n{before}print('{SECRET}')\n```"], tests=[[test]]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    "form, test", [("input", {"input": SECRET, "output": SECRET}), ("assert", f"assert (answer(), {SECRET!r})[0] == {SECRET!r}")]
+)
+def test_who_reads_everything_finds_what_he_is_given(form, test, isolated):
+    assert code.code([""], [f"```python\n{FORMS[form][0]}{HOSTILE['reading everything']}\n```"], tests=[[test]]) == [1.0]
 
 
 def test_whatever_a_jail_starts_is_seen_while_it_lasts(isolated):
