@@ -37,8 +37,8 @@ def beam_search(
 ) -> Beams:
     """Return the best completions by log p(completion) / length ** length_penalty.
 
-    Each step extends every beam by every token. Of the 2·w best candidates those that end are finished, and the w best others go on, until
-    none of them can beat the finished ones at its present length, or `max_tokens` are written: what `transformers` does with
+    Each step extends every beam by every token. Of the w best candidates those that end are finished, and the w best that do not go on,
+    until none of them can beat the finished ones at its present length, or `max_tokens` are written: what `transformers` does with
     `early_stopping=False`.
 
     Args:
@@ -69,6 +69,9 @@ class _State(NamedTuple):
     going: Beams
     """With plain sums of log-probabilities as scores."""
     found: Beams
+    open: jax.Array
+    """bool `[b]`: a beam of the prompt has been able to beat the finished ones at each step. Where it is not, the search is over, though
+    beams that a neighbour keeps going may come into reach again: their sums are divided by ever more."""
 
 
 @partial(jax.jit, static_argnames=("model", "num_beams", "max_tokens"))
@@ -79,22 +82,20 @@ def _search(model, params, tokens, segment_ids, ends, length_penalty, *, num_bea
     # At first all beams of a prompt are one and the same, so only one may be extended.
     sums = jnp.broadcast_to(jnp.where(jnp.arange(w) == 0, 0.0, -jnp.inf)[None], (b, w))
     none = Beams(jnp.zeros((b, w, max_tokens), jnp.int32), jnp.full((b, w), -jnp.inf), jnp.zeros((b, w), jnp.int32))
-    first = _State(jnp.zeros((), jnp.int32), _rows(cache, every), hidden[every, -1], none._replace(scores=sums), none)
+    first = _State(jnp.zeros((), jnp.int32), _rows(cache, every), hidden[every, -1], none._replace(scores=sums), none, jnp.ones((b,), bool))
     lengths = jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32)[every]
-
-    def can_improve(state: _State) -> jax.Array:
-        reachable = state.going.scores[:, 0] / jnp.maximum(state.step, 1).astype(jnp.float32) ** length_penalty
-        return reachable > state.found.scores[:, -1]
 
     def body(state: _State) -> _State:
         parents, going, found = _extend(model, params, state, ends, length_penalty, max_tokens)
-        found = jax.tree.map(partial(_where, can_improve(state)), found, state.found)  # not because a neighbour goes on
+        found = jax.tree.map(partial(_where, state.open), found, state.found)
         last = jnp.take_along_axis(going.tokens, jnp.full((b, w, 1), state.step), axis=2).reshape(b * w, 1)
         cache = _rows(state.cache, (parents + w * jnp.arange(b)[:, None]).reshape(-1))
         hidden, cache = model.apply(params, last, positions=(lengths + state.step)[:, None], cache=cache)
-        return _State(state.step + 1, cache, hidden[:, 0], going, found)
+        step = state.step + 1
+        reachable = going.scores[:, 0] / step.astype(jnp.float32) ** length_penalty
+        return _State(step, cache, hidden[:, 0], going, found, state.open & (reachable > found.scores[:, -1]))
 
-    return jax.lax.while_loop(lambda state: (state.step < max_tokens) & jnp.any(can_improve(state)), body, first).found
+    return jax.lax.while_loop(lambda state: (state.step < max_tokens) & jnp.any(state.open), body, first).found
 
 
 def _extend(model, params, state: _State, ends, length_penalty, max_tokens: int) -> tuple[jax.Array, Beams, Beams]:
@@ -102,7 +103,8 @@ def _extend(model, params, state: _State, ends, length_penalty, max_tokens: int)
     b, w, _ = state.going.tokens.shape
     logps = jax.nn.log_softmax(model.unembed(model.head(params), state.hidden), axis=-1).reshape(b, w, -1)
     v = logps.shape[-1]
-    sums, places = jax.lax.top_k((state.going.scores[..., None] + logps).reshape(b, w * v), min(2 * w, w * v))
+    enough = min((1 + len(ends)) * w, w * v)  # with w among them that do not end
+    sums, places = jax.lax.top_k((state.going.scores[..., None] + logps).reshape(b, w * v), enough)
     parents, ids = places // v, (places % v).astype(jnp.int32)
     written = jnp.take_along_axis(state.going.tokens, parents[..., None], axis=1).at[:, :, state.step].set(ids)
     count = jnp.full(sums.shape, state.step + 1)

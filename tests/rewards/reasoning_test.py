@@ -1,4 +1,7 @@
-"""With a stand-in for reasoning-gym, which needs a C compiler: its interface, and a verifier that evaluates answers, as some do."""
+"""With a stand-in for reasoning-gym, which needs a C compiler: its interface, and a verifier that evaluates answers, as some do.
+
+One test, a slow one, is with the library itself.
+"""
 
 import json
 
@@ -74,3 +77,39 @@ def test_a_library_that_does_not_load_is_an_error_and_no_score(stand_in):
     (stand_in / "reasoning_gym" / "__init__.py").write_text("raise OSError('no compiler')")
     with pytest.raises(NotStarted, match="no compiler"):
         reasoning_gym(["Q"], ["5"], answer=["5"], metadata=[{"source_dataset": "chain_sum", "terms": 2}])
+
+
+# Of every kind: numbers and words, boards that are tuples, formulas for sympy, code that is evaluated, moves, partial credit.
+TASKS = "arc_1d arc_agi basic_arithmetic binary_matrix chain_sum complex_arithmetic countdown family_relationships gcd gsm_symbolic \
+    knights_knaves maze n_queens number_sorting polynomial_equations rearc simple_integration sokoban spell_backward string_insertion \
+    sudoku tower_of_hanoi word_ladder word_sorting zebra_puzzles"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # of the library's data
+def test_the_library_itself_gives_right_answers_1_and_others_less(isolated):
+    """As from a file, the metadata in JSON; a wrong answer is the right one backwards with a question mark."""
+    library = pytest.importorskip("reasoning_gym")
+    tasks = TASKS.split()
+    entries = [entry for task in tasks for entry in library.create_dataset(task, size=1, seed=3)]
+    columns = {
+        "answer": [entry["answer"] for entry in entries],
+        "metadata": [json.dumps(entry["metadata"]) for entry in entries],
+        "question": [entry["question"] for entry in entries],
+    }
+    right = [f"<think>So.</think><answer>{entry['answer']}</answer>" for entry in entries]
+    assert dict(zip(tasks, reasoning_gym([""] * len(tasks), right, **columns), strict=True)) == dict.fromkeys(tasks, 1.0)
+    wrong = [f"<answer>{entry['answer'][::-1]}?</answer>" for entry in entries]
+    for task, score in zip(tasks, reasoning_gym([""] * len(tasks), wrong, **columns), strict=True):
+        assert 0 <= score < 1, task
+
+
+@pytest.mark.slow
+def test_the_library_itself_verifies_answers_of_which_it_knows_none(isolated):
+    """A colouring of a graph: any that is one will do."""
+    library = pytest.importorskip("reasoning_gym")
+    (entry,) = library.create_dataset("graph_color", size=1, seed=3)
+    colors = entry["metadata"]["possible_answer"]
+    said = [json.dumps(colors), json.dumps(dict.fromkeys(colors, 1))]
+    found = reasoning_gym([""] * 2, said, answer=[entry["answer"]] * 2, metadata=[json.dumps(entry["metadata"])] * 2)
+    assert found[0] == 1 > found[1]

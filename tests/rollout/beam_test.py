@@ -1,4 +1,6 @@
-"""Beam search: every completion where beams hold them all, greedy where there is one and no end, each prompt for itself."""
+"""Beam search: every completion where beams hold them all, greedy where there is one and no end, each prompt for itself, transformers'."""
+
+import json
 
 import jax
 import numpy as np
@@ -6,14 +8,22 @@ import pytest
 
 from ftjax import rollout
 from tests import tiny, toy
+from tests.models.logits_test import GOLDENS, golden
 
 END = 3
 PROMPTS = [np.array([5, 1, 9, 2]), np.array([7, 7])]
+GOLDEN = json.loads((GOLDENS / "beams.json").read_text())  # by third_party/transformers/beams.py
 
 
 @pytest.fixture(scope="module")
 def params():
     return tiny.init(jax.random.key(4))
+
+
+@pytest.fixture(scope="module")
+def llama():
+    _, model, params, *_ = golden("llama")
+    return model, params
 
 
 def search(params, prompts, **options):
@@ -56,6 +66,21 @@ def test_neighbours_change_nothing(params):
         alone = search(params, [prompt], num_beams=3, max_tokens=6)
         assert alone.tokens[0].tolist() == together.tokens[n].tolist()
         np.testing.assert_allclose(alone.scores[0], together.scores[n], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "search",
+    GOLDEN["searches"],
+    ids=lambda search: f"{search['num_beams']} beams, {len(search['eos_ids'])} ends, length penalty {search['length_penalty']}",
+)
+def test_beams_are_those_of_transformers(search, llama):
+    """Searched for side by side here, each prompt alone there; with many ends some of the prompts are done after two tokens."""
+    prompts = rollout.pad([np.asarray(prompt, np.int32) for prompt in GOLDEN["prompts"]])
+    options = {name: search[name] for name in ("num_beams", "eos_ids", "length_penalty")}
+    found = rollout.beam_search(*llama, *prompts, max_tokens=GOLDEN["max_tokens"], **options)
+    for tokens, lengths, beams in zip(found.tokens.tolist(), found.lengths.tolist(), search["beams"], strict=True):
+        assert [row[:length] for row, length in zip(tokens, lengths, strict=True)] == beams
+    np.testing.assert_allclose(found.scores, search["scores"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["num_beams", "max_tokens"])

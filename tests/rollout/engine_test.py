@@ -187,12 +187,16 @@ def test_penalties_count_prompt_and_completion(key):
     assert found[1].tokens.tolist() == expected != found[2].tokens.tolist()
 
 
-def test_logps_are_those_of_scoring(key):
+@pytest.mark.parametrize("num_samples", [1, 4])
+def test_logps_are_those_of_scoring(num_samples, key):
+    """Those of a group as well, whose prompt is read once and copied into slots that become free at other times."""
     model, params = tiny()
-    requests = asked(key)
-    found = engine().generate(params, requests)
-    tokens, mask, segments = np.zeros((7, 24), np.int32), np.zeros((7, 24), np.float32), np.zeros((7, 24), np.int32)
-    for n, (request, sample) in enumerate(zip(requests, found, strict=True)):
+    requests = [dataclasses.replace(request, key=request.key[0], num_samples=num_samples) for request in asked(key)]
+    found, count = engine().generate(params, requests), 7 * num_samples
+    assert len({tuple(sample.tokens) for sample in found}) == count
+    tokens, mask, segments = np.zeros((count, 24), np.int32), np.zeros((count, 24), np.float32), np.zeros((count, 24), np.int32)
+    for n, sample in enumerate(found):
+        request = requests[n // num_samples]
         whole = np.concatenate([request.tokens, sample.tokens])
         tokens[n, : len(whole)], mask[n, len(request.tokens) : len(whole)], segments[n, : len(whole)] = whole, 1, 1
     positions = np.broadcast_to(np.arange(24, dtype=np.int32), tokens.shape)
