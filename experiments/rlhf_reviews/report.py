@@ -14,6 +14,7 @@ import numpy as np
 from experiments.best_of_n.report import kl_bound
 from experiments.rlhf_reviews.samples import Start, Written
 from ftjax.cli import critic
+from ftjax.logs.writers import read_jsonl
 
 SAMPLES, CANDIDATES = 4, 16
 SIZES = (2, 4, 8, 16)
@@ -48,7 +49,7 @@ def main() -> None:
         kl = f"≤ {row['kl']:.2f}" if name.startswith("best") else f"{row['kl']:.2f} ± {row['kl_half']:.2f}"
         print(f"| {name} | {row['known']:.3f} ± {row['known_half']:.3f} | {row['learnt']:.3f} | {kl} |")
     if args.plot:
-        draw(found, args.plot)
+        draw(found, {name: path(pathlib.Path(run)) for name, run in policies.items()}, args.plot)
 
 
 def point(written: Written, learnt: np.ndarray, samples: int) -> dict[str, float]:
@@ -76,13 +77,22 @@ def agreement(known: np.ndarray, learnt: np.ndarray) -> float:
     return float(((known[:, 0] > known[:, 1]) == (learnt[:, 0] > learnt[:, 1]))[differs].mean())
 
 
-def draw(found: dict[str, dict[str, float]], path: pathlib.Path) -> None:
+def path(workdir: pathlib.Path) -> list[tuple[float, float]]:
+    """Return divergence and known reward of what a policy sampled on its way; nothing of a run that samples nothing."""
+    rows = read_jsonl(workdir / "metrics.jsonl")
+    return [(row["train/kl/sampled"], row["train/rewards/sentiment"]) for row in rows if "train/kl/sampled" in row]
+
+
+def draw(found: dict[str, dict[str, float]], paths: dict[str, list[tuple[float, float]]], file: pathlib.Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
+    for number, way in enumerate(filter(None, paths.values())):
+        label = "PPO on its way, training prompts" if number == 0 else None
+        axes.plot(*zip(*way, strict=True), color="gray", linewidth=0.8, alpha=0.6, label=label)
     kinds = {"best of n": [name for name in found if name.startswith(("start", "best"))]}
     for name in found:
         if not name.startswith(("start", "best")):
@@ -94,8 +104,8 @@ def draw(found: dict[str, dict[str, float]], path: pathlib.Path) -> None:
         axes.errorbar(kl, known, half, marker="o", markersize=4, capsize=2, elinewidth=1, linewidth=line, label=kind)
     axes.set(xlabel="KL from the start, nats a completion (best of n: at most)", ylabel="known reward")
     axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
+    axes.legend(fontsize=8)
+    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":

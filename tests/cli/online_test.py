@@ -175,9 +175,16 @@ def test_a_sampler_that_is_the_trainer_in_bfloat16_is_not(train, tmp_path, capsy
 
 def test_a_sample_without_a_reward_teaches_nothing_whatever_else_the_loss_has(train, tmp_path, monkeypatch, capsys):
     """An entropy bonus would pull at it."""
-    monkeypatch.setitem(rewards.REWARDS, "numeric_match", lambda prompts, completions, **columns: [None] * len(prompts))
-    assert train(tmp_path, *FEW, "--config.methods=lora") == 0
-    assert "step 1 taught nothing: no token of its batch counts" in " ".join(capsys.readouterr().out.split())
+    asked = []
+
+    def later(prompts, completions, **columns):
+        asked.append(len(prompts))
+        return ([None] if len(asked) == 1 else [float(len(one)) for one in completions][:1]) * len(prompts)
+
+    monkeypatch.setitem(rewards.REWARDS, "numeric_match", later)
+    assert train(tmp_path, *FEW, "--config.steps=4", "--config.methods=lora") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "step 2 taught nothing: no token of its batch counts" in out and "step 3 taught nothing" not in out
 
 
 def test_groups_teach_by_what_their_samples_are_worth_to_the_one_that_learns(train, sampled, tmp_path, monkeypatch):
