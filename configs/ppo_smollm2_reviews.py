@@ -3,7 +3,9 @@
 `rewards/sentiment` is the known reward. It is watched, with weight 0; the policy learns from the reward model alone.
 Start: configs/sft_smollm2_reviews.py, merged; the reward model: configs/reward_smollm2_reviews.py.
 Command: ftjax train --config=configs/ppo_smollm2_reviews.py --workdir=runs/ppo_smollm2_reviews
-Hardware: UNTESTED at full length.
+Hardware: one core of an AMD EPYC, bfloat16, 15 min, 3.7 GB (JAX 0.12.0.1).
+Result: the known reward of held-out beginnings 0.048 → 0.521, 0.614, 0.587 (seeds 0 to 2), for 15 to 21 nats a completion, 2026-11-30
+(experiments/rlhf_reviews).
 """
 
 from ml_collections import ConfigDict
