@@ -33,7 +33,7 @@ def test_files_that_are_named_exist(page):
 
 
 def test_fields_of_configs_that_are_named_exist(page):
-    configs = [base.sft(), base.judged(), base.distilled(), base.online()]
+    configs = [base.sft(), base.judged("dpo", beta=0.1), base.distilled(), base.online()]
     for field in re.findall(r"--config\.([\w.]*\w)=", page.read_text(encoding="utf-8")):
         block, _, rest = field.partition(".")
         if block not in ("data", "rewards") or "sources" not in rest:  # sources are named by who adds them
