@@ -1,10 +1,12 @@
 """Time generation of ftjax: two sides of the comparison, the engine and static batches.
 
 Usage: python experiments/generation_speed/side.py MODEL.gguf WORK.json --system engine --load mixed --dtype bfloat16 --rows 32
+With --system groups it is 8 samples of each of 8 prompts, as a step of GRPO asks for, each prompt read once.
 Prints one line of JSON. The whole load is generated once before it is timed, so that nothing is compiled within.
 """
 
 import argparse
+import functools
 import json
 import pathlib
 import resource
@@ -23,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("work", type=pathlib.Path)
-    parser.add_argument("--system", choices=("engine", "static"), default="engine")
+    parser.add_argument("--system", choices=tuple(SYSTEMS), default="engine")
     parser.add_argument("--load", default="uniform")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rows", type=int, default=32, help="slots, or rows of a batch")
@@ -36,7 +38,7 @@ def main() -> None:
     prompts = [np.asarray(prompt, np.int32) for prompt in work["prompts"]]
     lengths = work["lengths"][args.load] or [work["most"]] * len(prompts)
     eos_ids = work["eos_ids"] if work["lengths"][args.load] is None else ()
-    generate = {"engine": through_slots, "static": in_batches}[args.system]
+    generate = SYSTEMS[args.system]
     seconds = []
     for _ in range(1 + args.repeats):
         began = time.perf_counter()
@@ -63,6 +65,17 @@ def through_slots(found, prompts, lengths, eos_ids, args) -> int:
     return sum(len(sample.tokens) for sample in engine.generate(found.params, requests))
 
 
+def in_groups(found, prompts, lengths, eos_ids, args, *, together: bool = True) -> int:
+    """Return the number of tokens of `GROUP` samples of as many prompts as make the whole load, each prompt read once or once a sample."""
+    engine = rollout.Engine(found.model, (), slots=args.rows)
+    chosen = prompts[: len(prompts) // GROUP]
+    if together:
+        requests = [rollout.Request(prompt, length, num_samples=GROUP) for prompt, length in zip(chosen, lengths, strict=False)]
+    else:
+        requests = [rollout.Request(prompt, length) for prompt, length in zip(chosen, lengths, strict=False) for _ in range(GROUP)]
+    return sum(len(sample.tokens) for sample in engine.generate(found.params, requests))
+
+
 def in_batches(found, prompts, lengths, eos_ids, args) -> int:
     """Return the number of tokens that static batches of prompts of like length wrote; a batch goes on until its longest has ended."""
     order, total = sorted(range(len(prompts)), key=lambda at: -len(prompts[at])), 0
@@ -73,6 +86,16 @@ def in_batches(found, prompts, lengths, eos_ids, args) -> int:
         written = rollout.generate(found.model, found.params, *batch, max_tokens=max(wanted), eos_ids=eos_ids or (-1,))
         total += int(np.minimum(np.asarray(written.lengths)[: len(chosen)], wanted).sum())
     return total
+
+
+GROUP = 8
+"""Samples of a prompt."""
+SYSTEMS = {
+    "engine": through_slots,
+    "static": in_batches,
+    "groups": in_groups,
+    "groups, prompts once a sample": functools.partial(in_groups, together=False),
+}
 
 
 def floor_seconds(found, read: int, written: int, args) -> tuple[float, dict]:
