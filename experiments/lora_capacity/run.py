@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from experiments.lora_capacity.config import DRAWS, RANKS, RATES, SIZES
+from experiments.runs import ended
 
 CONFIG = pathlib.Path(__file__).with_name("config.py")
 BEST_RATE = 3e-3
@@ -39,7 +40,7 @@ def listed(values) -> str:
 
 def train(workdir: pathlib.Path, arg: str, *options: str) -> None:
     """Run, or go on, unless the run is done."""
-    if not (workdir / "loss.png").exists():
+    if not ended(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         ftjax("train", f"--config={CONFIG}:{arg}", f"--workdir={workdir}", *options, log=workdir / "log.txt")
         print(f"{arg}: done", flush=True)

@@ -48,7 +48,7 @@ def losses(args, wanted: list[tuple[str, float, int]]) -> dict[tuple[str, float,
             for (method, rate, seed), workdir in new.items()
         }
     )
-    ended = {key: table.numbers(workdir) for key, workdir in new.items() if (workdir / "loss.png").exists()}
+    ended = {key: table.numbers(workdir) for key, workdir in new.items() if runs.ended(workdir)}
     return {key: (known | ended).get(key, {"loss": float("inf")})["loss"] for key in wanted}
 
 

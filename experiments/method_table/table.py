@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from experiments.method_table.config import METHODS
+from experiments.runs import ended
 from ftjax.logs.writers import read_jsonl
 
 RESULTS = pathlib.Path(__file__).with_name("results.jsonl")
@@ -57,7 +58,7 @@ def known() -> dict[tuple[str, float, int], Row]:
 
 def finished(runs: pathlib.Path) -> list[pathlib.Path]:
     """Return the workdirs of the runs that came to their end."""
-    return sorted(path for path in runs.iterdir() if (path / "loss.png").exists())
+    return sorted(path for path in runs.iterdir() if ended(path))
 
 
 def numbers(workdir: pathlib.Path) -> Row:

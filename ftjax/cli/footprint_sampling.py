@@ -6,6 +6,7 @@ as XLA was found to take; laid apart, a CPU has the layers twice (`rollout.Engin
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from ftjax import models, rollout, sharding, tree
 from ftjax.cli import abstract, objective, rollouts
 from ftjax.models import virtual
 from ftjax.rollout import engine
+from ftjax.rollout import slots as programs
 from ftjax.types import Model
 
 LOGITS = 5
@@ -67,8 +69,7 @@ def _bfloat16(params: Any) -> int:
 
 
 def _cache(model: Model, mesh: Mesh, rows: int, columns: int) -> int:
-    """Return the bytes of a cache on each device; see `ftjax.rollout.slots` for how a mesh splits it."""
+    """Return the bytes of a cache on each device."""
     cache = jax.eval_shape(partial(models.init_cache, model.config, rows, columns, model.config.dtype))
-    heads, parts = model.config.num_key_value_heads, sharding.row_parts(mesh)
-    split = (parts if rows % parts == 0 else 1) * (mesh.shape["tensor"] if heads % mesh.shape["tensor"] == 0 else 1)
-    return sum(tree.num_bytes(x) // split for x in (cache.k, cache.v))
+    shape = programs.cache_sharding(cache.k.shape, mesh).shard_shape(cache.k.shape)
+    return 2 * math.prod(shape) * cache.k.dtype.itemsize

@@ -302,13 +302,18 @@ def vocabulary(model: Model, params: Params) -> int:
     return jax.eval_shape(lambda: model.unembed(model.head(params), model.apply(params, jnp.zeros((1, 1), jnp.int32))[0])).shape[-1]
 
 
+def cache_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Return how keys or values `[l, b, k, s, c]` lie on a mesh: split over its rows and heads, where they divide by it."""
+    _, rows, heads, *_ = shape
+    split = P(None, ROWS if rows % row_parts(mesh) == 0 else None, "tensor" if heads % mesh.shape["tensor"] == 0 else None)
+    return NamedSharding(mesh, split)
+
+
 def _place(slots: Slots, mesh: Mesh | None) -> Slots:
-    """Split the cache over the rows and heads of the mesh, where they divide by it, and have the rest on every device."""
+    """Split the cache as `cache_sharding` says, and have the rest on every device."""
     if mesh is None:
         return slots
-    _, rows, heads, *_ = slots.cache.k.shape
-    split = P(None, ROWS if rows % row_parts(mesh) == 0 else None, "tensor" if heads % mesh.shape["tensor"] == 0 else None)
-    where = NamedSharding(mesh, split)
+    where = cache_sharding(slots.cache.k.shape, mesh)
     rest = _replicated(dataclasses.replace(slots, cache=dataclasses.replace(slots.cache, k=None, v=None)), mesh)
     k, v = (jax.lax.with_sharding_constraint(x, where) for x in (slots.cache.k, slots.cache.v))
     return dataclasses.replace(rest, cache=dataclasses.replace(rest.cache, k=k, v=v))

@@ -83,33 +83,36 @@ def get_config(arg=""):
 PLAYED = CONFIG.replace("config.mesh.data = 1", 'config.mesh.update({"data": 1, "fsdp": 2})')
 
 
+@pytest.fixture
+def sampled_as_one(compiled, tmp_path):
+    """`sampled_as_one(config) -> rows`: of rollouts, which a run of two processes in `two` and one of one in `one` agree about."""
+
+    def run(config: str) -> list[dict]:
+        (tmp_path / "config.py").write_text(config)
+        command = ["train", f"--config={tmp_path / 'config.py'}", f"--compile_cache={compiled}"]
+        assert main.main([*command, f"--workdir={tmp_path / 'one'}"]) == 0
+        for code, said in together([sys.executable, "-m", "ftjax", *command, f"--workdir={tmp_path / 'two'}", "--distributed"]):
+            assert code == 0, said
+        found, wanted = (read_jsonl(tmp_path / name / "rollouts.jsonl") for name in ("two", "one"))
+        for row, same in zip(found, wanted, strict=True):
+            assert row.pop("advantage") == pytest.approx(same.pop("advantage"), abs=1e-4)
+            assert row == same
+        return wanted
+
+    return run
+
+
 @pytest.mark.slow
-def test_two_processes_play_as_one(compiled, tmp_path):
+def test_two_processes_play_as_one(sampled_as_one):
     """Each has half of the environments, and both have the whole episodes."""
-    (tmp_path / "played.py").write_text(PLAYED)
-    command = ["train", f"--config={tmp_path / 'played.py'}", f"--compile_cache={compiled}"]
-    assert main.main([*command, f"--workdir={tmp_path / 'one'}"]) == 0
-    for code, said in together([sys.executable, "-m", "ftjax", *command, f"--workdir={tmp_path / 'two'}", "--distributed"]):
-        assert code == 0, said
-    found, wanted = (read_jsonl(tmp_path / name / "rollouts.jsonl") for name in ("two", "one"))
-    assert len(found) == len(wanted) > 0 and len({row["reward"] for row in wanted}) > 1
-    for row, same in zip(found, wanted, strict=True):
-        assert row.pop("advantage") == pytest.approx(same.pop("advantage"), abs=1e-4)
-        assert row == same
+    rows = sampled_as_one(PLAYED)
+    assert len(rows) > 0 and len({row["reward"] for row in rows}) > 1
 
 
 @pytest.mark.slow
-def test_two_processes_sample_judge_and_learn_as_one(compiled, tmp_path):
-    (tmp_path / "online.py").write_text(ONLINE)
-    command = ["train", f"--config={tmp_path / 'online.py'}", f"--compile_cache={compiled}"]
-    assert main.main([*command, f"--workdir={tmp_path / 'one'}"]) == 0
-    for code, said in together([sys.executable, "-m", "ftjax", *command, f"--workdir={tmp_path / 'two'}", "--distributed"]):
-        assert code == 0, said
-    found, wanted = (read_jsonl(tmp_path / name / "rollouts.jsonl") for name in ("two", "one"))
-    assert len(found) == len(wanted) == 3 * 24 and len({row["reward"] for row in wanted}) > 2
-    for row, same in zip(found, wanted, strict=True):
-        assert row.pop("advantage") == pytest.approx(same.pop("advantage"), abs=1e-4)
-        assert row == same
+def test_two_processes_sample_judge_and_learn_as_one(sampled_as_one, tmp_path):
+    rows = sampled_as_one(ONLINE)
+    assert len(rows) == 3 * 24 and len({row["reward"] for row in rows}) > 2
     logged = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("two", "one"))
     found, wanted = ([row["eval/reward"] for row in rows if "eval/reward" in row] for rows in logged)
     assert found == wanted and len(wanted) == 3
