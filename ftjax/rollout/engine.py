@@ -27,10 +27,12 @@ from ftjax.rollout.slots import NOTHING, Joining, Read, Written
 from ftjax.sharding import row_parts
 from ftjax.types import Model, Params
 
-NARROWER = 4
-"""By how many times fewer slots the last samples are continued in: each size is a program of its own."""
+MANY = 16
+"""Where there are more slots, the last samples are continued in half of them, else in a quarter: each size is a program of its own."""
 WORTH_IT = 32
 """Tokens of a sample that must be left for that."""
+LEAST_COLUMNS = 128
+"""A ring of fewer is not worth a program of its own."""
 APART_BYTES = 2**28
 """Layers that take more are not laid apart, which needs as much again: SmolLM2-135M's are in bfloat16, and in float32 they are not."""
 
@@ -41,7 +43,8 @@ class Engine:
 
     What a request gets depends on its prompt, settings and key alone, not on slots, neighbours or order, up to the rounding of differently
     shaped matrix products. Calls compile nothing that an earlier call with the same features, slots and `slot_tokens` has compiled; the
-    parameters may be others each time.
+    parameters may be others each time. On a CPU there is a program for each number of slots and length of texts that a call comes through,
+    of which few are told apart.
 
     Example:
       >>> from ftjax import models, rollout
@@ -116,6 +119,10 @@ class _Begun(NamedTuple):
     request: Request
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
+    @property
+    def written(self) -> int:
+        return sum(len(part[0]) for part in self.parts)
+
 
 class _Run:
     """One call: what waits, what has been read, and what stands in which slot."""
@@ -136,7 +143,9 @@ class _Run:
         self.form = form_of(requests, engine.eos_ids)
         settings = self.form.settings([], engine.slots)
         self.table = tabulate(self.form.grammars, programs.vocabulary(engine.model, params)) if self.form.grammars else None
-        shape = {"num_columns": slot_tokens, "layers_apart": layers_apart, "mesh": self.mesh}
+        self.most_columns = slot_tokens
+        columns = self._columns(max(len(request.tokens) for request in requests)) if layers_apart else slot_tokens
+        shape = {"num_columns": columns, "layers_apart": layers_apart, "mesh": self.mesh}
         self.slots = programs.empty(engine.model, params, settings, **shape)
 
     def __iter__(self) -> Iterator[tuple[int, Sample]]:
@@ -148,6 +157,7 @@ class _Run:
                 if not self.ready:
                     self._read()
                 self._join()
+            self._fit()
             patience = engine.patience if self.waiting or self.ready else self.size
             self.slots, written = programs.write(
                 engine.model,
@@ -191,6 +201,7 @@ class _Run:
             slots.append(self.free.pop())
         for slot, one in zip(slots, wanted, strict=True):
             self.begun[slot] = _Begun(one.place, one.request, [])
+        self._fit()
         numbers = [one.number if np.ndim(one.request.key) == 0 else NOTHING for one in wanted]
         joining = Joining(
             np.int32(len(wanted)),
@@ -201,6 +212,22 @@ class _Run:
             self.form.settings([(one.request, one.number) for one in wanted], size),
         )
         self.slots = programs.join(self.slots, wanted[0].read, joining, impl=self.form.impl, mesh=self.mesh)
+
+    def _fit(self) -> None:
+        """Have a ring that holds all texts after the next block, where layers lie apart: attention reads all of it at each step.
+
+        It shrinks to half and less alone. A stacked cache has its full size at once, for a copy of it would stand beside it.
+        """
+        if not isinstance(self.slots.cache.k, tuple):
+            return
+        longest = max(len(begun.request.tokens) + begun.written for begun in self.begun.values())
+        columns, now = self._columns(longest), programs.columns(self.slots)
+        if columns > now or 2 * columns <= now:
+            self.slots = programs.resize(self.slots, columns)
+
+    def _columns(self, length: int) -> int:
+        """Return the size of a ring in which a text of this length can be continued by a block."""
+        return min(max(bucket(length + self.engine.block), LEAST_COLUMNS), self.most_columns)
 
     def _ended(self, written: Written) -> list[tuple[int, Sample]]:
         """Take in a block, and return what has ended with it."""
@@ -219,13 +246,13 @@ class _Run:
         return found
 
     def _narrow(self) -> None:
-        """Go on with a quarter of the slots, as often as they are enough, once nothing waits and there is much left to write."""
+        """Go on with fewer slots if they are enough, once nothing waits and there is much left to write."""
         if self.waiting or self.ready or not self.begun or self.mesh is not None:
             return
-        left = max(begun.request.max_tokens - sum(len(part[0]) for part in begun.parts) for begun in self.begun.values())
+        left = max(begun.request.max_tokens - begun.written for begun in self.begun.values())
         size = self.size
-        while len(self.begun) <= size // NARROWER:
-            size //= NARROWER
+        while len(self.begun) <= (fewer := size // 2 if size > MANY else size // 4):
+            size = fewer
         if size == self.size or left < WORTH_IT:
             return
         chosen = [*self.begun, *(slot for slot in range(self.size) if slot not in self.begun)][:size]

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax import models, peft
+from ftjax import models, peft, weights
+from ftjax.models.apart import Turned
 from tests import toy
 from tests.rollout.generate_test import tiny
 
@@ -30,6 +31,34 @@ def test_a_model_says_the_same_with_and_without_a_cache(family, key):
     np.testing.assert_allclose(jnp.concatenate(found.k), filled.k, atol=1e-5)
     np.testing.assert_allclose(jnp.concatenate(found.v), filled.v, atol=1e-5)
     assert float(jnp.abs(filled.k).max()) > 0.1
+
+
+@pytest.mark.parametrize("rows", [(), (1,), (3,), (2, 8), (17,)], ids=str)
+def test_a_turned_matrix_multiplies_as_it_stands_for(rows, key):
+    array, x = (jax.random.normal(k, shape, jnp.bfloat16) for k, shape in zip(jax.random.split(key), ((24, 40), (*rows, 24)), strict=True))
+    turned = Turned(array.T)
+    assert turned.shape == array.shape and turned.dtype == array.dtype
+    np.testing.assert_array_equal(turned.materialize(), array)
+    exact = np.asarray(x, np.float64) @ np.asarray(array, np.float64)
+    for found, against, axes in ((weights.dot(x, turned), exact, 0), (weights.dot_transposed(x @ array, turned), None, 1)):
+        against = np.asarray(x @ array, np.float64) @ np.asarray(array, np.float64).T if axes else against
+        assert found.dtype == jnp.bfloat16 and found.shape == against.shape
+        np.testing.assert_allclose(np.asarray(found, np.float64), against, rtol=2**-8, atol=2**-8 * np.abs(against).max())
+
+
+def test_matrices_in_half_precision_are_turned_also_under_an_adapter(key):
+    model, params = tiny()
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    method = peft.lora(["q_proj"], rank=2)
+    params = method.attach(*method.init(key, params))
+    first, *_ = models.apart(params)["layers"]
+    assert isinstance(first["self_attn"]["q_proj"]["kernel"].base, Turned) and isinstance(first["mlp"]["up_proj"]["kernel"], Turned)
+    dense, stacked = weights.dense(first), weights.dense(params["layers"])
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y[0]), dense, stacked)
+    tokens = jax.random.randint(key, (2, 5), 0, model.config.vocab_size)
+    hidden, other = (np.asarray(jax.jit(model.apply)(p, tokens)[0], np.float64) for p in (params, models.apart(params)))
+    np.testing.assert_allclose(other, hidden, atol=2**-5 * np.abs(hidden).max())
+    assert np.abs(hidden).max() > 0.1
 
 
 def test_a_model_that_is_none_of_ours_or_has_fewer_layers_is_left_alone(key):

@@ -90,6 +90,32 @@ def test_the_last_samples_go_on_in_fewer_slots(key, monkeypatch):
     assert set(sizes) == {8}  # too little is left
 
 
+def test_a_ring_is_as_long_as_its_texts_and_changes_nothing(key, monkeypatch):
+    sizes = []
+
+    def resize(slots, num_columns, resize=programs.resize):
+        sizes.append((programs.columns(slots), num_columns))
+        return resize(slots, num_columns)
+
+    monkeypatch.setattr(programs, "resize", resize)
+    lengths = [70, 4, 4, 30, 4, 4, 4, 4, 4, 20]
+    requests = [
+        Request(row, max_tokens=count, sampling=DRAWN, key=jax.random.fold_in(key, n)[None])
+        for n, (row, count) in enumerate(zip(prompts(len(lengths), 3), lengths, strict=True))
+    ]
+    model, params = tiny()
+    method = peft.prefix_tuning(num_tokens=3)
+    for given in (params, method.attach(*method.init(key, params))):
+        found = []
+        for least in (128, 8):
+            monkeypatch.setattr(engines, "LEAST_COLUMNS", least)
+            found.append(engine(slots=2, slot_tokens=96).generate(given, requests))
+        assert tokens(found[0]) == tokens(found[1])
+        for one, other in zip(*found, strict=True):
+            np.testing.assert_allclose(one.logps, other.logps, atol=1e-5)
+    assert any(now < then for now, then in sizes) and any(now > then for now, then in sizes), sizes
+
+
 def test_samples_of_a_group_are_those_of_requests_alone(key):
     params = tiny()[1]
     first, second = prompts(2, 5)
