@@ -157,6 +157,8 @@ def _apply(trunk: _Trunk, params: Params, tokens: jax.Array, *, positions=None, 
 def _through_layers(trunk: _Trunk, params: Params, x: jax.Array, cached: layers.KeysValues, scene: layers.Scene):
     config = trunk.config
     tables = [rope.table(r, config.head_dim, scene.positions) for r in _ropes(config)]
+    if isinstance(params["layers"], tuple):
+        tables = jax.lax.optimization_barrier(tables)  # else XLA:CPU takes sine and cosine again for each head of each layer
     windows = set(config.windows)
     uniform = windows.pop() if len(windows) == 1 else None
     mixed = bool(windows)  # some layers look further than others, so the window is scanned
