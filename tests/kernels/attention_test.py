@@ -71,6 +71,14 @@ def test_blocked_equals_reference_with_gradients(case, each, key):
     assert_equal(value_and_gradients(f"blocked_{each}", arrays, ids, **options), expected, 2e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"window": 50, "softcap": 1.5}], ids=str)
+def test_keys_first_equals_reference_for_one_query(options, dtype, key):
+    arrays, ids = inputs(key, t=1, s=300, dtype=dtype)
+    expected = value_and_gradients("reference", arrays, ids, **options)
+    assert_equal(value_and_gradients("keys_first", arrays, ids, **options), expected, 2e-6 if dtype == jnp.float32 else 2**-8)
+
+
 def by_mask(arrays, ids, group_tokens):
     """Shifted sparse attention as the paper has it: query heads one by one, a mask of segments, causality and groups."""
     h, k = arrays["q"].shape[2], arrays["k"].shape[2]
@@ -230,6 +238,9 @@ def test_auto_says_what_it_runs_and_a_named_one_is_never_replaced(key):
     (arrays, _), (one, _) = inputs(key, t=40), inputs(key, t=1, s=40)
     assert attention.chosen("auto", q=arrays["q"], k=arrays["k"]) == "blocked"
     assert attention.chosen("auto", q=one["q"], k=one["k"]) == "reference"
+    many = jax.ShapeDtypeStruct((2, 256, 2, 8), jnp.float32)
+    fast = jax.default_backend() == "cpu" and jax.__version__.split(".")[:2] != ["0", "10"]
+    assert attention.chosen("auto", q=one["q"], k=many) == ("keys_first" if fast else "reference")
     assert attention.chosen("blocked", q=one["q"], k=one["k"]) == "blocked"
     with pytest.raises(ValueError, match="nearest: 'blocked'"):
         attention.chosen("blokced", q=arrays["q"], k=arrays["k"])
