@@ -43,8 +43,8 @@ class Engine:
 
     What a request gets depends on its prompt, settings and key alone, not on slots, neighbours or order, up to the rounding of differently
     shaped matrix products. Calls compile nothing that an earlier call with the same features, slots and `slot_tokens` has compiled; the
-    parameters may be others each time. On a CPU there is a program for each number of slots and length of texts that a call comes through,
-    of which few are told apart.
+    parameters may be others each time. On a CPU each number of slots (halved towards the end) and each size of the ring (two for a
+    doubling of the longest text) has a program of its own.
 
     Example:
       >>> from ftjax import models, rollout

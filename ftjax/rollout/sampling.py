@@ -171,9 +171,26 @@ def sample(
 
 def likeliest(logits: Float[Array, "b v"]) -> Int[Array, " b"]:
     """Return the first of the largest logits of each row: an argmax, which XLA:CPU takes five times as long for, one by one."""
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    last = logits.shape[1] - 1
-    return jnp.min(jnp.where(logits == jnp.max(logits, axis=-1, keepdims=True), ids, last), axis=-1)
+    blocks = _blocks(logits, -jnp.inf)
+    block = _first_largest(jnp.max(blocks, axis=-1))
+    token = block * BLOCK + _first_largest(_one_block(blocks, block))
+    return jnp.minimum(token, logits.shape[1] - 1)  # of a row that has no largest, because it is not a number
+
+
+def _first_largest(values: jax.Array) -> jax.Array:
+    ids = jax.lax.broadcasted_iota(jnp.int32, values.shape, 1)
+    last = values.shape[1] - 1
+    return jnp.min(jnp.where(values == jnp.max(values, axis=-1, keepdims=True), ids, last), axis=-1)
+
+
+def _blocks(values: jax.Array, rest: float) -> jax.Array:
+    """Return values `[b, v]` as blocks `[b, n, BLOCK]`, filled up with `rest`."""
+    b, v = values.shape
+    return jnp.pad(values, ((0, 0), (0, -v % BLOCK)), constant_values=rest).reshape(b, -1, BLOCK)
+
+
+def _one_block(blocks: jax.Array, block: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
 
 
 def drawn(logits: Float[Array, "b v"], keys: Key[Array, " b"]) -> Int[Array, " b"]:
@@ -183,13 +200,10 @@ def drawn(logits: Float[Array, "b v"], keys: Key[Array, " b"]) -> Int[Array, " b
     instead of 84. The probability of a block is exact to 2^-23, and that of a token in its block likewise; one of probability 0 is never
     drawn.
     """
-    b, v = logits.shape
-    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    blocks = jnp.pad(weights, ((0, 0), (0, -v % BLOCK))).reshape(b, -1, BLOCK)
+    blocks = _blocks(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)), 0.0)
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     block = _first_beyond(jnp.sum(blocks, axis=-1), uniform[:, 0])
-    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    return block * BLOCK + _first_beyond(inside, uniform[:, 1])
+    return block * BLOCK + _first_beyond(_one_block(blocks, block), uniform[:, 1])
 
 
 def _first_beyond(weights: jax.Array, shares: jax.Array) -> jax.Array:

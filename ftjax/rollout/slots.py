@@ -54,7 +54,7 @@ class Slots:
 
     cache: Cache
     clock: jax.Array
-    """int32 scalar: columns written so far."""
+    """int32 scalar: columns written since the ring was laid."""
     tokens: jax.Array
     """int32 `[b]`: read next."""
     positions: jax.Array
@@ -206,7 +206,7 @@ def keep(slots: Slots, chosen: jax.Array) -> Slots:
 
 
 def resize(slots: Slots, num_columns: int) -> Slots:
-    """Return the slots, whose layers lie apart, with a ring of another size, in which the newest columns lie at the same clock.
+    """Return the slots, whose layers lie apart, with a ring of another size that has the newest columns, and a clock at its beginning.
 
     Each array is deleted as soon as it has been copied, so that no second cache stands beside the first.
     """
@@ -219,18 +219,18 @@ def resize(slots: Slots, num_columns: int) -> Slots:
 
     k, v = (tuple(resized(x, 3) for x in layers) for layers in (cache.k, cache.v))
     ids = {name: resized(getattr(cache, name), 1) for name in ("positions", "segment_ids")}
-    return dataclasses.replace(slots, cache=dataclasses.replace(cache, k=k, v=v, **ids))
+    return dataclasses.replace(slots, cache=dataclasses.replace(cache, k=k, v=v, **ids), clock=jnp.zeros_like(slots.clock))
 
 
 @partial(jax.jit, static_argnames=("axis", "before", "num_columns"))
 def _resized(x: jax.Array, clock: jax.Array, *, axis: int, before: int, num_columns: int) -> jax.Array:
-    """Return an array of the cache with its ring laid into one of another size; columns that there were none for are 0."""
-    size = x.shape[axis] - before
-    column = jnp.arange(before + num_columns)
-    age = _age(clock, column - before, num_columns)
-    source = jnp.where(column < before, column, before + (clock - 1 - age) % size)
-    real = (column < before) | (age < size)
-    return jnp.where(real.reshape(-1, *[1] * (x.ndim - 1 - axis)), jnp.take(x, source, axis=axis), 0)
+    """Return an array of the cache with its ring begun at the oldest column, the oldest left out or columns of 0 put before them."""
+    ours, ring = jnp.split(x, [before], axis=axis)
+    size = ring.shape[axis]
+    ordered = jnp.roll(ring, -(clock % size), axis=axis)
+    ordered = jax.lax.slice_in_dim(ordered, max(size - num_columns, 0), size, axis=axis)
+    pads = [(max(num_columns - size, 0) if at == axis else 0, 0) for at in range(x.ndim)]
+    return jnp.concatenate([ours, jnp.pad(ordered, pads)], axis=axis)
 
 
 def _step(model: Model, params: Params, slots: Slots, table: jax.Array | None, impl: str) -> tuple[Slots, Written]:
@@ -284,7 +284,7 @@ def _copy(slots: Slots, read: Read, joining: Joining) -> Cache:
     """Return the cache with the keys and values of prompts in their slots, as if they had just been written."""
     before, size = slots.cache.virtual, columns(slots)
     column = jnp.arange(before + size)
-    age = _age(slots.clock, column - before, size)
+    age = (slots.clock - 1 - (column - before)) % size  # 0 for the column that was written last
 
     def one(n: jax.Array, cache: Cache) -> Cache:
         slot, row, count = joining.slots[n], joining.rows[n], joining.lengths[n] - 1
@@ -309,11 +309,6 @@ def _copy(slots: Slots, read: Read, joining: Joining) -> Cache:
         )
 
     return jax.lax.fori_loop(0, joining.count, one, slots.cache)
-
-
-def _age(clock: jax.Array, column: jax.Array, size: int) -> jax.Array:
-    """Return how many columns of a ring were written after this one: 0 for the newest."""
-    return (clock - 1 - column) % size
 
 
 def _begin(put, seen: Seen, read: Read, joining: Joining) -> Seen:

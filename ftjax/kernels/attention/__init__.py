@@ -36,8 +36,8 @@ def supports(implementation: str, *, q: jax.Array, k: jax.Array, group_tokens: i
 def chosen(implementation: str, *, q: jax.Array, k: jax.Array, group_tokens: int | None = None) -> str:
     """Return the name of the implementation that `attention` runs for these arrays (or shapes).
 
-    `"auto"` is `"blocked"`, except for a single query (a step of decoding), which has no diagonal and fits the plain equation, on a CPU in the
-    form that is faster.
+    `"auto"` is `"blocked"`, except for a single query (a step of decoding), which has no diagonal and fits the plain equation, on a CPU in
+    the form that is faster.
 
     Raises:
       ValueError: `implementation` was named and cannot run; nothing else is run in its place.
