@@ -131,9 +131,11 @@ def test_a_draw_never_leaves_what_has_a_probability():
         assert samplers._first_beyond(weights, jnp.array([share]))[0] == expected
 
 
-def test_the_likeliest_is_the_first_of_the_largest(key):
-    logits = jax.random.randint(key, (50, 40), 0, 6).astype(jnp.float32)
+@pytest.mark.parametrize("v", [40, 128, 300])
+def test_the_likeliest_is_the_first_of_the_largest(v, key):
+    logits = jax.random.randint(key, (50, v), -9, 6 if v == 40 else 60).astype(jnp.float32).at[7].set(-jnp.inf)
     np.testing.assert_array_equal(samplers.likeliest(logits), np.argmax(logits, axis=1))
+    assert 0 <= samplers.likeliest(logits.at[3, 5].set(jnp.nan))[3] < v
 
 
 def test_only_what_is_allowed_is_chosen(key):
