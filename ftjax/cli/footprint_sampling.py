@@ -21,8 +21,8 @@ from ftjax.rollout import engine
 from ftjax.rollout import slots as programs
 from ftjax.types import Model
 
-LOGITS = 5
-"""Arrays `[slots, vocabulary]` of float32: logits, their log-softmax, the noise of a draw."""
+LOGITS = 4
+"""Arrays `[slots, vocabulary]` of float32: logits, what is drawn from, its exponentials, their sums along the row."""
 
 
 class Sampling(NamedTuple):
