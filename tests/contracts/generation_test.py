@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax import models, peft, quant, rollout, scoring, tree
+from ftjax import models, peft, quant, rollout, scoring, tree, weights
+from ftjax.models.apart import Turned
 from ftjax.types import VALUE_HEAD, Batch
 from tests import tiny
 from tests.contracts.methods_test import EXAMPLES
@@ -110,3 +111,22 @@ def test_what_is_written_is_what_the_trainer_would_choose(case, key):
     np.testing.assert_allclose(np.concatenate([sample.logps for sample in samples]), logps, rtol=0, atol=1e-5)
     for name in set(start) - {VALUE_HEAD}:  # each has its say
         assert np.abs(said(method.attach(frozen, trained | {name: start[name]}))[1] - logps).max() > 1e-3, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_laid_apart_in_half_precision_every_matrix_multiplies_as_before(case):
+    packing, method = CASES[case]
+    halved = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.dtype == jnp.float32 else x, base())
+    frozen, trainable = method.init(jax.random.key(1), halved if packing is None else packing.init(jax.random.key(0), halved)[0])
+    params = jax.tree.map(jnp.asarray, method.attach(frozen, moved(trainable)))
+    first, *_ = models.apart(params)["layers"]
+    turned = 0
+    for path, leaf in tree.flatten(first).items():
+        if not tree.predicate(tree.ALL_LINEAR)(f"layers/{path}"):
+            continue
+        before = jax.tree.map(lambda x: x[0], tree.flatten(params["layers"])[path])
+        turned += any(isinstance(part, Turned) for part in jax.tree.leaves(leaf, is_leaf=lambda part: isinstance(part, Turned)))
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((3, before.shape[0])), jnp.bfloat16)
+        found, expected = (np.asarray(weights.dot(x, weight), np.float32) for weight in (leaf, before))
+        np.testing.assert_allclose(found, expected, atol=2**-7 * np.abs(expected).max(), err_msg=path)
+    assert turned or packing is None or case == "lora over all formats"
