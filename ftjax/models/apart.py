@@ -51,7 +51,7 @@ class Turned(weights.Weight):
         count = len(rows)
         if count > FEW:
             return product(x, self.array, True)
-        # One row would be a product of a matrix and a vector, for which there is no code in half precision.
+        # One row would be a product of a matrix and a vector, which XLA:CPU takes ten times as long for in half precision.
         rows = jnp.broadcast_to(rows, (max(count, 2), rows.shape[-1]))
         out = jax.lax.dot_general(self.array.astype(x.dtype), rows, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         out = jax.lax.optimization_barrier(out).T  # without the barrier the compiler puts the matrix on the right again
