@@ -76,6 +76,17 @@ def table(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, j
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Return `x` `[b, t, h, c]` turned by the angles of a table `[b, t, c/2]`: computed in float32, returned in the dtype of `x`."""
+    # A CPU goes over a concatenation of halves four times; a TPU would have rows of half the width.
+    return jax.lax.platform_dependent(x, cos, sin, cpu=_by_reversing, default=_by_halves)
+
+
+def _by_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _by_reversing(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    cos, sin = cos[:, :, None, None, :], sin[:, :, None, None, :] * jnp.array([-1.0, 1.0]).reshape(1, 1, 1, 2, 1)
+    return (halves * cos + halves[..., ::-1, :] * sin).astype(x.dtype).reshape(x.shape)

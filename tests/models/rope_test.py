@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -90,3 +91,19 @@ def test_a_replaced_stretch_says_what_it_replaces():
     options = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192}
     found = models.stretch(models.preset("llama-3.1-8b"), options)
     assert (found.rope.rope_type, found.max_position_embeddings, found.rope.low_freq_factor) == ("yarn", 32768, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_forms_of_a_rotation_are_the_equation_with_its_gradient(dtype, key):
+    x, dy = (jax.random.normal(k, (2, 5, 3, 8), dtype) for k in jax.random.split(key))
+    angles = np.linspace(-3.0, 40.0, 2 * 5 * 4).reshape(2, 5, 4)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    turn = (np.asarray(cos, np.float64) + 1j * np.asarray(sin, np.float64))[:, :, None]
+    x_pairs, dy_pairs = (y[..., :4] + 1j * y[..., 4:] for y in (np.asarray(x, np.float64), np.asarray(dy, np.float64)))
+    tolerance = 1e-6 if dtype == jnp.float32 else 2**-8
+    for form in (rope.rotate, rope._by_halves, rope._by_reversing):
+        found, pull = jax.vjp(lambda x, form=form: form(x, cos, sin), x)
+        assert found.dtype == dtype
+        for one, expected in ((found, x_pairs * turn), (pull(dy)[0], dy_pairs * turn.conj())):
+            expected = np.concatenate([expected.real, expected.imag], axis=-1)
+            np.testing.assert_allclose(np.asarray(one, np.float64), expected, rtol=tolerance, atol=tolerance)
