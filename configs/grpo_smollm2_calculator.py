@@ -2,8 +2,9 @@
 
 Command: ftjax train --config=configs/grpo_smollm2_calculator.py --workdir=runs/grpo_smollm2_calculator
 Data: python experiments/calculator/data.py data/products
-Hardware: 2 CPU cores, bfloat16, 3 GB.
-UNTESTED at full length. Before the first step 29 of 32 episodes begin with a call, and 14 are right (experiments/calculator).
+Hardware: 1 CPU core, bfloat16, 5.1 GB.
+Time: 19 minutes beside other work.
+Result: of 64 held-out products 27 are right before training and 63 after it; all of 32 episodes from step 11 on (experiments/calculator).
 """
 
 from configs import base
@@ -13,7 +14,7 @@ PROMPT = "You have a calculator."  # the prompts show how it is called
 
 def get_config(arg=""):
     config = base.online("grpo", kl_coef=0.0)
-    config.steps = 40
+    config.steps = 20
     config.data.sources.products = base.source("data/products/train.jsonl")
     config.data.eval_sources.products = base.source("data/products/test.jsonl")
     config.data.update({"max_tokens": 320, "batch_size": 32, "accumulation": 2})
