@@ -4,7 +4,8 @@ Command: ftjax train --config=configs/grpo_smollm2_calculator.py --workdir=runs/
 Data: python experiments/calculator/data.py data/products
 Hardware: 1 CPU core, bfloat16, 5.1 GB.
 Time: 19 minutes beside other work.
-Result: of 64 held-out products 27 are right before training and 63 after it; from step 11 on 31 or 32 of 32 episodes (experiments/calculator).
+Result: of 64 held-out products 27 are right before training and 63 after it; of 32 episodes 31 or 32 from step 11 on
+(experiments/calculator).
 """
 
 from configs import base
