@@ -151,7 +151,7 @@ def base_dtypes(built: abstract.Built) -> list[str]:
 
 def _widens(kind: str) -> bool:
     """Return whether a step in bfloat16 takes the memory of float32."""
-    return kind == "cpu" and tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12)
+    return kind == "cpu" and jax.__version_info__ < (0, 12)
 
 
 def _widened(built: abstract.Built) -> int:

@@ -22,7 +22,7 @@ from ftjax.rollout import slots as programs
 from ftjax.types import Model
 
 LOGITS = 4
-"""Arrays `[slots, vocabulary]` of float32: logits, what is drawn from, its exponentials, their sums along the row."""
+"""Arrays `[slots, vocabulary]` of float32 that a step holds at once: logits, what is drawn from, and what the choice makes of them."""
 
 
 class Sampling(NamedTuple):

@@ -129,4 +129,4 @@ def test_laid_apart_in_half_precision_every_matrix_multiplies_as_before(case):
         x = jnp.asarray(np.random.default_rng(0).standard_normal((3, before.shape[0])), jnp.bfloat16)
         found, expected = (np.asarray(weights.dot(x, weight), np.float32) for weight in (leaf, before))
         np.testing.assert_allclose(found, expected, atol=2**-7 * np.abs(expected).max(), err_msg=path)
-    assert turned or packing is None or case == "lora over all formats"
+    assert bool(turned) == (case != "loftq")  # which packs every matrix

@@ -39,9 +39,12 @@ def test_a_turned_matrix_multiplies_as_it_stands_for(rows, key):
     turned = Turned(array.T)
     assert turned.shape == array.shape and turned.dtype == array.dtype
     np.testing.assert_array_equal(turned.materialize(), array)
-    exact = np.asarray(x, np.float64) @ np.asarray(array, np.float64)
-    for found, against, axes in ((weights.dot(x, turned), exact, 0), (weights.dot_transposed(x @ array, turned), None, 1)):
-        against = np.asarray(x @ array, np.float64) @ np.asarray(array, np.float64).T if axes else against
+    y, exact = x @ array, np.asarray(array, np.float64)
+    products = (
+        (weights.dot(x, turned), np.asarray(x, np.float64) @ exact),
+        (weights.dot_transposed(y, turned), np.asarray(y, np.float64) @ exact.T),
+    )
+    for found, against in products:
         assert found.dtype == jnp.bfloat16 and found.shape == against.shape
         np.testing.assert_allclose(np.asarray(found, np.float64), against, rtol=2**-8, atol=2**-8 * np.abs(against).max())
 
