@@ -1,7 +1,7 @@
 """How many bytes of a device a run takes beside what it holds while it writes its own samples, from shapes alone.
 
 The keys and values of the slots and of the prompts that are read are exact. What a step of writing works with is `LOGITS` arrays of logits,
-as XLA was found to take; laid apart, a CPU has the layers twice (`rollout.Engine`).
+as XLA was found to take; a CPU has matrices in half precision twice (`models.apart`).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 from ftjax import models, rollout, sharding, tree
 from ftjax.cli import abstract, objective, rollouts
 from ftjax.models import virtual
-from ftjax.rollout import engine
 from ftjax.rollout import slots as programs
 from ftjax.types import Model
 
-LOGITS = 4
-"""Arrays `[slots, vocabulary]` of float32 that a step holds at once: logits, what is drawn from, and what the choice makes of them."""
+LOGITS = 3
+"""Arrays `[slots, vocabulary]` of float32 that a step holds at once: logits, what is drawn from, and what the choice makes of them; one
+more where they come from a head in half precision."""
 
 
 class Sampling(NamedTuple):
@@ -31,7 +31,7 @@ class Sampling(NamedTuple):
     cache: int
     """Keys and values of all slots."""
     writing: int
-    """Those of the prompts that are read, logits, and layers laid apart."""
+    """Those of the prompts that are read, logits, and matrices laid turned."""
 
 
 def of(config, mesh: Mesh, kind: str, built: abstract.Built, *, widened: bool) -> Sampling:
@@ -47,16 +47,16 @@ def of(config, mesh: Mesh, kind: str, built: abstract.Built, *, widened: bool) -
     if not (rollouts.used(config) or objective.on_policy(config)):
         return Sampling(0, 0)
     params = jax.eval_shape(built.method.attach, built.frozen, built.state.trainable)
-    parts, vocabulary = sharding.row_parts(mesh), built.model.config.vocab_size
-    before, rows = sum(virtual.count(params)), slots(config)
+    parts, before, rows = sharding.row_parts(mesh), sum(virtual.count(params)), slots(config)
     columns = max(rollout.Engine.read_tokens, config.data.max_tokens)
-    apart = kind == "cpu" and mesh.size == 1 and engine.worth_apart(built.model, params)
+    apart = kind == "cpu" and mesh.size == 1 and models.separable(built.model, params)
     mixed = objective.needs(config).opponent == "mixture"  # whose cache has the layers of both
     cache = _cache(built.model, mesh, rows, before + config.data.max_tokens) * (2 if mixed else 1)
     read = _cache(built.model, mesh, parts, before + columns)
+    logits = (LOGITS + (jnp.dtype(built.model.config.dtype).itemsize == 2)) * 4 * rows * built.model.config.vocab_size
     layers, head = params["layers"], built.model.head(params)
-    copied = (tree.num_bytes(layers) if apart else 0) + (2 * _bfloat16([head] if apart else [head, layers]) if widened else 0)
-    return Sampling(cache, read + LOGITS * 4 * rows * vocabulary + copied)
+    copied = (models.turned_bytes(params) if apart else 0) + (2 * _bfloat16([head] if apart else [head, layers]) if widened else 0)
+    return Sampling(cache, read + logits + copied)
 
 
 def slots(config) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ftjax.models.apart import apart, apart_cache, separable
+from ftjax.models.apart import apart, apart_cache, separable, turned_bytes
 from ftjax.models.cache import Cache, init_cache
 from ftjax.models.config import Config
 from ftjax.models.decoder import make_model
@@ -28,6 +28,7 @@ __all__ = [
     "separable",
     "stretch",
     "to_hf",
+    "turned_bytes",
 ]
 
 

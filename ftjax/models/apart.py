@@ -2,8 +2,8 @@
 
 A scan takes a layer's slice of what is stacked. XLA reads it in place on accelerators and copies it on a CPU: of no consequence for many
 tokens, but a step of decoding does little more with a matrix, or with the keys and values before it, than to read them once. So what
-writes many tokens on a CPU lays the layers apart first, once, and the decoder goes through them one by one. Matrices in half precision are
-laid turned, as such a product reads them.
+writes many tokens on a CPU lays the layers apart first, once, and the decoder goes through them one by one. Each layer's arrays are views
+of the stacked ones, without a byte of their own; only matrices in half precision are copied, turned as such a product reads them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ftjax import tree, weights
 from ftjax.kernels.product import product
@@ -21,6 +22,8 @@ from ftjax.types import Model, Params, pytree
 
 FEW = 16
 """Rows up to which a product has the matrix on its left."""
+TURNED_BYTES = 2**28
+"""Matrices that take more in all are not turned, for it needs as much again: those of SmolLM2-135M take 212 MB."""
 
 
 @pytree
@@ -69,20 +72,50 @@ def separable(model: Model, params: Params) -> bool:
 
 
 def apart(params: Params) -> Params:
-    """Return the parameters with a tuple of trees in the place of the stacked layers."""
-    count = len(jax.tree.leaves(params["layers"])[0])
-    layers = (tree.flatten(jax.tree.map(lambda x, at=at: x[at], params["layers"])) for at in range(count))
+    """Return the parameters, which lie on a CPU, with a tuple of trees in the place of the stacked layers.
+
+    While they live the stacked arrays, whose memory they share, cannot be donated.
+    """
+    layers = _turned(params["layers"]) if turned_bytes(params) else params["layers"]
+    views, structure = [_views(x) for x in jax.tree.leaves(layers)], jax.tree.structure(layers)
+    return {**params, "layers": tuple(map(structure.unflatten, zip(*views, strict=True)))}
+
+
+def turned_bytes(params: Params) -> int:
+    """Return what `apart` takes: the bytes of the layers' dense matrices in half precision, 0 if they are too many to be turned."""
+    count = sum(tree.num_bytes(base) for base in map(_half, _matrices(params["layers"]).values()) if base is not None)
+    return count if count <= TURNED_BYTES else 0
+
+
+def _views(x: jax.Array) -> list[jax.Array]:
+    """Return the layers of a stacked array, each where it lies (or a copy, if it begins at an address that XLA cannot read from)."""
+    x = jax.device_put(x, may_alias=True)  # an array of its own, since the one that a host looks into keeps what it sees
+    (device,) = x.devices()
+    return [jax.device_put(layer, device, may_alias=True) for layer in np.asarray(x)]
+
+
+@jax.jit
+def _turned(layers: Params) -> Params:
+    """Return the stacked layers with their dense matrices in half precision turned, also those that a method rides on."""
+
+    def turn(leaf: weights.Leaf) -> weights.Leaf:
+        if isinstance(leaf, weights.Wrapper):
+            return dataclasses.replace(leaf, base=turn(leaf.base))
+        return leaf if _half(leaf) is None else Turned(jnp.swapaxes(leaf, -1, -2))
+
+    return tree.unflatten(tree.flatten(layers) | {path: turn(leaf) for path, leaf in _matrices(layers).items()})
+
+
+def _matrices(layers: Params) -> dict[str, weights.Leaf]:
     matrix = tree.predicate(tree.ALL_LINEAR)
-    turned = ({path: _turned(leaf) if matrix(f"layers/{path}") else leaf for path, leaf in layer.items()} for layer in layers)
-    return {**params, "layers": tuple(map(tree.unflatten, turned))}
+    return {path: leaf for path, leaf in tree.flatten(layers).items() if matrix(f"layers/{path}")}
 
 
-def _turned(leaf: weights.Leaf) -> weights.Leaf:
-    """Return a leaf with the dense matrix in half precision that it is, or rides on, turned."""
-    if isinstance(leaf, weights.Wrapper):
-        return dataclasses.replace(leaf, base=_turned(leaf.base))
-    half = isinstance(leaf, jax.Array) and jnp.dtype(leaf.dtype).itemsize == 2
-    return Turned(leaf.T) if half else leaf
+def _half(leaf: weights.Leaf) -> jax.Array | None:
+    """Return the dense matrix in half precision that a leaf is, or rides on."""
+    while isinstance(leaf, weights.Wrapper):
+        leaf = leaf.base
+    return leaf if not isinstance(leaf, weights.Weight) and jnp.dtype(leaf.dtype).itemsize == 2 else None
 
 
 def apart_cache(cache: Cache) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from ftjax import models, tree, weights
+from ftjax import models, weights
 from ftjax.peft.mixed import NONE, RowWise
 from ftjax.rollout import packing
 from ftjax.rollout import slots as programs
@@ -28,13 +28,11 @@ from ftjax.sharding import row_parts
 from ftjax.types import Model, Params
 
 MANY = 16
-"""Where there are more slots, the last samples are continued in half of them, else in a quarter: each size is a program of its own."""
+"""The last samples go on in half of the slots where there are more, else in a quarter; see `sizes`."""
 WORTH_IT = 32
 """Tokens of a sample that must be left for that."""
 LEAST_COLUMNS = 128
 """A ring of fewer is not worth a program of its own."""
-APART_BYTES = 2**28
-"""Layers that take more are not laid apart, which needs as much again: SmolLM2-135M's are in bfloat16, and in float32 they are not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Engine:
 
     What a request gets depends on its prompt, settings and key alone, not on slots, neighbours or order, up to the rounding of differently
     shaped matrix products. Calls compile nothing that an earlier call with the same features, slots and `slot_tokens` has compiled; the
-    parameters may be others each time. On a CPU each number of slots (halved towards the end) and each size of the ring (two for a
+    parameters may be others each time. On a CPU each number of slots (see `sizes`) and each size of the ring (two for a
     doubling of the longest text) has a program of its own.
 
     Example:
@@ -70,6 +68,9 @@ class Engine:
     """Columns of a row of packed prompts; a longer prompt has longer rows."""
     block: int = 16
     """The most tokens written to each slot before the host looks at them."""
+    shared_stem: bool = True
+    """Whether what all prompts begin with, a system message or a template, is read once a row, from `packing.LEAST_STEM` tokens on; never
+    where all layers have one sliding window. A model with `group_tokens`, which is for training, wants False."""
     patience: int = 0
     """How many slots may end in a block before it is left early for waiting requests."""
     going: Callable[[], None] | None = None
@@ -131,8 +132,8 @@ class _Run:
         self.engine, self.params, self.requests = engine, params, requests
         self.mesh = _mesh(params)
         # A CPU would copy a layer's weights and cache at each step; see `models.apart`.
-        layers_apart = jax.default_backend() == "cpu" and self.mesh is None and not mixed and worth_apart(engine.model, params)
-        self.written_by = {**params, **programs.apart({"layers": params["layers"]})} if layers_apart else params
+        layers_apart = jax.default_backend() == "cpu" and self.mesh is None and not mixed and models.separable(engine.model, params)
+        self.written_by = models.apart(params) if layers_apart else params
         self.first = np.cumsum([0, *(request.num_samples for request in requests)])
         # The longest first, so that none is left alone at the end; likewise long prompts, so that short ones fill the rows.
         self.waiting = sorted(range(len(requests)), key=lambda at: (-requests[at].max_tokens, -len(requests[at].tokens)))
@@ -143,6 +144,7 @@ class _Run:
         self.form = form_of(requests, engine.eos_ids)
         settings = self.form.settings([], engine.slots)
         self.table = tabulate(self.form.grammars, programs.vocabulary(engine.model, params)) if self.form.grammars else None
+        self.shares = engine.shared_stem and _by_positions(engine.model)
         self.most_columns = slot_tokens
         columns = self._columns(max(len(request.tokens) for request in requests)) if layers_apart else slot_tokens
         shape = {"num_columns": columns, "layers_apart": layers_apart, "mesh": self.mesh}
@@ -176,14 +178,16 @@ class _Run:
         """Read some of the prompts that wait."""
         prompts = [self.requests[at].tokens for at in self.waiting]
         adapters = [self.requests[at].adapter for at in self.waiting]
-        lengths, rows = list(map(len, prompts)), 1 if self.mesh is None else row_parts(self.mesh)
-        columns = packing.width(lengths, rows=rows, limit=self.engine.read_tokens)
-        places = packing.place(lengths, adapters, rows=rows, columns=columns)
+        rows, stem = 1 if self.mesh is None else row_parts(self.mesh), packing.stem(prompts) if self.shares else 0
+        lengths = [len(prompt) - stem for prompt in prompts]
+        columns = packing.width(lengths, rows=rows, limit=self.engine.read_tokens, stem=stem)
+        places = packing.place(lengths, adapters, rows=rows, columns=columns, stem=stem)
         owners = {place.row: adapters[place.prompt] for place in places}
         read = programs.read(
             self.engine.model,
             self.params,
-            *packing.packed(prompts, places, rows=rows, columns=columns),
+            *packing.packed(prompts, places, rows=rows, columns=columns, stem=stem),
+            np.int32(stem),
             np.asarray([owners.get(row, NONE) for row in range(rows)], np.int32),
         )
         for prompt, row, start in places:
@@ -250,10 +254,8 @@ class _Run:
         if self.waiting or self.ready or not self.begun or self.mesh is not None:
             return
         left = max(begun.request.max_tokens - begun.written for begun in self.begun.values())
-        size = self.size
-        while len(self.begun) <= (fewer := size // 2 if size > MANY else size // 4):
-            size = fewer
-        if size == self.size or left < WORTH_IT:
+        size = min(one for one in sizes(self.engine.slots) if one >= len(self.begun))
+        if size >= self.size or left < WORTH_IT:
             return
         chosen = [*self.begun, *(slot for slot in range(self.size) if slot not in self.begun)][:size]
         self.slots, self.size = programs.keep(self.slots, np.asarray(chosen, np.int32)), size
@@ -281,9 +283,23 @@ class _Run:
         return next(filter(holds, range(first, len(tokens) + 1)), 0) if holds(len(tokens)) else 0
 
 
-def worth_apart(model: Model, params: Params) -> bool:
-    """Return whether a CPU that is no mesh of several devices writes with the layers laid apart, which it holds beside the stacked ones."""
-    return models.separable(model, params) and tree.num_bytes(params["layers"]) <= APART_BYTES
+def sizes(slots: int) -> list[int]:
+    """Return the numbers of slots in which samples are continued as fewer are left, each of which has a program of its own.
+
+    >>> sizes(64), sizes(8)
+    ([64, 48, 32, 16, 4, 1], [8, 2])
+    """
+    # Three quarters of many rows take three quarters of their time, for products take most of it.
+    found = [slots, 3 * slots // 4] if slots > 2 * MANY else [slots]
+    while fewer := slots // (2 if slots > MANY else 4):
+        found.append(slots := fewer)
+    return found
+
+
+def _by_positions(model: Model) -> bool:
+    """Return whether attention is known to go by positions alone; one static window of all layers goes by columns: `kernels.attention`."""
+    windows = set(model.config.windows) if isinstance(model.config, models.Config) else set()
+    return len(windows) > 1 or None in windows
 
 
 def _mesh(params: Params) -> Mesh | None:

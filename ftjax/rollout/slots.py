@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -73,6 +74,8 @@ class Read:
     """Prompts packed into rows `[r, t]`."""
 
     tokens: jax.Array
+    stem: jax.Array
+    """int32 scalar: how many tokens of each prompt stand at the beginning of its row, for all of them."""
     cache: Cache
 
 
@@ -85,7 +88,9 @@ class Joining(NamedTuple):
     rows: jax.Array
     """int32 `[b]`: where their prompts lie in a `Read`."""
     starts: jax.Array
+    """int32 `[b]`: of what comes after the stem."""
     lengths: jax.Array
+    """int32 `[b]`: with the stem."""
     numbers: jax.Array
     """int32 `[b]`: folded into the sample's key, unless it is `NOTHING`."""
     settings: Settings
@@ -107,10 +112,6 @@ def columns(slots: Slots) -> int:
     return jax.tree.leaves(slots.cache.k)[0].shape[3] - slots.cache.virtual
 
 
-apart = jax.jit(models.apart)
-"""What `write` reads where slots were made so."""
-
-
 @partial(jax.jit, static_argnames=("model", "num_columns", "layers_apart", "mesh"))
 def empty(
     model: Model, params: Params, settings: Settings, *, num_columns: int, layers_apart: bool = False, mesh: Mesh | None = None
@@ -129,11 +130,13 @@ def empty(
 
 
 @partial(jax.jit, static_argnames="model")
-def read(model: Model, params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, adapters: jax.Array) -> Read:
-    """Read packed prompts `[r, t]`, each row of which has one adapter `[r]`."""
+def read(
+    model: Model, params: Params, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array, stem: jax.Array, adapters: jax.Array
+) -> Read:
+    """Read packed prompts `[r, t]`, each row of which has one adapter `[r]`; see `packing.packed`."""
     cache = models.init_cache(model.config, *tokens.shape, _activations(model, params))
     _, cache = model.apply(assign_rows(params, adapters), tokens, positions=positions, segment_ids=segment_ids, cache=cache)
-    return Read(tokens, cache)
+    return Read(tokens, stem, cache)
 
 
 @partial(jax.jit, static_argnames=("impl", "mesh"), donate_argnames="slots")
@@ -145,7 +148,7 @@ def join(slots: Slots, read: Read, joining: Joining, *, impl: str, mesh: Mesh | 
         return into.at[at].set(values.astype(into.dtype), mode="drop")
 
     settings = dataclasses.replace(joining.settings, keys=_numbered(joining, impl))
-    last = joining.starts + joining.lengths - 1
+    last = joining.starts + joining.lengths - 1 - read.stem
     return _place(
         dataclasses.replace(
             slots,
@@ -194,15 +197,27 @@ def leave(slots: Slots, ended: jax.Array) -> Slots:
     return dataclasses.replace(slots, live=slots.live & ~ended)
 
 
-@jax.jit
-def keep(slots: Slots, chosen: jax.Array) -> Slots:
-    """Return the slots `chosen` `[m]` alone."""
+def keep(slots: Slots, chosen: np.ndarray) -> Slots:
+    """Return the slots `chosen` `[m]` alone; as in `resize` no second cache stands beside the first."""
     cache = slots.cache
-    rows = {name: getattr(slots, name) for name in ("tokens", "positions", "written", "live", "settings", "seen")}
-    ids = {"positions": cache.positions[chosen], "segment_ids": cache.segment_ids[chosen]}
-    k, v = (jax.tree.map(lambda x: x[:, chosen], x) for x in (cache.k, cache.v))
-    kept = dataclasses.replace(cache, k=k, v=v, **ids)
-    return dataclasses.replace(slots, cache=kept, **jax.tree.map(lambda x: x[chosen], rows))
+
+    def rows(x: jax.Array) -> jax.Array:
+        return _rows(x, chosen, axis=0)
+
+    def moved(x: jax.Array) -> jax.Array:
+        other = _rows(x, chosen, axis=1)
+        x.delete()
+        return other
+
+    k, v = (jax.tree.map(moved, x) for x in (cache.k, cache.v))
+    cache = dataclasses.replace(cache, k=k, v=v, positions=rows(cache.positions), segment_ids=rows(cache.segment_ids))
+    own = ("tokens", "positions", "written", "live", "settings", "seen")
+    return dataclasses.replace(slots, cache=cache, **{name: jax.tree.map(rows, getattr(slots, name)) for name in own})
+
+
+@partial(jax.jit, static_argnames="axis")
+def _rows(x: jax.Array, chosen: jax.Array, *, axis: int) -> jax.Array:
+    return jnp.take(x, chosen, axis=axis)
 
 
 def resize(slots: Slots, num_columns: int) -> Slots:
@@ -289,7 +304,9 @@ def _copy(slots: Slots, read: Read, joining: Joining) -> Cache:
     def one(n: jax.Array, cache: Cache) -> Cache:
         slot, row, count = joining.slots[n], joining.rows[n], joining.lengths[n] - 1
         ours, real = column < before, age < count
-        source = jnp.where(ours, column, before + joining.starts[n] + jnp.where(real, count - 1 - age, 0))
+        token = count - 1 - age  # of the prompt
+        there = jnp.where(token < read.stem, token, joining.starts[n] + token - read.stem)
+        source = jnp.where(ours, column, before + jnp.where(real, there, 0))
         segments = jnp.where(ours, read.cache.segment_ids[row][source], real.astype(jnp.int32))
 
         def put(into: jax.Array, values: jax.Array, axis: int) -> jax.Array:
@@ -313,8 +330,9 @@ def _copy(slots: Slots, read: Read, joining: Joining) -> Cache:
 
 def _begin(put, seen: Seen, read: Read, joining: Joining) -> Seen:
     """Return what has been seen when the prompts are read."""
-    time = jnp.arange(read.tokens.shape[1])[None, :] - joining.starts[:, None]
-    inside = (time >= 0) & (time < joining.lengths[:, None])
+    column = jnp.arange(read.tokens.shape[1])[None, :]
+    time = column - joining.starts[:, None]
+    inside = ((time >= 0) & (time < joining.lengths[:, None] - read.stem)) | (column < read.stem)
     ids = jnp.where(inside, read.tokens[joining.rows], seen.prompted.shape[1])
     prompted = jnp.zeros(seen.prompted.shape, bool).at[jnp.arange(len(ids))[:, None], ids].set(True, mode="drop")
     return Seen(put(seen.prompted, prompted), put(seen.written, jnp.zeros_like(seen.written)))

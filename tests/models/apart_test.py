@@ -1,6 +1,7 @@
 """Layers that lie apart are the stacked ones."""
 
 import dataclasses
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +63,38 @@ def test_matrices_in_half_precision_are_turned_also_under_an_adapter(key):
     hidden, other = (np.asarray(jax.jit(model.apply)(p, tokens)[0], np.float64) for p in (params, models.apart(params)))
     np.testing.assert_allclose(other, hidden, atol=2**-5 * np.abs(hidden).max())
     assert np.abs(hidden).max() > 0.1
+
+
+def test_each_layer_lies_where_it_lay_and_hinders_nobody_afterwards(key):
+    """No second copy of a model in float32; and who trains it may write over it when the views are gone."""
+    params = tiny()[0].init(key)
+    layers = models.apart(params)["layers"]
+    for at, layer in enumerate(layers):
+        for stacked, view in zip(jax.tree.leaves(params["layers"]), jax.tree.leaves(layer), strict=True):
+            np.testing.assert_array_equal(view, stacked[at])
+            assert view.unsafe_buffer_pointer() - stacked.unsafe_buffer_pointer() == at * view.nbytes
+    del layers, layer, view, stacked
+    places = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(params["layers"])]
+    params = jax.jit(lambda params: jax.tree.map(lambda x: x + 1, params), donate_argnums=0)(params)
+    assert [x.unsafe_buffer_pointer() for x in jax.tree.leaves(params["layers"])] == places
+
+
+def test_an_array_that_xla_cannot_read_where_it_lies_is_copied(key):
+    model, params = tiny()
+    odd = jax.random.normal(key, (model.config.num_hidden_layers, 3))
+    layers = models.apart({"layers": {**params["layers"], "odd": odd}})["layers"]
+    np.testing.assert_array_equal(jnp.stack([layer["odd"] for layer in layers]), odd)
+
+
+def test_matrices_that_take_much_memory_are_not_turned(key, monkeypatch):
+    _, params = tiny()
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    count = models.turned_bytes(params)
+    assert count == sum(2 * x.size for part in ("self_attn", "mlp") for x in jax.tree.leaves(params["layers"][part]))
+    monkeypatch.setattr(importlib.import_module("ftjax.models.apart"), "TURNED_BYTES", count - 1)
+    assert models.turned_bytes(params) == 0
+    first, *_ = models.apart(params)["layers"]
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y[0]), first, params["layers"])
 
 
 def test_a_model_that_is_none_of_ours_or_has_fewer_layers_is_left_alone(key):

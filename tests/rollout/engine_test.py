@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ftjax import models, peft, quant, rollout, scoring, sharding, tree
+from ftjax import peft, quant, rollout, scoring, sharding
 from ftjax.hf.tokenizer import byte_tokenizer
 from ftjax.rollout import Grammar, Request, settings
 from ftjax.rollout import engine as engines
+from ftjax.rollout import packing
 from ftjax.rollout import slots as programs
 from ftjax.rollout.requests import form_of
 from ftjax.types import Batch
@@ -90,6 +91,14 @@ def test_the_last_samples_go_on_in_fewer_slots(key, monkeypatch):
     assert set(sizes) == {8}  # too little is left
 
 
+def test_many_slots_become_three_quarters_first(key, monkeypatch):
+    params, kept = tiny()[1], []
+    monkeypatch.setattr(programs, "keep", lambda slots, chosen, keep=programs.keep: kept.append(len(chosen)) or keep(slots, chosen))
+    requests = [Request(row, 40 if n < 26 else 2, sampling=DRAWN, key=key[None]) for n, row in enumerate(prompts(36, 3))]
+    found = tokens(engine(slots=36, slot_tokens=96).generate(params, requests))
+    assert kept == [27] and tokens(engine(slots=16, slot_tokens=96).generate(params, requests)) == found
+
+
 def test_a_ring_is_as_long_as_its_texts_and_changes_nothing(key, monkeypatch):
     sizes = []
 
@@ -137,6 +146,60 @@ def test_prompts_of_a_group_are_read_once(key, monkeypatch):
     group = Request(prompts(1, 7)[0], max_tokens=3, sampling=DRAWN, key=key, num_samples=5)
     assert len(engine().generate(tiny()[1], [group])) == 5
     assert [int(np.count_nonzero(row)) for row in read] == [7]
+
+
+def with_stem(size, count, seed=0):
+    """Prompts that begin with the same tokens, one of them with nothing but one more."""
+    random = np.random.default_rng(seed)
+    shared = random.integers(1, 250, size)
+    return [np.concatenate([shared, [n + 1], random.integers(1, 250, 3 * n)]).astype(np.int32) for n in range(count)]
+
+
+def reads(monkeypatch):
+    """The segments of all rows that are read."""
+    found = []
+    monkeypatch.setattr(programs, "read", lambda *arguments, read_=programs.read: found.append(arguments[4]) or read_(*arguments))
+    return found
+
+
+@pytest.mark.parametrize("before", [[], ["prefix_tuning"], ["prompt_tuning"]], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_what_all_prompts_begin_with_is_read_once_a_row(family, before, key, monkeypatch):
+    model, params = tiny(family)
+    for make in before:
+        method = getattr(peft, make)(3)
+        params = method.attach(*method.init(key, params))
+    given = with_stem(18, 5)
+    penalties = settings(temperature=1.0, repetition_penalty=1.5, frequency_penalty=0.2)
+    requests = [Request(prompt, 8, sampling=penalties, key=jax.random.fold_in(key, n)[None]) for n, prompt in enumerate(given)]
+    segments, found = reads(monkeypatch), []
+    for shared in (True, False):
+        found.append(engine(family, slot_tokens=64, read_tokens=64, shared_stem=shared).generate(params, requests))
+        read = sum(np.count_nonzero(rows) for rows in segments)
+        assert read == sum(map(len, given)) - (18 * (len(given) - len(segments)) if shared else 0)
+        segments.clear()
+    assert tokens(found[0]) == tokens(found[1])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one.logps, other.logps, atol=1e-5)
+        np.testing.assert_allclose(one.behavior_logps, other.behavior_logps, atol=1e-5)
+
+
+def test_no_more_prompts_are_read_together_than_can_branch_off_a_stem():
+    places = packing.place([1] * 5000, [0] * 5000, rows=2, columns=3000, stem=16)
+    _, _, segments = packing.packed([np.arange(17)] * 5000, places, rows=2, columns=3000, stem=16)
+    assert len(places) == 2047 and segments.min() == 0 and len(np.unique(segments)) == 2 + 2047
+    assert len(packing.place([1] * 5000, [0] * 5000, rows=2, columns=300, stem=16)) == 2 * 284
+
+
+def test_a_short_beginning_and_a_sliding_window_are_read_as_they_stand(key, monkeypatch):
+    segments = reads(monkeypatch)
+    for family, size in (("llama", 15), ("mistral", 18)):
+        model, params = tiny(family)
+        assert (set(model.config.windows) == {None}) == (family == "llama")
+        given = with_stem(size, 3)
+        found = engine(family, slot_tokens=64, read_tokens=96).generate(params, [Request(prompt, 8) for prompt in given])
+        assert np.unique(segments.pop()).tolist() == [0, 1, 2, 3]
+        assert tokens(found) == [complete(model, params, [prompt], width=32).tokens[0, :8].tolist() for prompt in given]
 
 
 def test_samples_are_yielded_as_they_end(key):
@@ -267,14 +330,15 @@ def test_each_request_has_its_adapter(key):
         assert sample.tokens.tolist() == alone.tokens[0, :8].tolist()
 
 
-def test_eight_devices_write_what_one_writes(key):
+@pytest.mark.parametrize("given", [prompts(6, 3), with_stem(18, 6)], ids=["prompts", "prompts that begin alike"])
+def test_eight_devices_write_what_one_writes(given, key):
     model, params = tiny()
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
-    requests = asked(key, 6)
+    requests = [Request(row, 3 + 3 * (n % 4), sampling=DRAWN, key=jax.random.fold_in(key, n)[None]) for n, row in enumerate(given)]
     spread = rollout.Engine(sharding.on_mesh(model, mesh), **{**SIZE, "slots": 4})
     placed = sharding.place(jax.tree.map(np.asarray, params), mesh)
     found = spread.generate(placed, requests)
-    for one, other in zip(found, engine().generate(params, requests), strict=True):
+    for one, other in zip(found, engine(shared_stem=False).generate(params, requests), strict=True):
         assert one.tokens.tolist() == other.tokens.tolist()
         np.testing.assert_allclose(one.logps, other.logps, atol=1e-5)
     before = [program._cache_size() for program in (programs.join, programs.write)]
@@ -351,15 +415,3 @@ def test_no_requests_give_no_samples_and_dropout_is_refused(key):
     method = peft.lora("all-linear", rank=4, dropout=0.5)
     with pytest.raises(ValueError, match="without a key"):
         engine().generate(method.attach(*method.init(key, params), key=key), [Request([1], 1)])
-
-
-def test_layers_that_take_much_memory_are_not_laid_apart(monkeypatch):
-    model = models.build(models.preset("tiny-llama"))
-    params = model.init(jax.random.key(0))
-    count, laid = tree.num_bytes(params["layers"]), []
-    monkeypatch.setattr(programs, "apart", lambda params, apart=programs.apart: laid.append(params.keys()) or apart(params))
-    found = []
-    for limit in (count, count - 1):
-        monkeypatch.setattr(engines, "APART_BYTES", limit)
-        found.append(rollout.Engine(model, slots=2).generate(params, [Request(np.array([5, 6, 7]), max_tokens=4)])[0])
-    assert laid == [{"layers"}] and found[0].tokens.tolist() == found[1].tokens.tolist()
