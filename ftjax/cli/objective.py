@@ -165,9 +165,9 @@ def _refuse_near_sight(config, model: Model) -> None:
     """Refuse prompts that stand once where attention counts places of the row: a prompt may lie further back than its positions say."""
     if not packs(config) or config.data.packing != "shared":
         return
-    windows = set(model.config.windows)
-    if config.model.group_tokens or (len(windows) == 1 and None not in windows):
-        what = "model.group_tokens" if config.model.group_tokens else f"a model whose every layer sees {windows.pop():,} tokens"
+    window = model.config.uniform_window
+    if config.model.group_tokens or window is not None:
+        what = "model.group_tokens" if config.model.group_tokens else f"a model whose every layer sees {window:,} tokens"
         raise ValueError(f"data.packing: 'shared' is not for {what}; set it to 'best_fit', where each response has its own prompt.")
 
 

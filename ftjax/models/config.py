@@ -91,6 +91,12 @@ class Config:
         """The window of each layer, None where it sees everything."""
         return tuple(self.sliding_window if kind == "sliding_attention" else None for kind in self.layer_types)
 
+    @property
+    def uniform_window(self) -> int | None:
+        """The window that all layers have; attention then leaves out keys by their place in the row (see `ftjax.kernels.attention`)."""
+        windows = set(self.windows)
+        return windows.pop() if len(windows) == 1 else None
+
 
 SIZES = (
     "vocab_size",

@@ -159,9 +159,8 @@ def _through_layers(trunk: _Trunk, params: Params, x: jax.Array, cached: layers.
     tables = [rope.table(r, config.head_dim, scene.positions) for r in _ropes(config)]
     if isinstance(params["layers"], tuple):
         tables = jax.lax.optimization_barrier(tables)  # else XLA:CPU takes sine and cosine again for each head of each layer
-    windows = set(config.windows)
-    uniform = windows.pop() if len(windows) == 1 else None
-    mixed = bool(windows)  # some layers look further than others, so the window is scanned
+    uniform = config.uniform_window
+    mixed = len(set(config.windows)) > 1  # some layers look further than others, so the window is scanned
     if trunk.group_tokens is not None and any(virtual.count(params)):
         raise ValueError("models: a prompt or a prefix is in no group of shifted sparse attention; train it without group_tokens.")
     if uniform is not None and any(virtual.count(params)):

@@ -144,7 +144,8 @@ class _Run:
         self.form = form_of(requests, engine.eos_ids)
         settings = self.form.settings([], engine.slots)
         self.table = tabulate(self.form.grammars, programs.vocabulary(engine.model, params)) if self.form.grammars else None
-        self.shares = engine.shared_stem and _by_positions(engine.model)
+        by_positions = isinstance(engine.model.config, models.Config) and engine.model.config.uniform_window is None
+        self.stem = packing.stem([request.tokens for request in requests]) if engine.shared_stem and by_positions else 0
         self.most_columns = slot_tokens
         columns = self._columns(max(len(request.tokens) for request in requests)) if layers_apart else slot_tokens
         shape = {"num_columns": columns, "layers_apart": layers_apart, "mesh": self.mesh}
@@ -178,7 +179,7 @@ class _Run:
         """Read some of the prompts that wait."""
         prompts = [self.requests[at].tokens for at in self.waiting]
         adapters = [self.requests[at].adapter for at in self.waiting]
-        rows, stem = 1 if self.mesh is None else row_parts(self.mesh), packing.stem(prompts) if self.shares else 0
+        rows, stem = 1 if self.mesh is None else row_parts(self.mesh), self.stem
         lengths = [len(prompt) - stem for prompt in prompts]
         columns = packing.width(lengths, rows=rows, limit=self.engine.read_tokens, stem=stem)
         places = packing.place(lengths, adapters, rows=rows, columns=columns, stem=stem)
@@ -294,12 +295,6 @@ def sizes(slots: int) -> list[int]:
     while fewer := slots // (2 if slots > MANY else 4):
         found.append(slots := fewer)
     return found
-
-
-def _by_positions(model: Model) -> bool:
-    """Return whether attention is known to go by positions alone; one static window of all layers goes by columns: `kernels.attention`."""
-    windows = set(model.config.windows) if isinstance(model.config, models.Config) else set()
-    return len(windows) > 1 or None in windows
 
 
 def _mesh(params: Params) -> Mesh | None:

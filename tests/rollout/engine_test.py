@@ -9,9 +9,8 @@ import pytest
 
 from ftjax import peft, quant, rollout, scoring, sharding
 from ftjax.hf.tokenizer import byte_tokenizer
-from ftjax.rollout import Grammar, Request, settings
+from ftjax.rollout import Grammar, Request, packing, settings
 from ftjax.rollout import engine as engines
-from ftjax.rollout import packing
 from ftjax.rollout import slots as programs
 from ftjax.rollout.requests import form_of
 from ftjax.types import Batch
