@@ -1,7 +1,8 @@
 """How many bytes of a device a run takes beside what it holds while it writes its own samples, from shapes alone.
 
 The keys and values of the slots and of the prompts that are read are exact. What a step of writing works with is `LOGITS` arrays of logits,
-as XLA was found to take; a CPU has matrices in half precision twice (`models.apart`).
+as XLA was found to take, or on a CPU a layer's weights, keys and values, which it copies where layers are stacked. Where they lie apart
+(`models.apart`) it has matrices in half precision twice.
 """
 
 from __future__ import annotations
@@ -49,14 +50,15 @@ def of(config, mesh: Mesh, kind: str, built: abstract.Built, *, widened: bool) -
     params = jax.eval_shape(built.method.attach, built.frozen, built.state.trainable)
     parts, before, rows = sharding.row_parts(mesh), sum(virtual.count(params)), slots(config)
     columns = max(rollout.Engine.read_tokens, config.data.max_tokens)
-    apart = kind == "cpu" and mesh.size == 1 and models.separable(built.model, params)
     mixed = objective.needs(config).opponent == "mixture"  # whose cache has the layers of both
-    cache = _cache(built.model, mesh, rows, before + config.data.max_tokens) * (2 if mixed else 1)
+    apart = kind == "cpu" and mesh.size == 1 and not mixed and models.separable(built.model, params)
+    cache = _cache(built.model, mesh, rows, before + config.data.max_tokens)
     read = _cache(built.model, mesh, parts, before + columns)
     logits = (LOGITS + (jnp.dtype(built.model.config.dtype).itemsize == 2)) * 4 * rows * built.model.config.vocab_size
     layers, head = params["layers"], built.model.head(params)
+    one = (cache + tree.num_bytes(layers)) // built.model.config.num_hidden_layers if kind == "cpu" and not apart else 0
     copied = (models.turned_bytes(params) if apart else 0) + (2 * _bfloat16([head] if apart else [head, layers]) if widened else 0)
-    return Sampling(cache, read + logits + copied)
+    return Sampling(cache * (2 if mixed else 1), read + max(logits, one) + copied)
 
 
 def slots(config) -> int:

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ftjax.data import judged
+from ftjax.data.beginnings import shared
 from ftjax.data.corpus import Report, Sequences, bad, check_policy, chunks, concatenate, parsed
 from ftjax.data.files import Source
 from ftjax.data.judged import Judged
-from ftjax.data.judged_batch import shared
 from ftjax.data.rows import RowError
 from ftjax.data.tokenize import Encoded, Encoder
 

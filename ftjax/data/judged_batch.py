@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ftjax.data.beginnings import shared
 from ftjax.data.corpus import Sequences
 from ftjax.types import BRANCH, Batch
 
@@ -80,12 +81,6 @@ def common(sequences: Sequences, responses: int) -> np.ndarray:
         rows = [sequences_row(sequences, item * responses + at) for at in range(responses)]
         found.append(shared([row.tokens for row in rows], min(int(np.argmax(row.loss_mask)) for row in rows)))
     return np.asarray(found, np.int64)
-
-
-def shared(rows: Sequence[np.ndarray], most: int) -> int:
-    """Return with how many equal tokens all rows begin, at most `most`, which none is shorter than."""
-    same = np.all([row[:most] == rows[0][:most] for row in rows], axis=0)
-    return most if same.all() else int(np.argmin(same))
 
 
 def packed_batch(

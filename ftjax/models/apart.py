@@ -119,5 +119,5 @@ def _half(leaf: weights.Leaf) -> jax.Array | None:
 
 
 def apart_cache(cache: Cache) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """Return the keys and values with an array `[1, b, k, s, c]` for each layer."""
-    return tuple(tuple(x[at : at + 1] for at in range(len(x))) for x in (cache.k, cache.v))
+    """Return the keys and values with an array `[b, k, s, c]` for each layer."""
+    return tuple(tuple(x) for x in (cache.k, cache.v))

@@ -21,7 +21,7 @@ class Cache:
 
     k: jax.Array
     """`[l, b, k, s, c]`, already turned by the rotary embedding: the slots of a head lie together, as attention reads them. Where layers
-    lie apart (see `ftjax.models.apart`) a tuple of them, `[1, b, k, s, c]` for each layer."""
+    lie apart (see `ftjax.models.apart`) a tuple of them, `[b, k, s, c]` for each layer."""
     v: jax.Array
     """`[l, b, k, s, c]`."""
     positions: jax.Array
@@ -68,12 +68,17 @@ def widen(cache: Cache, num_tokens: int) -> Cache:
 
 
 def write(stored: jax.Array, layer: jax.Array, index: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return `stored` `[l, b, k, s, c]` with `new` `[b, t, k, c]` at slots `index…` of one layer, and that layer `[b, s, k, c]`."""
-    zero = jnp.zeros((), jnp.int32)
-    new = jnp.moveaxis(new, 1, 2)[None].astype(stored.dtype)
-    stored = jax.lax.dynamic_update_slice(stored, new, (layer, zero, zero, index, zero))
-    if len(stored) == 1:
-        # A layer that lies apart: without the barrier XLA:CPU updates it in one place and again for its reader, and copies what both need.
-        stored = jax.lax.optimization_barrier(stored)
+    """Return `stored` with `new` `[b, t, k, c]` at slots `index…` of one layer, and that layer `[b, s, k, c]`.
+
+    `stored` is that of all layers, `[l, b, k, s, c]`, or of this one alone, `[b, k, s, c]`.
+    """
+    new = jnp.moveaxis(new, 1, 2).astype(stored.dtype)
+    if stored.ndim == new.ndim:
+        # Without the barrier XLA:CPU updates it in one place and again for its reader, and copies what both need.
+        stored = own = jax.lax.optimization_barrier(jax.lax.dynamic_update_slice_in_dim(stored, new, index, axis=2))
+    else:
+        zero = jnp.zeros((), jnp.int32)
+        stored = jax.lax.dynamic_update_slice(stored, new[None], (layer, zero, zero, index, zero))
+        own = jax.lax.dynamic_index_in_dim(stored, layer, keepdims=False)
     # Moved back in name alone: the compiler hands the product the heads as they lie.
-    return stored, jnp.moveaxis(jax.lax.dynamic_index_in_dim(stored, layer, keepdims=False), 1, 2)
+    return stored, jnp.moveaxis(own, 1, 2)

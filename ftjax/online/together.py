@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from ftjax.data.beginnings import shared
 from ftjax.losses.packing import OF_TOKENS
 from ftjax.types import BRANCH, Batch
 
@@ -66,6 +67,4 @@ def _stem(batch: Batch, first: int, sizes: np.ndarray) -> int:
     rows = slice(first, first + len(sizes))
     counted = np.asarray(batch.loss_mask[rows]).any(axis=0)
     size = min(int(np.argmax(counted)) if counted.any() else int(sizes.min()), int(sizes.min()))
-    tokens = np.asarray(batch.tokens[rows, :size])
-    same = (tokens == tokens[:1]).all(axis=0)
-    return max(0, (size if same.all() else int(np.argmin(same))) - 1)
+    return max(0, shared(np.asarray(batch.tokens[rows]), size) - 1)

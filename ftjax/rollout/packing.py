@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ftjax.data.beginnings import shared
 from ftjax.rollout.prompts import bucket
 from ftjax.types import BRANCH
 
@@ -34,8 +35,7 @@ def stem(prompts: Sequence[np.ndarray]) -> int:
     size = min(map(len, prompts)) - 1
     if len(prompts) < 2 or size < LEAST_STEM:
         return 0
-    alike = np.all([prompt[:size] == prompts[0][:size] for prompt in prompts], axis=0)
-    size = size if alike.all() else int(np.argmin(alike))
+    size = shared(prompts, size)
     return size if size >= LEAST_STEM else 0
 
 

@@ -10,6 +10,7 @@ anywhere else. What a method puts before every row keeps the columns before the 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -109,7 +110,7 @@ class Written(NamedTuple):
 
 def columns(slots: Slots) -> int:
     """Return the size of the ring."""
-    return jax.tree.leaves(slots.cache.k)[0].shape[3] - slots.cache.virtual
+    return jax.tree.leaves(slots.cache.k)[0].shape[-2] - slots.cache.virtual
 
 
 @partial(jax.jit, static_argnames=("model", "num_columns", "layers_apart", "mesh"))
@@ -198,21 +199,16 @@ def leave(slots: Slots, ended: jax.Array) -> Slots:
 
 
 def keep(slots: Slots, chosen: np.ndarray) -> Slots:
-    """Return the slots `chosen` `[m]` alone; as in `resize` no second cache stands beside the first."""
-    cache = slots.cache
+    """Return the slots `chosen` `[m]` alone; the cache of `slots` is used up."""
 
     def rows(x: jax.Array) -> jax.Array:
         return _rows(x, chosen, axis=0)
 
-    def moved(x: jax.Array) -> jax.Array:
-        other = _rows(x, chosen, axis=1)
-        x.delete()
-        return other
-
-    k, v = (jax.tree.map(moved, x) for x in (cache.k, cache.v))
-    cache = dataclasses.replace(cache, k=k, v=v, positions=rows(cache.positions), segment_ids=rows(cache.segment_ids))
+    ids = {name: rows(getattr(slots.cache, name)) for name in ("positions", "segment_ids")}
     own = ("tokens", "positions", "written", "live", "settings", "seen")
-    return dataclasses.replace(slots, cache=cache, **{name: jax.tree.map(rows, getattr(slots, name)) for name in own})
+    rest = {name: jax.tree.map(rows, getattr(slots, name)) for name in own}
+    cache = _one_by_one(slots.cache, lambda x: _rows(x, chosen, axis=-4))
+    return dataclasses.replace(slots, cache=dataclasses.replace(cache, **ids), **rest)
 
 
 @partial(jax.jit, static_argnames="axis")
@@ -220,21 +216,29 @@ def _rows(x: jax.Array, chosen: jax.Array, *, axis: int) -> jax.Array:
     return jnp.take(x, chosen, axis=axis)
 
 
-def resize(slots: Slots, num_columns: int) -> Slots:
-    """Return the slots, whose layers lie apart, with a ring of another size that has the newest columns, and a clock at its beginning.
+def _one_by_one(cache: Cache, change: Callable[[jax.Array], jax.Array]) -> Cache:
+    """Return the cache with its keys and values changed, each deleted when it has been, so that no second one stands beside the first."""
 
-    Each array is deleted as soon as it has been copied, so that no second cache stands beside the first.
-    """
-    cache = slots.cache
-
-    def resized(x: jax.Array, axis: int) -> jax.Array:
-        other = _resized(x, slots.clock, axis=axis, before=cache.virtual, num_columns=num_columns)
+    def changed(x: jax.Array) -> jax.Array:
+        other = change(x)
         x.delete()
         return other
 
-    k, v = (tuple(resized(x, 3) for x in layers) for layers in (cache.k, cache.v))
-    ids = {name: resized(getattr(cache, name), 1) for name in ("positions", "segment_ids")}
-    return dataclasses.replace(slots, cache=dataclasses.replace(cache, k=k, v=v, **ids), clock=jnp.zeros_like(slots.clock))
+    return dataclasses.replace(cache, k=jax.tree.map(changed, cache.k), v=jax.tree.map(changed, cache.v))
+
+
+def resize(slots: Slots, num_columns: int) -> Slots:
+    """Return the slots, whose layers lie apart, with a ring of another size that has the newest columns, and a clock at its beginning.
+
+    The cache of `slots` is used up.
+    """
+
+    def resized(x: jax.Array, axis: int) -> jax.Array:
+        return _resized(x, slots.clock, axis=axis, before=slots.cache.virtual, num_columns=num_columns)
+
+    ids = {name: resized(getattr(slots.cache, name), 1) for name in ("positions", "segment_ids")}
+    cache = _one_by_one(slots.cache, partial(resized, axis=2))
+    return dataclasses.replace(slots, cache=dataclasses.replace(cache, **ids), clock=jnp.zeros_like(slots.clock))
 
 
 @partial(jax.jit, static_argnames=("axis", "before", "num_columns"))
@@ -314,8 +318,8 @@ def _copy(slots: Slots, read: Read, joining: Joining) -> Cache:
 
         def lay(into, given: jax.Array):
             if isinstance(into, tuple):
-                return tuple(lay(own, given[layer : layer + 1]) for layer, own in enumerate(into))
-            return put(into, jnp.take(given[:, row], source, axis=2), 1)
+                return tuple(map(lay, into, given))
+            return put(into, jnp.take(given[..., row, :, :, :], source, axis=-2), -4)
 
         return dataclasses.replace(
             cache,

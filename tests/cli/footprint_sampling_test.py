@@ -46,10 +46,12 @@ def test_keys_and_values_are_those_of_the_slots(fields):
 
 @pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_step_of_writing_takes_what_its_shapes_say(dtype, apart, monkeypatch):
-    """With the vocabulary of a real model, which is most of it."""
+@pytest.mark.parametrize(("layers", "columns"), [(2, 128), (4, 1024)])
+def test_a_step_of_writing_takes_what_its_shapes_say(layers, columns, dtype, apart, monkeypatch):
+    """With the vocabulary of a real model, and a cache of which one layer is more than the logits: no step may copy all of it."""
     monkeypatch.setattr(models, "separable", lambda model, params: apart)
-    config = config_of(model__preset="smollm2-135m", model__dtype=dtype, model__layers=(0, 1), data__batch_size=64)
+    shape = {"model__layers": tuple(range(layers)), "data__batch_size": 64, "data__max_tokens": columns}
+    config = config_of(model__preset="smollm2-135m", model__dtype=dtype, **shape)
     built = abstract.built(config, build.mesh(config))
     params, slots = emptied(config, built)
     written = models.apart(params) if apart else params
@@ -59,7 +61,7 @@ def test_a_step_of_writing_takes_what_its_shapes_say(dtype, apart, monkeypatch):
         return programs.write(built.model, params, structure.unflatten(leaves), 0, None, impl="threefry2x32", num_tokens=16)
 
     compiled = jax.jit(write, donate_argnums=1).lower(written, leaves).compile().memory_analysis()
-    read = tree.num_bytes(jax.eval_shape(partial(models.init_cache, built.model.config, 1, 512, dtype)))
+    read = tree.num_bytes(jax.eval_shape(partial(models.init_cache, built.model.config, 1, max(512, columns), dtype)))
     laid = tree.num_bytes(built.frozen["layers"]) if apart and dtype == "bfloat16" else 0  # norms are some 0.1 % of it
     assert found_of(config).writing - read - laid == pytest.approx(compiled.temp_size_in_bytes, rel=0.15)
 

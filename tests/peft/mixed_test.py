@@ -55,7 +55,8 @@ def check_rows(params, attach, trees, rows, batch):
     want = {None: logits(params, batch)} | {name: alone[id(attach[name])](tree) for name, tree in trees.items()}
     got = together(trees)
     for n, name in enumerate(rows):
-        np.testing.assert_allclose(got[n], want[name][n], rtol=1e-5, atol=1e-5)
+        # Some adapters make large logits, whose rounding is that of the largest term and not of the sum.
+        np.testing.assert_allclose(got[n], want[name][n], rtol=0, atol=2e-6 * np.abs(want[name][n]).max())
         assert name is None or np.abs(want[name][n] - want[None][n]).max() > 1e-3
 
 
