@@ -35,13 +35,24 @@ def train(compiled, tmp_path, monkeypatch):
     (tmp_path / "compared.py").write_text(CONFIG)
     monkeypatch.setitem(rewards.REWARDS, "numeric_match", high_bytes)
 
-    def run(name: str, algorithm: str, *more: str):
+    def run(name: str, algorithm: str, *more: str, code: int = 0):
         workdir = tmp_path / name
         options = [f"--config={tmp_path / 'compared.py'}:{algorithm}", f"--workdir={workdir}", f"--compile_cache={compiled}"]
-        assert main.main(["train", *options, *more]) == 0
+        assert main.main(["train", *options, *more]) == code
         return workdir
 
     return run
+
+
+ONLINE = ["reinforce", "rloo", "ppo", "gspo", "cispo", "online_dpo", "xpo", "nash_md", "rejection_sampling"]
+
+
+@pytest.mark.parametrize("algorithm", ONLINE)
+def test_a_sampler_that_is_not_the_trainer_is_refused(algorithm, train, sampled, capsys):
+    sampled(scale=1.1)
+    more = {"ppo": ("--config.methods=full,value_head", "--config.rollout.samples_per_prompt=1")}.get(algorithm, ())
+    workdir = train("run", algorithm, *more, code=1)
+    assert "the sampler and the trainer disagree" in capsys.readouterr().err and not (workdir / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("algorithm", ["xpo", "nash_md"])

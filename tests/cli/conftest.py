@@ -8,6 +8,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from ftjax import models
+from ftjax.cli import rollouts
 from ftjax.hf import export
 from ftjax.hf.tokenizer import byte_tokenizer
 from ftjax.types import Model, Params
@@ -64,6 +65,28 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny"
     export.export_model(folder, model, params, byte_tokenizer())
     return Base(folder, model, params)
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """`sampled(change=…, scale=1)`: what the sampler writes with weights so many times as large, each sample as `change(number, it)`."""
+    sampler, asked = rollouts.sampler, []
+
+    def change_by(change=lambda _, one: one, scale=1.0):
+        def other(*arguments, **options):
+            sample = sampler(*arguments, **options)
+
+            def draw(params, prompts, keys, **options):
+                asked.append(len(prompts))
+                found = sample(jax.tree.map(lambda x: x * scale, params), prompts, keys, **options)
+                return [change(number, one) for number, one in enumerate(found)]
+
+            return draw
+
+        monkeypatch.setattr(rollouts, "sampler", other)
+        return asked
+
+    return change_by
 
 
 @pytest.fixture(scope="module")

@@ -97,6 +97,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(train, whole, tmp_path, monkeypatch):
     assert read_jsonl(tmp_path / "rollouts.jsonl") == read_jsonl(whole / "rollouts.jsonl")
 
 
+def test_episodes_may_be_played_ahead(train, tmp_path):
+    more = ("--config.rollout.staleness=1", "--config.loss.correction=token_truncate", "--config.eval.every_steps=0")
+    assert train(tmp_path, *more) == 0
+    assert reported(tmp_path, "train/staleness") == [0, 1] and max(reported(tmp_path, "train/behavior/weight")) != 1
+
+
 def test_an_environment_that_fails_ends_the_run_by_name_or_the_episode(train, tmp_path, capsys):
     more = ("--config.steps=2", "--config.eval.every_steps=0", "--config.rollout.environment.name=tests.cli.environments_test:Failing")
     assert train(tmp_path / "strict", *more) == 1

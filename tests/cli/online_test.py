@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import pathlib
+import time
 
 import jax
 import numpy as np
@@ -134,35 +136,15 @@ def test_a_stopped_run_goes_on_bit_for_bit(at, train, whole, tmp_path, monkeypat
     assert reported(tmp_path, "train/reward") == reported(whole, "train/reward")
 
 
-@pytest.fixture
-def sampled(monkeypatch):
-    """`sampled(change, scale=1)`: what the sampler writes with weights so many times as large, each sample as `change(number, it)`."""
-    sampler, asked = online.rollouts.sampler, []
-
-    def change_by(change, scale=1.0):
-        def other(*arguments, **options):
-            sample = sampler(*arguments, **options)
-
-            def draw(params, prompts, keys, **options):
-                asked.append(len(prompts))
-                found = sample(jax.tree.map(lambda x: x * scale, params), prompts, keys, **options)
-                return [change(number, one) for number, one in enumerate(found)]
-
-            return draw
-
-        monkeypatch.setattr(online.rollouts, "sampler", other)
-        return asked
-
-    return change_by
-
-
 BFLOAT16 = "--config.model.dtype=bfloat16"
 
 
-@pytest.mark.parametrize("more", [(), ("--config.rollout.mask_truncated=True",), (BFLOAT16,)], ids=["", "nothing counts", "bfloat16"])
+@pytest.mark.parametrize(
+    "more", ["rollout.log=0", "rollout.mask_truncated=True", "model.dtype=bfloat16", "rollout.top_p=0.9", "rollout.min_tokens=2"]
+)
 def test_a_sampler_that_is_not_the_trainer_is_refused(more, train, sampled, tmp_path, capsys):
     sampled(lambda _, one: dataclasses.replace(one, reason="length"), scale=1.1)
-    assert train(tmp_path, *FEW, *more) == 1
+    assert train(tmp_path, *FEW, f"--config.{more}") == 1
     err = capsys.readouterr().err
     assert "the sampler and the trainer disagree" in err and not Checkpoints(tmp_path / "checkpoints").steps()
 
@@ -256,6 +238,33 @@ def test_a_reward_that_fails_ends_the_run_by_name_or_is_left_out(train, tmp_path
     rows = read_jsonl(tmp_path / "lenient" / "rollouts.jsonl")
     assert {("smallest" in row["prompt"], row["reward"] is None) for row in rows} == {(True, True), (False, False)}
     assert all(row["advantage"] == 0 for row in rows if row["reward"] is None) and any(row["advantage"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("failing", "said"),
+    [
+        (lambda number: time.sleep(0.3), "did not return within 0.1 s"),
+        (lambda number: [0.0] * (number - 1), "7 rewards for 8 completions"),
+        (lambda number: [math.nan] * number, "nan"),
+    ],
+    ids=["hangs", "wrong length", "not a number"],
+)
+def test_a_reward_that_hangs_or_gives_no_number_is_named_with_its_prompt(failing, said, train, tmp_path, monkeypatch, capsys):
+    def broken(prompts, completions, **columns):
+        high = high_bytes(prompts, completions, **columns)
+        return (failing(len(prompts)) or high) if "smallest" in " ".join(prompts) else high
+
+    monkeypatch.setitem(rewards.REWARDS, "numeric_match", broken)
+    assert train(tmp_path, *FEW, "--config.judging.timeout=0.1") == 1
+    err = capsys.readouterr().err
+    assert "'numeric_match'" in err and said in err and "smallest" in err, err
+
+
+@pytest.mark.parametrize("base", ["nf4", "int8"])
+def test_a_quantised_base_samples_and_learns_as_one(base, train, tmp_path, capsys):
+    assert train(tmp_path, *FEW, f"--config.methods={base},lora", "--config.steps=4", f"--config.{base}.group=32") == 0
+    assert "sampler and trainer agree" in " ".join(capsys.readouterr().out.split())
+    assert 0 < max(reported(tmp_path, "train/grad_norm")) and max(reported(tmp_path, "train/sampler_gap")) < 1e-5
 
 
 def test_ppo_learns_values_beside_the_policy(train, tmp_path):

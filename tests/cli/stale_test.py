@@ -14,6 +14,7 @@ from ftjax import rewards
 from ftjax.cli import config as configs
 from ftjax.cli import export, gathering, main, refusals, rollouts
 from ftjax.cli.ahead import SAMPLED_BY
+from ftjax.cli.stop import Stop
 from ftjax.logs.writers import read_jsonl
 from tests.cli.online_test import CONFIG, OPTIONS, high_bytes, reported
 from tests.cli.train_test import assert_bitwise_equal, stored
@@ -73,6 +74,24 @@ def test_one_step_off_is_the_loop_that_samples_with_the_weights_before(devices, 
     assert len(past) == len(last)  # what samples the next experience, were there one
     for path, leaf in past.items():
         np.testing.assert_array_equal(leaf, last[path.split("['full']")[1]])
+
+
+def test_weights_of_before_that_sample_something_else_are_refused_where_a_run_goes_on(train, sampled, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "at", lambda self, experience: setattr(self, "reason", "SIGTERM") or experience == 2)
+        assert train(tmp_path) == 0
+    sampled(scale=1.1)
+    assert train(tmp_path) == 1 and "the sampler and the trainer disagree" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "online_dpo"])
+def test_who_learns_values_or_from_pairs_may_be_sampled_for_ahead(algorithm, train, tmp_path):
+    more = {
+        "ppo": ("--config.methods=full,value_head", "--config.rollout.samples_per_prompt=1"),
+        "online_dpo": ("--config.loss.correction=none",),
+    }
+    assert train(tmp_path, f"--config.algorithm={algorithm}", *more[algorithm]) == 0
+    assert reported(tmp_path, "train/staleness") == [0, 1, 1, 1]
 
 
 def test_a_run_says_how_far_its_sampler_lags_and_what_that_weighs(whole):

@@ -195,6 +195,20 @@ def test_limits_hold(isolated, program, most):
     assert most // 2 < int(ran.stdout) <= most
 
 
+def test_its_processor_time_ends_a_program_that_no_clock_watches(isolated):
+    jail = sandbox.start(
+        [sandbox.PYTHON, "-I", "/program/main.py"],
+        files={"main.py": "while True: pass"},
+        stdin="",
+        limits=sandbox.Limits(seconds=0.5),
+        readable=(),
+    )
+    try:
+        assert jail.process.wait(timeout=30) != 0
+    finally:
+        jail.close()
+
+
 def test_how_a_program_ended(isolated):
     limits = sandbox.Limits(seconds=0.5, output_bytes=10)
     assert sandbox.run("print(1); raise SystemExit(3)") == ("1\n", "", 3, "exit")

@@ -225,6 +225,28 @@ def test_hundreds_of_requests_of_other_lengths_and_settings_compile_nothing(key)
     assert [program._cache_size() for program in everything] == before
 
 
+def test_rings_that_grow_and_slots_that_get_fewer_compile_a_handful_once(key, monkeypatch):
+    monkeypatch.setattr(engines, "LEAST_COLUMNS", 8)
+    model, params = tiny()
+    lengths = [70, 50, 50, *range(3, 40)]
+    requests = [Request(row, count, sampling=DRAWN, key=key[None]) for row, count in zip(prompts(len(lengths), 3), lengths, strict=True)]
+    changed, real = [], {name: getattr(programs, name) for name in ("resize", "keep")}
+    for name in real:
+        monkeypatch.setattr(programs, name, lambda *given, name=name: changed.append(name) or real[name](*given))
+    everything = (programs.empty, programs.read, programs.join, programs.write)
+
+    def compiled():
+        return np.asarray([program._cache_size() for program in everything])
+
+    counts, found = [compiled()], []
+    for _ in range(2):
+        found.append(tokens(engine(slots=8, slot_tokens=96).generate(params, requests)))
+        counts.append(compiled())
+    assert set(changed) == {"resize", "keep"} and found[0] == found[1] and list(map(len, found[0])) == lengths
+    first, again = np.diff(counts, axis=0)
+    assert not again.any() and first.tolist() <= [1, 2, 4, 6] and first[3] >= 3, first
+
+
 def test_a_row_ends_at_an_eos_a_stop_id_or_a_stop_text(key):
     params, tokenizer = tiny()[1], byte_tokenizer()
     (request,) = asked(key, 1)
