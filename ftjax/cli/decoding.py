@@ -61,6 +61,8 @@ def check(flags: absl_flags.FlagValues) -> None:
       ImportError: a library is not installed, with the command that does.
     """
     sampling(flags)
+    if "" in flags.stop:
+        raise ValueError("generate: --stop= is empty, and every completion has that at once; leave it out.")
     if flags.min_tokens > flags.max_tokens:
         raise ValueError(f"generate: --min_tokens={flags.min_tokens} is more than --max_tokens={flags.max_tokens}.")
     asked = [name for name in GRAMMARS if _given(flags, name)]
@@ -109,7 +111,10 @@ def completer(adapted: Adapted, encoder: rollout.Encoder, flags: absl_flags.Flag
         ]
         slots = min(flags.batch_size, max(1, len(requests) * num_samples))
         engine = rollout.Engine(adapted.model, encoder.eos_ids, tokenizer=encoder.tokenizer, slots=slots)
-        return [online.words(sample, decode, stop=flags.stop) for sample in engine.generate(adapted.params, requests)]
+        return [
+            online.words(sample, decode, stop=flags.stop, min_tokens=flags.min_tokens)
+            for sample in engine.generate(adapted.params, requests)
+        ]
 
     return complete
 

@@ -1,6 +1,7 @@
 """How many bytes of a device a run takes beside what it holds while it writes its own samples, from shapes alone.
 
-The keys and values of the slots and of the prompts that are read are exact. What a step of writing works with is `LOGITS` arrays of logits,
+The keys and values of the slots are those of a ring at its largest, those of the prompts that are read of rows at their widest where
+what all begin with is short. What a step of writing works with is `LOGITS` arrays of logits,
 as XLA was found to take, or on a CPU a layer's weights, keys and values, which it copies where layers are stacked. Where they lie apart
 (`models.apart`) it has matrices in half precision twice.
 """
@@ -49,7 +50,8 @@ def of(config, mesh: Mesh, kind: str, built: abstract.Built, *, widened: bool) -
         return Sampling(0, 0)
     params = jax.eval_shape(built.method.attach, built.frozen, built.state.trainable)
     parts, before, rows = sharding.row_parts(mesh), sum(virtual.count(params)), slots(config)
-    columns = max(rollout.Engine.read_tokens, config.data.max_tokens)
+    longest = config.data.max_tokens
+    columns = rollout.Engine.read_tokens if longest <= rollout.Engine.read_tokens else rollout.bucket(longest)
     mixed = objective.needs(config).opponent == "mixture"  # whose cache has the layers of both
     apart = kind == "cpu" and mesh.size == 1 and not mixed and models.separable(built.model, params)
     cache = _cache(built.model, mesh, rows, before + config.data.max_tokens)

@@ -95,7 +95,8 @@ class Gatherer:
 
     def _judged(self, prompts: Sequence[data.Prompt], samples: Sequence[Sample], seconds: float, *, per_prompt: int) -> online.Experience:
         decode = self._lessons.encoder.tokenizer.decode
-        texts = [online.words(sample, decode, stop=rollouts.stop(self._run.config)) for sample in samples]
+        ends = {"stop": rollouts.stop(self._run.config), "min_tokens": rollouts.min_tokens(self._run.config)}
+        texts = [online.words(sample, decode, **ends) for sample in samples]
         asked = [prompt for prompt in prompts for _ in range(per_prompt)]
         with self._judging:
             judged = judging.divided(self._judge, asked, texts, samples, per_prompt=per_prompt)

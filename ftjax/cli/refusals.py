@@ -12,6 +12,7 @@ from ftjax import data, losses, peft
 from ftjax.cli import environments, judging, objective, rollouts
 from ftjax.losses.correction import CORRECTIONS
 from ftjax.online import ESTIMATORS
+from ftjax.rollout.stopping import refusal
 from ftjax.tree import nearest
 
 KEEP = ("best", "all")
@@ -109,8 +110,10 @@ def _check_ends(config) -> None:
     least, texts, most = rollouts.min_tokens(config), rollouts.stop(config), config.rollout.max_tokens
     if not 0 <= least <= most:
         raise ValueError(f"rollout.min_tokens: from 0 to rollout.max_tokens={most}, not {least}.")
-    if isinstance(config.rollout.get("stop", ()), str) or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f'rollout.stop: a tuple of texts that are not empty, as ("\\nQuestion:",), not {config.rollout.stop!r}.')
+    if wrong := refusal(config.rollout.get("stop", ())):
+        raise ValueError(f"rollout.stop: {wrong}.")
+    if config.rollout.slots < 0:
+        raise ValueError(f"rollout.slots: 0, as many as there are samples, or more, not {config.rollout.slots}.")
     if environments.used(config) and (least or texts):
         raise ValueError("rollout.min_tokens, rollout.stop: an episode has turns, which rollout.environment.stop ends; leave these out.")
 

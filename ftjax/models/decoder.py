@@ -108,7 +108,7 @@ class _Trunk(NamedTuple):
 
 
 class _PerLayer(NamedTuple):
-    """What differs from layer to layer, each stacked over layers."""
+    """What differs from layer to layer, each stacked over layers; or that of one layer, whose index is 0 where its cache lies apart."""
 
     params: Params
     index: jax.Array

@@ -60,7 +60,7 @@ class Scene(NamedTuple):
 
 
 KeysValues = tuple[jax.Array, jax.Array] | None
-"""The cached keys and values of all layers, `[l, b, k, s, c]` each."""
+"""The cached keys and values of all layers, `[l, b, k, s, c]` each, or of this one where layers lie apart: `[b, k, s, c]`."""
 
 
 class Linear(nnx.Module):

@@ -46,11 +46,10 @@ def player(stage: Stage, *, sampling: Sampling) -> Sampler:
     return sample
 
 
-def words(sample: Sample, decode: Callable[..., str], *, stop: Sequence[str] = ()) -> str:
+def words(sample: Sample, decode: Callable[..., str], *, stop: Sequence[str] = (), min_tokens: int = 0) -> str:
     """Return a sample in words, up to the text that stopped it; of an episode with what the policy was told, each a line with its role."""
     if sample.episode is None:
-        text = decode(sample.tokens.tolist(), skip_special_tokens=True)
-        return text[: min((at for one in stop if (at := text.find(one)) >= 0), default=None)] if sample.reason == "stop" else text
+        return rollout.shown(decode, sample.tokens, stop, min_tokens=min_tokens)
     said = sample.episode.messages
     return "\n".join(one["content"] if one["role"] == "assistant" else f"[{one['role']}] {one['content']}" for one in said)
 

@@ -43,6 +43,11 @@ class RowWise(Weight):
     def dtype(self) -> jnp.dtype:
         return self.base.dtype
 
+    @property
+    def count(self) -> int:
+        """How many adapters there are to choose from."""
+        return jax.tree.leaves(self.kinds)[0].shape[len(self.shape) - 2] - 1
+
     def materialize(self) -> jax.Array:
         raise ValueError("mixed: each row has a weight of its own, so there is no dense one; merge the adapters one by one.")
 

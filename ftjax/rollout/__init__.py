@@ -11,6 +11,7 @@ from ftjax.rollout.mixture import both, geometric
 from ftjax.rollout.prompts import Encoder, Prompt, bucket, pad
 from ftjax.rollout.requests import Episode, Request, Sample
 from ftjax.rollout.sampling import Draw, Sampling, Seen, sample, settings
+from ftjax.rollout.stopping import shown
 from ftjax.rollout.text import generate_text, stream_text
 from ftjax.rollout.toolbox import Toolbox
 from ftjax.rollout.turns import Turns
@@ -49,6 +50,7 @@ __all__ = [
     "play",
     "sample",
     "settings",
+    "shown",
     "start",
     "stream_text",
 ]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ftjax import models, weights
 from ftjax.peft.mixed import NONE, RowWise
@@ -24,11 +24,12 @@ from ftjax.rollout.grammar import tabulate
 from ftjax.rollout.prompts import bucket
 from ftjax.rollout.requests import Request, Sample, check, form_of
 from ftjax.rollout.slots import NOTHING, Joining, Read, Written
+from ftjax.rollout.stopping import end
 from ftjax.sharding import row_parts
 from ftjax.types import Model, Params
 
 MANY = 16
-"""The last samples go on in half of the slots where there are more, else in a quarter; see `sizes`."""
+"""Slots up to which the next smaller number is a quarter; see `sizes`."""
 WORTH_IT = 32
 """Tokens of a sample that must be left for that."""
 LEAST_COLUMNS = 128
@@ -41,8 +42,8 @@ class Engine:
 
     What a request gets depends on its prompt, settings and key alone, not on slots, neighbours or order, up to the rounding of differently
     shaped matrix products. Calls compile nothing that an earlier call with the same features, slots and `slot_tokens` has compiled; the
-    parameters may be others each time. On a CPU each number of slots (see `sizes`) and each size of the ring (two for a
-    doubling of the longest text) has a program of its own.
+    parameters may be others each time. Each number of slots (see `sizes`; on a mesh there is one) has a program of its own, and on a CPU
+    each size of the ring, two for a doubling of the longest text.
 
     Example:
       >>> from ftjax import models, rollout
@@ -76,6 +77,11 @@ class Engine:
     going: Callable[[], None] | None = None
     """Called before each block: what it raises ends the call, where nobody waits for the samples any more."""
 
+    def __post_init__(self):
+        for name, least in (("slots", 1), ("read_tokens", 1), ("block", 1), ("patience", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"engine: {name} is at least {least}, not {getattr(self, name)}.")
+
     def generate(self, params: Params, requests: Sequence[Request]) -> list[Sample]:
         """Return the samples of all requests, in order; those of one request follow each other.
 
@@ -95,11 +101,12 @@ class Engine:
         longest = max((len(request.tokens) + request.max_tokens for request in requests), default=1)
         slot_tokens = self.slot_tokens or bucket(longest)
         leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, weights.Weight))
-        mixed = any(isinstance(leaf, RowWise) for leaf in leaves)
-        context, decodes = int(self.model.config.max_position_embeddings), self.tokenizer is not None
-        check(requests, slot_tokens=slot_tokens, context=context, eos_ids=self.eos_ids, mixed=mixed, decodes=decodes)
+        adapters = next((leaf.count for leaf in leaves if isinstance(leaf, RowWise)), 0)
+        check(
+            requests, model=self.model, slot_tokens=slot_tokens, eos_ids=self.eos_ids, adapters=adapters, decodes=self.tokenizer is not None
+        )
         if requests:
-            yield from _Run(self, params, list(requests), slot_tokens, mixed)
+            yield from _Run(self, params, list(requests), slot_tokens, bool(adapters))
 
 
 class _Wanted(NamedTuple):
@@ -143,7 +150,10 @@ class _Run:
         self.free = list(range(engine.slots))[::-1]
         self.form = form_of(requests, engine.eos_ids)
         settings = self.form.settings([], engine.slots)
-        self.table = tabulate(self.form.grammars, programs.vocabulary(engine.model, params)) if self.form.grammars else None
+        self.table = None
+        if self.form.grammars:  # laid on the devices once, for it may be large
+            table = tabulate(self.form.grammars, programs.vocabulary(engine.model, params))
+            self.table = jax.device_put(table, NamedSharding(self.mesh, PartitionSpec()) if self.mesh else None)
         by_positions = isinstance(engine.model.config, models.Config) and engine.model.config.uniform_window is None
         self.stem = packing.stem([request.tokens for request in requests]) if engine.shared_stem and by_positions else 0
         self.most_columns = slot_tokens
@@ -266,22 +276,15 @@ class _Run:
         """Return the sample if it has ended; `fresh` of its tokens are new."""
         request, eos_ids = begun.request, self.engine.eos_ids
         tokens, logps, behavior_logps = (np.concatenate(x) for x in zip(*begun.parts, strict=True))
-        if request.stop and (end := self._stop(request, tokens, len(tokens) - fresh)):
-            return Sample(tokens[:end], logps[:end], behavior_logps[:end], "stop")
+        ended = request.stop and end(
+            self.engine.tokenizer.decode, tokens, request.stop, before=len(tokens) - fresh, min_tokens=request.min_tokens
+        )
+        if ended:
+            return Sample(tokens[:ended], logps[:ended], behavior_logps[:ended], "stop")
         last = int(tokens[-1])
         if last in eos_ids or last in request.stop_ids:
             return Sample(tokens, logps, behavior_logps, "eos" if last in eos_ids else "stop")
         return Sample(tokens, logps, behavior_logps, "length") if len(tokens) == request.max_tokens else None
-
-    def _stop(self, request: Request, tokens: np.ndarray, before: int) -> int:
-        """Return how many tokens it takes to complete a stop text, 0 if none is there; the first `before` do not."""
-
-        def holds(count: int) -> bool:
-            text = self.engine.tokenizer.decode(tokens[:count].tolist(), skip_special_tokens=True)
-            return any(one in text for one in request.stop)
-
-        first = max(before + 1, request.min_tokens)
-        return next(filter(holds, range(first, len(tokens) + 1)), 0) if holds(len(tokens)) else 0
 
 
 def sizes(slots: int) -> list[int]:

@@ -21,6 +21,10 @@ class Grammar:
     eos_id: int | None = None
     """The token that may follow where a text is whole, as far as there is one."""
 
+    def __post_init__(self):
+        if dead := [state for state, following in enumerate(self.transitions) if not following]:
+            raise ValueError(f"grammar: after state {dead[0]} no token may follow; where a text is whole that is its eos_id.")
+
 
 def choice(texts: Sequence[str], tokenizer: Any, *, eos_id: int) -> Grammar:
     """Return the grammar of a few texts, each in the tokens that the tokenizer makes of it, then `eos_id`.
@@ -74,12 +78,19 @@ def tabulate(grammars: Sequence[Grammar], vocabulary: int) -> np.ndarray:
     """Return the states of all grammars in one table `[n, v]`: `table[state, token]` is the next state, or `NOTHING`.
 
     Its rows are a power of two, so that grammars of like size are one program.
+
+    Raises:
+      ValueError: a grammar has a token that is not of the vocabulary.
     """
     rows = 1 + sum(len(grammar.transitions) for grammar in grammars)
     table = np.full((2 ** (rows - 1).bit_length(), vocabulary), NOTHING, np.int32)
     table[0] = 0
     for start, grammar in zip(starts(grammars), grammars, strict=True):
         for state, following in enumerate(grammar.transitions):
+            if stray := [token for token in following if not 0 <= token < vocabulary]:
+                raise ValueError(
+                    f"grammar: token {stray[0]} is none of the model's {vocabulary:,}; was it made with this model's tokenizer?"
+                )
             table[start + state, list(following)] = np.asarray(list(following.values()), np.int32) + start
     return table
 

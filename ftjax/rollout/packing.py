@@ -42,15 +42,17 @@ def stem(prompts: Sequence[np.ndarray]) -> int:
 def width(lengths: Sequence[int], *, rows: int, limit: int, stem: int = 0) -> int:
     """Return the columns of the rows that prompts are packed into: the limit, a quarter of it, … while they fit; a bucket beyond it.
 
-    The lengths are without the stem, which every row begins with.
+    The lengths are without the stem, which every row begins with. Where it takes most of the limit, this is for what comes after it.
 
     >>> [width(lengths, rows=1, limit=512) for lengths in ([300, 300], [100], [20, 9], [600])]
     [512, 128, 32, 768]
+    >>> width([20] * 64, rows=1, limit=512, stem=490)
+    1024
     """
     longest = stem + max(lengths)
     needed = max(longest, stem - (-sum(lengths) // rows))
-    if longest > limit:
-        return bucket(longest)
+    if longest > limit or stem > limit // 2:
+        return bucket(max(longest, min(needed, stem + limit)))
     columns = limit
     while needed <= columns // 4 and columns // 4 >= 16:
         columns //= 4

@@ -7,12 +7,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ftjax.peft.mixed import NONE
 from ftjax.rollout.grammar import Grammar, starts
 from ftjax.rollout.sampling import Sampling, stack
 from ftjax.rollout.slots import NOTHING, Settings
+from ftjax.rollout.stopping import refusal
+from ftjax.types import Model
+
+KEYS = jax.dtypes.prng_key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,36 +87,42 @@ class Sample:
         return np.ones(len(self.tokens), bool) if self.episode is None else self.episode.drawn
 
 
-def check(requests: Sequence[Request], *, slot_tokens: int, context: int, eos_ids: Sequence[int], mixed: bool, decodes: bool) -> None:
+def check(requests: Sequence[Request], *, model: Model, slot_tokens: int, eos_ids: Sequence[int], adapters: int, decodes: bool) -> None:
     """Refuse what cannot be answered.
 
     Args:
       requests: all of a call.
+      model: whose context and vocabulary bound a text.
       slot_tokens: the longest text that a slot holds.
-      context: the longest text that the model was made for.
       eos_ids: the tokens that end a completion of any request.
-      mixed: the parameters hold adapters to choose from.
+      adapters: how many the parameters hold to choose from.
       decodes: the engine can turn tokens into text.
 
     Raises:
       ValueError: names the request and what is wrong with it.
     """
+    context, vocabulary = int(model.config.max_position_embeddings), int(model.config.vocab_size)
     for at, request in enumerate(requests, 1):
         length, most, shape = len(request.tokens), request.max_tokens, None if request.key is None else request.key.shape
         drawn, last, ends = bool(request.sampling.temperature), request.grammar and request.grammar.eos_id, (*eos_ids, *request.stop_ids)
+        stray = [int(token) for token in request.tokens if not 0 <= token < vocabulary][:1]
         rules = (
             ("the prompt is empty", length > 0),
+            (f"token {stray[0] if stray else 0} is none of the model's {vocabulary:,}", not stray),
             (f"max_tokens is at least 1, not {most}", most >= 1),
             (f"min_tokens is from 0 to max_tokens {most}, not {request.min_tokens}", 0 <= request.min_tokens <= most),
             (f"num_samples is at least 1, not {request.num_samples}", request.num_samples >= 1),
             ("a temperature other than 0 needs a key; pass key=jax.random.key(seed)", shape is not None or not drawn),
+            ("its key is of the old kind; make it by jax.random.key(seed)", shape is None or jnp.issubdtype(request.key.dtype, KEYS)),
             (f"the key is one, or {request.num_samples} of them, not {shape}", shape in (None, (), (request.num_samples,))),
             (f"{length:,} tokens and max_tokens {most:,} exceed the {slot_tokens:,} of a slot", length + most <= slot_tokens),
             (f"{length:,} tokens and max_tokens {most:,} exceed the {context:,} of the model's context", length + most <= context),
             (f"its grammar ends by token {last}, which ends no completion: pass eos_id=one of {ends} to it", last is None or last in ends),
+            (f"stop is {refusal(request.stop)}", not refusal(request.stop)),
             ("stop texts need an engine with a tokenizer", decodes or not request.stop),
             ("a grammar says itself how long a completion is; leave min_tokens out", request.grammar is None or not request.min_tokens),
-            ("an adapter is asked for, and the parameters are not those of peft.stack_adapters", mixed or request.adapter == NONE),
+            ("an adapter is asked for, and the parameters are not those of peft.stack_adapters", adapters or request.adapter == NONE),
+            (f"its adapter is from {NONE}, none, to {adapters - 1}, not {request.adapter}", NONE <= request.adapter < max(adapters, 1)),
         )
         for rule, kept in rules:
             if not kept:

@@ -15,6 +15,7 @@ from ftjax.rollout.generate import extend, start
 from ftjax.rollout.prompts import Encoder, Prompt, pad
 from ftjax.rollout.requests import Request
 from ftjax.rollout.sampling import Sampling, settings
+from ftjax.rollout.stopping import certain, end, refusal, shown
 from ftjax.types import Model, Params
 
 
@@ -66,12 +67,15 @@ def generate_text(
     encoded = _encode_all(encoder, prompts, max_tokens)
     keys = [None] * len(encoded) if key is None else _keys(key, len(encoded))[:, None]
     adapters = [NONE] * len(encoded) if adapters is None else adapters
+    for name, given in (("keys", keys), ("adapters", adapters)):
+        if len(given) != len(encoded):
+            raise ValueError(f"generate_text: {len(given)} {name} for {len(encoded)} prompts; give one for each.")
     requests = [
         Request(tokens, max_tokens, sampling=sampling, key=own, stop=stop, adapter=adapter)
         for tokens, own, adapter in zip(encoded, keys, adapters, strict=True)
     ]
     engine = Engine(model, encoder.eos_ids, tokenizer=tokenizer, slots=min(batch_size, max(1, len(encoded))))
-    return [_text(encoder, sample.tokens, stop)[0] for sample in engine.generate(params, requests)]
+    return [shown(tokenizer.decode, sample.tokens, stop) for sample in engine.generate(params, requests)]
 
 
 def stream_text(
@@ -98,20 +102,28 @@ def stream_text(
       key: of the draws; this is prompt 0.
       stop: texts that end the completion.
       block: tokens written between two pieces.
+
+    Raises:
+      ValueError: as `generate_text`.
     """
+    if wrong := refusal(stop):
+        raise ValueError(f"stream_text: stop is {wrong}.")
     tokens, segment_ids = pad([encoder.fit(prompt, max_tokens=max_tokens)])
     keys = None if key is None else _keys(key, 1)
     state = start(model, params, tokens, segment_ids, max_tokens=max_tokens, eos_ids=encoder.eos_ids, sampling=sampling, key=keys)
-    shown = 0
+    said, looked_at, decode = 0, 0, encoder.tokenizer.decode
     while True:
-        done = bool(state.finished[0]) or int(state.step) == max_tokens
-        text, stopped = _text(encoder, np.asarray(state.tokens)[0, : int(state.lengths[0])], stop)
-        ready = len(text) if done or stopped else _certain(text, stop)
-        if ready > shown:
-            yield text[shown:ready]
-            shown = ready
-        if done or stopped:
+        written = np.asarray(state.tokens)[0, : int(state.lengths[0])]
+        ended = end(decode, written, stop, before=looked_at)
+        last = bool(ended) or bool(state.finished[0]) or int(state.step) == max_tokens
+        text = shown(decode, written[: ended or None], stop)
+        ready = len(text) if last else certain(text, stop)
+        if ready > said:
+            yield text[said:ready]
+            said = ready
+        if last:
             return
+        looked_at = len(written)
         state = extend(model, params, state, block, eos_ids=encoder.eos_ids, sampling=sampling)
 
 
@@ -128,17 +140,3 @@ def _encode_all(encoder: Encoder, prompts: Sequence[Prompt], max_tokens: int) ->
 def _keys(key: jax.Array, count: int) -> jax.Array:
     """Return a key for each of the prompts."""
     return key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count))
-
-
-def _text(encoder: Encoder, tokens: np.ndarray, stop: Sequence[str]) -> tuple[str, bool]:
-    """Return the text of some tokens up to the first stop string, and whether there was one."""
-    text = encoder.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
-    ends = [at for at in (text.find(one) for one in stop) if at >= 0]
-    return (text[: min(ends)], True) if ends else (text, False)
-
-
-def _certain(text: str, stop: Sequence[str]) -> int:
-    """Return how many characters no further token can change: neither half a character, nor what may begin a stop string."""
-    text = text.rstrip("\ufffd")
-    held = max((size for one in stop for size in range(1, len(one)) if text.endswith(one[:size])), default=0)
-    return len(text) - held

@@ -221,7 +221,8 @@ def test_samples_end_at_a_text_and_not_before_min_tokens(train, tmp_path, capsys
     assert "sampler and trainer agree" in " ".join(capsys.readouterr().out.split())
     rows = read_jsonl(tmp_path / "rollouts.jsonl")
     assert min(row["length"] for row in rows) == 3 and {row["finished"] for row in rows} == {True, False}
-    assert not any(set(ends) & set(row["completion"]) for row in rows)
+    assert not any(set(ends) & set(row["completion"][2:]) for row in rows)  # a letter before ends nothing
+    assert any(set(ends) & set(row["completion"][:2]) for row in rows)
 
 
 def test_a_reward_that_fails_ends_the_run_by_name_or_is_left_out(train, tmp_path, monkeypatch, capsys):

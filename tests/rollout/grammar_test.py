@@ -46,6 +46,13 @@ def test_choices_that_are_none_are_refused(texts):
         grammar.choice(texts, TOKENIZER, eos_id=END)
 
 
+def test_a_grammar_that_ends_nowhere_or_is_of_another_tokenizer_is_refused():
+    with pytest.raises(ValueError, match="grammar: after state 1 no token may follow"):
+        grammar.Grammar([{7: 1}, {}])
+    with pytest.raises(ValueError, match="grammar: token 260 is none of the model's 260"):
+        grammar.tabulate([grammar.Grammar([{7: 0, 260: 0}])], 260)
+
+
 def test_completions_match_an_expression_and_a_schema(key):
     pytest.importorskip("outlines_core")
     jsonschema = pytest.importorskip("jsonschema")

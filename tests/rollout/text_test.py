@@ -57,6 +57,25 @@ def test_a_stream_joined_is_the_completion(stop, block):
     assert expected == (free[: free.index(stops[0])] if stop else free)
 
 
+@pytest.mark.parametrize("block", [1, 4, 12])
+def test_a_stream_ends_at_the_first_token_that_completes_a_text_whatever_else_it_may_complete(block):
+    model, params = tiny()
+    (free,) = complete([QUESTION])
+    stops = (free[4:6], free[2:8])  # the second begins before the first and is complete after it
+    encoder = rollout.Encoder(model, TOKENIZER)
+    options = {"max_tokens": 12, "sampling": rollout.settings(), "stop": stops, "block": block}
+    assert "".join(rollout.stream_text(model, params, encoder, QUESTION, **options)) == complete([QUESTION], stop=stops)[0] == free[:4]
+
+
+def test_what_is_not_for_each_prompt_is_named(key):
+    with pytest.raises(ValueError, match="generate_text: 1 adapters for 2 prompts"):
+        complete(["a", "b"], adapters=[0])
+    with pytest.raises(ValueError, match="generate_text: 3 keys for 2 prompts"):
+        complete(["a", "b"], temperature=1.0, key=jax.random.split(key, 3))
+    with pytest.raises(ValueError, match="stream_text: stop is a tuple of texts that are not empty"):
+        list(rollout.stream_text(*tiny(), rollout.Encoder(tiny()[0], TOKENIZER), "a", max_tokens=2, sampling=rollout.settings(), stop="a"))
+
+
 def test_a_stream_heeds_penalties():
     """It is what the engine writes, which with a penalty beyond any logit has no token twice."""
     (model, params), encoder, prompt = tiny(), rollout.Encoder(tiny()[0], TOKENIZER), np.arange(65, 70)
