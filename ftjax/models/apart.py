@@ -22,6 +22,8 @@ from ftjax.types import Model, Params, pytree
 
 FEW = 16
 """Rows up to which a product has the matrix on its left."""
+TURNS = jax.__version_info__ >= (0, 12)
+"""JAX 0.10 turns them back for products of many rows, at every call anew, so that nothing is gained."""
 TURNED_BYTES = 2**28
 """Matrices that take more in all are not turned, for it needs as much again: those of SmolLM2-135M take 212 MB."""
 
@@ -82,9 +84,9 @@ def apart(params: Params) -> Params:
 
 
 def turned_bytes(params: Params) -> int:
-    """Return what `apart` takes: the bytes of the layers' dense matrices in half precision, 0 if they are too many to be turned."""
+    """Return what `apart` takes: the bytes of the layers' dense matrices in half precision, 0 where they are not turned."""
     count = sum(tree.num_bytes(base) for base in map(_half, _matrices(params["layers"]).values()) if base is not None)
-    return count if count <= TURNED_BYTES else 0
+    return count if TURNS and count <= TURNED_BYTES else 0
 
 
 def _views(x: jax.Array) -> list[jax.Array]:

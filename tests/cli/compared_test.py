@@ -3,6 +3,7 @@
 import pytest
 
 from ftjax import rewards
+from ftjax.checkpoint import Checkpoints
 from ftjax.cli import main
 from ftjax.cli.stop import Stop
 from ftjax.logs.writers import read_jsonl
@@ -44,15 +45,18 @@ def train(compiled, tmp_path, monkeypatch):
     return run
 
 
-ONLINE = ["reinforce", "rloo", "ppo", "gspo", "cispo", "online_dpo", "xpo", "nash_md", "rejection_sampling"]
-
-
-@pytest.mark.parametrize("algorithm", ONLINE)
+@pytest.mark.parametrize("algorithm", ["ppo", "online_dpo", "xpo", "nash_md", "rejection_sampling"])
 def test_a_sampler_that_is_not_the_trainer_is_refused(algorithm, train, sampled, capsys):
     sampled(scale=1.1)
     more = {"ppo": ("--config.methods=full,value_head", "--config.rollout.samples_per_prompt=1")}.get(algorithm, ())
     workdir = train("run", algorithm, *more, code=1)
-    assert "the sampler and the trainer disagree" in capsys.readouterr().err and not (workdir / "metrics.jsonl").exists()
+    assert "the sampler and the trainer disagree" in capsys.readouterr().err and not Checkpoints(workdir / "checkpoints").steps()
+
+
+def test_a_quantised_base_samples_and_learns_as_one(train, capsys):
+    workdir = train("run", "grpo", "--config.methods=nf4,lora", "--config.steps=4", "--config.nf4.group=32")
+    assert "sampler and trainer agree" in " ".join(capsys.readouterr().out.split())
+    assert 0 < max(reported(workdir, "train/grad_norm")) and max(reported(workdir, "train/sampler_gap")) < 1e-5
 
 
 @pytest.mark.parametrize("algorithm", ["xpo", "nash_md"])

@@ -97,9 +97,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(train, whole, tmp_path, monkeypatch):
     assert read_jsonl(tmp_path / "rollouts.jsonl") == read_jsonl(whole / "rollouts.jsonl")
 
 
-def test_episodes_may_be_played_ahead(train, tmp_path):
-    more = ("--config.rollout.staleness=1", "--config.loss.correction=token_truncate", "--config.eval.every_steps=0")
-    assert train(tmp_path, *more) == 0
+def test_episodes_may_be_played_ahead(compiled, tmp_path):
+    path = tmp_path / "lagging.py"
+    path.write_text(CONFIG.replace("kl_coef=0.01", 'kl_coef=0.01, correction="token_truncate"'))
+    more = ("--config.rollout.staleness=1", "--config.eval.every_steps=0")
+    assert main.main(["train", f"--config={path}", f"--workdir={tmp_path}", f"--compile_cache={compiled}", *more]) == 0
     assert reported(tmp_path, "train/staleness") == [0, 1] and max(reported(tmp_path, "train/behavior/weight")) != 1
 
 

@@ -84,13 +84,8 @@ def test_weights_of_before_that_sample_something_else_are_refused_where_a_run_go
     assert train(tmp_path) == 1 and "the sampler and the trainer disagree" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "online_dpo"])
-def test_who_learns_values_or_from_pairs_may_be_sampled_for_ahead(algorithm, train, tmp_path):
-    more = {
-        "ppo": ("--config.methods=full,value_head", "--config.rollout.samples_per_prompt=1"),
-        "online_dpo": ("--config.loss.correction=none",),
-    }
-    assert train(tmp_path, f"--config.algorithm={algorithm}", *more[algorithm]) == 0
+def test_who_learns_values_may_be_sampled_for_ahead(train, tmp_path):
+    assert train(tmp_path, "--config.algorithm=ppo", "--config.methods=value_head", "--config.rollout.samples_per_prompt=1") == 0
     assert reported(tmp_path, "train/staleness") == [0, 1, 1, 1]
 
 

@@ -1,7 +1,7 @@
 """Layers that lie apart are the stacked ones."""
 
 import dataclasses
-import importlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from ftjax import models, peft, weights
 from ftjax.models.apart import Turned
 from tests import toy
 from tests.rollout.generate_test import tiny
+
+APART = sys.modules[models.apart.__module__]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -50,7 +52,8 @@ def test_a_turned_matrix_multiplies_as_it_stands_for(rows, key):
         np.testing.assert_allclose(np.asarray(found, np.float64), against, rtol=2**-8, atol=2**-8 * np.abs(against).max())
 
 
-def test_matrices_in_half_precision_are_turned_also_under_an_adapter(key):
+def test_matrices_in_half_precision_are_turned_also_under_an_adapter(key, monkeypatch):
+    monkeypatch.setattr(APART, "TURNS", True)
     model, params = tiny()
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     method = peft.lora(["q_proj"], rank=2)
@@ -89,9 +92,10 @@ def test_an_array_that_xla_cannot_read_where_it_lies_is_copied(key):
 def test_matrices_that_take_much_memory_are_not_turned(key, monkeypatch):
     _, params = tiny()
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    monkeypatch.setattr(APART, "TURNS", True)
     count = models.turned_bytes(params)
     assert count == sum(2 * x.size for part in ("self_attn", "mlp") for x in jax.tree.leaves(params["layers"][part]))
-    monkeypatch.setattr(importlib.import_module("ftjax.models.apart"), "TURNED_BYTES", count - 1)
+    monkeypatch.setattr(APART, "TURNED_BYTES", count - 1)
     assert models.turned_bytes(params) == 0
     first, *_ = models.apart(params)["layers"]
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y[0]), first, params["layers"])

@@ -226,9 +226,9 @@ def test_hundreds_of_requests_of_other_lengths_and_settings_compile_nothing(key)
 
 
 def test_rings_that_grow_and_slots_that_get_fewer_compile_a_handful_once(key, monkeypatch):
-    monkeypatch.setattr(engines, "LEAST_COLUMNS", 8)
+    monkeypatch.setattr(engines, "LEAST_COLUMNS", 32)
     model, params = tiny()
-    lengths = [70, 50, 50, *range(3, 40)]
+    lengths = [70, 50, *[3] * 8]
     requests = [Request(row, count, sampling=DRAWN, key=key[None]) for row, count in zip(prompts(len(lengths), 3), lengths, strict=True)]
     changed, real = [], {name: getattr(programs, name) for name in ("resize", "keep")}
     for name in real:
@@ -244,7 +244,7 @@ def test_rings_that_grow_and_slots_that_get_fewer_compile_a_handful_once(key, mo
         counts.append(compiled())
     assert set(changed) == {"resize", "keep"} and found[0] == found[1] and list(map(len, found[0])) == lengths
     first, again = np.diff(counts, axis=0)
-    assert not again.any() and (first <= [1, 2, 4, 6]).all() and first[3] >= 3, first
+    assert not again.any() and (first <= [1, 2, 4, 5]).all() and first[3] >= 3, first
 
 
 def test_a_row_ends_at_an_eos_a_stop_id_or_a_stop_text(key):
@@ -418,7 +418,6 @@ def test_a_mesh_splits_the_cache_over_rows_and_heads(slots, parts, key):
         ({"tokens": [1, 260]}, "token 260 is none of the model's 260"),
         ({"tokens": [-1]}, "token -1 is none of the model's 260"),
         ({"key": jax.random.PRNGKey(0)}, r"of the old kind; make it by jax\.random\.key"),
-        ({"adapter": -2}, "its adapter is from -1, none, to -1, not -2"),
         ({"adapter": 0}, "the parameters are not those of peft.stack_adapters"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
@@ -434,8 +433,9 @@ def test_an_adapter_that_is_none_of_those_in_the_parameters_is_named(key):
     method = peft.lora("all-linear", rank=2)
     stacked = peft.stack_adapters(params, {name: method.attach(*method.init(key, params)) for name in "ab"})
     assert engine().generate(stacked, [Request([1], 1, adapter=1)])
-    with pytest.raises(ValueError, match="request 1 of 1: its adapter is from -1, none, to 1, not 2"):
-        engine().generate(stacked, [Request([1], 1, adapter=2)])
+    for adapter in (2, -2):
+        with pytest.raises(ValueError, match=f"request 1 of 1: its adapter is from -1, none, to 1, not {adapter}"):
+            engine().generate(stacked, [Request([1], 1, adapter=adapter)])
 
 
 @pytest.mark.parametrize("name, least", [("slots", 1), ("block", 1), ("read_tokens", 1), ("patience", 0)])
