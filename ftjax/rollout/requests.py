@@ -105,10 +105,11 @@ def check(requests: Sequence[Request], *, model: Model, slot_tokens: int, eos_id
     for at, request in enumerate(requests, 1):
         length, most, shape = len(request.tokens), request.max_tokens, None if request.key is None else request.key.shape
         drawn, last, ends = bool(request.sampling.temperature), request.grammar and request.grammar.eos_id, (*eos_ids, *request.stop_ids)
-        stray = [int(token) for token in request.tokens if not 0 <= token < vocabulary][:1]
+        tokens = np.asarray(request.tokens)
+        stray = tokens[(tokens < 0) | (tokens >= vocabulary)]
         rules = (
             ("the prompt is empty", length > 0),
-            (f"token {stray[0] if stray else 0} is none of the model's {vocabulary:,}", not stray),
+            (f"token {stray[:1].tolist()} is none of the model's {vocabulary:,}", not len(stray)),
             (f"max_tokens is at least 1, not {most}", most >= 1),
             (f"min_tokens is from 0 to max_tokens {most}, not {request.min_tokens}", 0 <= request.min_tokens <= most),
             (f"num_samples is at least 1, not {request.num_samples}", request.num_samples >= 1),

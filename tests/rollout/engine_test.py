@@ -183,6 +183,37 @@ def test_what_all_prompts_begin_with_is_read_once_a_row(family, before, key, mon
         np.testing.assert_allclose(one.behavior_logps, other.behavior_logps, atol=1e-5)
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one model", "adapters"])
+def test_a_stem_rings_and_slots_change_nothing_of_penalties_grammars_and_adapters(several, key, monkeypatch):
+    """All of these at a time, in layers that look back by windows; beside an engine that does none of them."""
+    model, params = tiny("gemma3")
+    if several:
+        method = peft.lora("all-linear", rank=2, init="gaussian")
+        moved = [method.init(jax.random.fold_in(key, n), params) for n in range(2)]
+        adapted = {f"{n}": method.attach(frozen, jax.tree.map(lambda x: x + 0.1, own)) for n, (frozen, own) in enumerate(moved)}
+        params = peft.stack_adapters(params, adapted)
+    penalties = settings(temperature=1.0, repetition_penalty=1.5, frequency_penalty=0.2)
+    end = 2
+    held = Grammar([{7: 1}, {8: 2, end: 1}, {7: 1}], end)  # 7, 8, 7, 8, … as long as it likes
+    asked = [{"max_tokens": 70, "sampling": penalties}, {"max_tokens": 60, "min_tokens": 45}, {"max_tokens": 50, "grammar": held}]
+    asked += [{"max_tokens": 3, "num_samples": 3}, {"max_tokens": 4, "sampling": penalties}]
+    requests = [
+        Request(prompt, **{"sampling": DRAWN, "key": jax.random.fold_in(key, n), "adapter": n % 3 - 1 if several else -1, **options})
+        for n, (prompt, options) in enumerate(zip(with_stem(18, 5), asked, strict=True))
+    ]
+    plain = engine("gemma3", eos_ids=(end,), slots=4, slot_tokens=128, shared_stem=False).generate(params, requests)
+    monkeypatch.setattr(engines, "LEAST_COLUMNS", 32)
+    changed, real = [], {name: getattr(programs, name) for name in ("resize", "keep")}
+    for name in real:
+        monkeypatch.setattr(programs, name, lambda *given, name=name: changed.append(name) or real[name](*given))
+    found = engine("gemma3", eos_ids=(end,), slots=12, slot_tokens=128, read_tokens=24).generate(params, requests)
+    assert set(changed) == ({"keep"} if several else {"keep", "resize"})
+    assert tokens(found) == tokens(plain) and len({tuple(one.tokens[:3]) for one in found}) > 4
+    for one, other in zip(found, plain, strict=True):
+        np.testing.assert_allclose(one.logps, other.logps, atol=1e-5)
+        np.testing.assert_allclose(one.behavior_logps, other.behavior_logps, atol=1e-5)
+
+
 def test_no_more_prompts_are_read_together_than_can_branch_off_a_stem():
     places = packing.place([1] * 5000, [0] * 5000, rows=2, columns=3000, stem=16)
     _, _, segments = packing.packed([np.arange(17)] * 5000, places, rows=2, columns=3000, stem=16)
@@ -415,8 +446,8 @@ def test_a_mesh_splits_the_cache_over_rows_and_heads(slots, parts, key):
         ({"stop": ["x"]}, "need an engine with a tokenizer"),
         ({"stop": "x"}, "stop is a tuple of texts that are not empty.*, not 'x'"),
         ({"stop": ("x", "")}, "stop is a tuple of texts that are not empty"),
-        ({"tokens": [1, 260]}, "token 260 is none of the model's 260"),
-        ({"tokens": [-1]}, "token -1 is none of the model's 260"),
+        ({"tokens": [1, 260]}, r"token \[260\] is none of the model's 260"),
+        ({"tokens": [-1]}, r"token \[-1\] is none of the model's 260"),
         ({"key": jax.random.PRNGKey(0)}, r"of the old kind; make it by jax\.random\.key"),
         ({"adapter": 0}, "the parameters are not those of peft.stack_adapters"),
     ],
