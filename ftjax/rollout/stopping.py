@@ -13,8 +13,8 @@ Decode = Callable[..., str]
 def refusal(stop: Sequence[str]) -> str:
     r"""Return what stop texts are and these are not, "" if they are usable.
 
-    >>> refusal(("\n", "Q:")), refusal("Q:") == refusal(["Q:", ""]) != ""
-    ('', True)
+    >>> [bool(refusal(stop)) for stop in (("\n", "Q:"), "Q:", ["Q:", ""])]
+    [False, True, True]
     """
     usable = not isinstance(stop, str) and all(isinstance(one, str) and one for one in stop)
     return "" if usable else f'a tuple of texts that are not empty, as ("\\nQuestion:",), not {stop!r}'

@@ -120,7 +120,7 @@ def test_a_reward_of_ones_own_and_one_reward_twice(own):
 
 def test_the_example_of_the_page_is_a_config(tmp_path, monkeypatch):
     page = (pathlib.Path(__file__).parents[2] / "docs" / "online.md").read_text(encoding="utf-8")
-    function, named = re.findall(r"```python\n(.*?)```", page.partition("\n## Rewards\n")[2], flags=re.DOTALL)
+    function, named = re.findall(r"```python\n(.*?)```", page.partition("\n## Rewards\n")[2].partition("\n## ")[0], flags=re.DOTALL)
     (tmp_path / "my").mkdir()
     (tmp_path / "my" / "rewards.py").write_text(function)
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,8 @@
 """The engine: slots, neighbours, order and the size of the batch change nothing; what it writes is what a static batch writes."""
 
 import dataclasses
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -232,6 +234,15 @@ def test_a_short_beginning_and_a_sliding_window_are_read_as_they_stand(key, monk
         assert tokens(found) == [complete(model, params, [prompt], width=32).tokens[0, :8].tolist() for prompt in given]
 
 
+def test_the_example_of_the_page_runs():
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "online.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page.partition("\n## Generation by itself\n")[2], flags=re.DOTALL)
+    said = {}
+    exec(example, said)
+    assert said["greedy"].reason in ("eos", "stop", "length") and not said["greedy"].behavior_logps.any()
+    assert len(said["first"].tokens) == len(said["first"].behavior_logps) and said["first"].behavior_logps.all()
+
+
 def test_samples_are_yielded_as_they_end(key):
     requests = asked(key)
     places = [place for place, _ in engine().stream(tiny()[1], requests)]
@@ -259,7 +270,7 @@ def test_hundreds_of_requests_of_other_lengths_and_settings_compile_nothing(key)
 def test_rings_that_grow_and_slots_that_get_fewer_compile_a_handful_once(key, monkeypatch):
     monkeypatch.setattr(engines, "LEAST_COLUMNS", 32)
     model, params = tiny()
-    lengths = [70, 50, *[3] * 8]
+    lengths = [70, *[3] * 9]
     requests = [Request(row, count, sampling=DRAWN, key=key[None]) for row, count in zip(prompts(len(lengths), 3), lengths, strict=True)]
     changed, real = [], {name: getattr(programs, name) for name in ("resize", "keep")}
     for name in real:
@@ -271,11 +282,11 @@ def test_rings_that_grow_and_slots_that_get_fewer_compile_a_handful_once(key, mo
 
     counts, found = [compiled()], []
     for _ in range(2):
-        found.append(tokens(engine(slots=8, slot_tokens=96).generate(params, requests)))
+        found.append(tokens(engine(slots=7, slot_tokens=96, block=6).generate(params, requests)))  # as nothing else here
         counts.append(compiled())
     assert set(changed) == {"resize", "keep"} and found[0] == found[1] and list(map(len, found[0])) == lengths
     first, again = np.diff(counts, axis=0)
-    assert not again.any() and (first <= [1, 2, 4, 5]).all() and first[3] >= 3, first
+    assert not again.any() and (first <= [1, 2, 4, 6]).all() and first[3] >= 3, first
 
 
 def test_a_row_ends_at_an_eos_a_stop_id_or_a_stop_text(key):
