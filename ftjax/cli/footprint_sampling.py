@@ -1,9 +1,9 @@
 """How many bytes of a device a run takes beside what it holds while it writes its own samples, from shapes alone.
 
-The keys and values of the slots are those of a ring at its largest, those of the prompts that are read of rows at their widest where
-what all begin with is short. What a step of writing works with is `LOGITS` arrays of logits,
-as XLA was found to take, or on a CPU a layer's weights, keys and values, which it copies where layers are stacked. Where they lie apart
-(`models.apart`) it has matrices in half precision twice.
+The keys and values of the slots are those of a ring at its largest, those of the prompts that are read of rows at their widest, where
+what all begin with is short. What a step of writing works with is `LOGITS` arrays of logits, as XLA was found to take; or on a CPU a
+layer's weights, keys and values, if that is more, which it copies where layers are stacked. Where they lie apart (`models.apart`) it has
+matrices in half precision twice, from JAX 0.12 on.
 """
 
 from __future__ import annotations
