@@ -50,8 +50,7 @@ def of(config, mesh: Mesh, kind: str, built: abstract.Built, *, widened: bool) -
         return Sampling(0, 0)
     params = jax.eval_shape(built.method.attach, built.frozen, built.state.trainable)
     parts, before, rows = sharding.row_parts(mesh), sum(virtual.count(params)), slots(config)
-    longest = config.data.max_tokens
-    columns = rollout.Engine.read_tokens if longest <= rollout.Engine.read_tokens else rollout.bucket(longest)
+    columns = max(rollout.Engine.read_tokens, rollout.bucket(config.data.max_tokens))
     mixed = objective.needs(config).opponent == "mixture"  # whose cache has the layers of both
     apart = kind == "cpu" and mesh.size == 1 and not mixed and models.separable(built.model, params)
     cache = _cache(built.model, mesh, rows, before + config.data.max_tokens)

@@ -108,7 +108,7 @@ class _Trunk(NamedTuple):
 
 
 class _PerLayer(NamedTuple):
-    """What differs from layer to layer, each stacked over layers; or that of one layer, whose index is 0 where its cache lies apart."""
+    """What differs from layer to layer, each stacked over layers, or that of one of them."""
 
     params: Params
     index: jax.Array
@@ -195,8 +195,8 @@ def _one_by_one(body, carry, per_layer: _PerLayer):
     (x, cached), kept = carry, []
     for layer, params in enumerate(per_layer.params):
         own = None if cached is None else (cached[0][layer], cached[1][layer])
-        window, rope = (None if one is None else one[layer] for one in (per_layer.window, per_layer.rope))
-        (x, own), _ = body((x, own), _PerLayer(params, jnp.zeros((), jnp.int32), window, rope))
+        rest = jax.tree.map(lambda stacked, layer=layer: stacked[layer], per_layer._replace(params=()))
+        (x, own), _ = body((x, own), rest._replace(params=params))
         kept.append(own)
     return x, None if cached is None else tuple(zip(*kept, strict=True))
 

@@ -17,8 +17,6 @@ from ftjax.rollout.slots import NOTHING, Settings
 from ftjax.rollout.stopping import refusal
 from ftjax.types import Model
 
-KEYS = jax.dtypes.prng_key
-
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -105,7 +103,8 @@ def check(requests: Sequence[Request], *, model: Model, slot_tokens: int, eos_id
     for at, request in enumerate(requests, 1):
         length, most, shape = len(request.tokens), request.max_tokens, None if request.key is None else request.key.shape
         drawn, last, ends = bool(request.sampling.temperature), request.grammar and request.grammar.eos_id, (*eos_ids, *request.stop_ids)
-        tokens = np.asarray(request.tokens)
+        typed = shape is None or jnp.issubdtype(request.key.dtype, jax.dtypes.prng_key)
+        wrong, tokens = refusal(request.stop), np.asarray(request.tokens)
         stray = tokens[(tokens < 0) | (tokens >= vocabulary)]
         rules = (
             ("the prompt is empty", length > 0),
@@ -114,12 +113,12 @@ def check(requests: Sequence[Request], *, model: Model, slot_tokens: int, eos_id
             (f"min_tokens is from 0 to max_tokens {most}, not {request.min_tokens}", 0 <= request.min_tokens <= most),
             (f"num_samples is at least 1, not {request.num_samples}", request.num_samples >= 1),
             ("a temperature other than 0 needs a key; pass key=jax.random.key(seed)", shape is not None or not drawn),
-            ("its key is of the old kind; make it by jax.random.key(seed)", shape is None or jnp.issubdtype(request.key.dtype, KEYS)),
+            ("its key is of the old kind; make it by jax.random.key(seed)", typed),
             (f"the key is one, or {request.num_samples} of them, not {shape}", shape in (None, (), (request.num_samples,))),
             (f"{length:,} tokens and max_tokens {most:,} exceed the {slot_tokens:,} of a slot", length + most <= slot_tokens),
             (f"{length:,} tokens and max_tokens {most:,} exceed the {context:,} of the model's context", length + most <= context),
             (f"its grammar ends by token {last}, which ends no completion: pass eos_id=one of {ends} to it", last is None or last in ends),
-            (f"stop is {refusal(request.stop)}", not refusal(request.stop)),
+            (f"stop is {wrong}", not wrong),
             ("stop texts need an engine with a tokenizer", decodes or not request.stop),
             ("a grammar says itself how long a completion is; leave min_tokens out", request.grammar is None or not request.min_tokens),
             ("an adapter is asked for, and the parameters are not those of peft.stack_adapters", adapters or request.adapter == NONE),

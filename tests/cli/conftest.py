@@ -69,10 +69,12 @@ def base(tmp_path_factory):
 
 @pytest.fixture
 def sampled(monkeypatch):
-    """`sampled(change=…, scale=1)`: what the sampler writes with weights so many times as large, each sample as `change(number, it)`."""
-    sampler, asked = rollouts.sampler, []
+    """`sampled(change=…, scale=1, of=rollouts)`: what its sampler writes with weights so many times as large, as `change(number, it)`."""
+    asked = []
 
-    def change_by(change=lambda _, one: one, scale=1.0):
+    def change_by(change=lambda _, one: one, scale=1.0, of=rollouts):
+        sampler = of.sampler
+
         def other(*arguments, **options):
             sample = sampler(*arguments, **options)
 
@@ -83,7 +85,7 @@ def sampled(monkeypatch):
 
             return draw
 
-        monkeypatch.setattr(rollouts, "sampler", other)
+        monkeypatch.setattr(of, "sampler", other)
         return asked
 
     return change_by

@@ -224,6 +224,7 @@ def test_what_cannot_be_read_is_named(name, text, message, tmp_path, capsys):
         (["--prompt=a", "--num_samples=2", "--temperature=1", "--reward=x", "--best_of=2"], 1, "mean nothing beside it"),
         (["--prompt=a", "--num_beams=2", "--temperature=1"], 1, "heeds no --temperature"),
         (["--prompt=a", "--num_beams=2", "--stop=x"], 1, "heeds no --stop"),
+        (["--prompt=a", "--stop=x", "--stop="], 1, "--stop= is empty"),
         (["--prompt=a", "--num_beams=2", "--num_samples=3"], 1, "2 beams find no more than as many completions"),
         (["--prompt=a", "--length_penalty=2"], 1, "--length_penalty is of beams"),
         (["--prompt=a", "--choice=a", "--regex=b"], 1, "one grammar, not to --choice and --regex"),

@@ -88,6 +88,7 @@ def test_sizes_follow_from_rows_and_minibatches():
         ({"data__packing": "shared", "data__accumulation": 16}, "data.batch_size: 64 samples .* a multiple of 128"),
         ({"rollout__min_tokens": 9}, "rollout.min_tokens: from 0 to rollout.max_tokens=8, not 9"),
         ({"rollout__stop": ("",)}, "rollout.stop: a tuple of texts that are not empty"),
+        ({"rollout__slots": -1}, "rollout.slots: 0, as many as there are samples, or more, not -1"),
         ({"algorithm": "online_dop"}, "algorithm: there is no 'online_dop'; nearest: "),
         ({"rewards": {"target_length": 1.0}}, "'target_length' needs the option 'target_tokens'"),
         ({"rewards": {}}, "rewards: name at least one"),

@@ -198,13 +198,7 @@ def test_limits_hold(isolated, program, most):
 
 
 def test_its_processor_time_ends_a_program_that_no_clock_watches(isolated):
-    jail = sandbox.start(
-        [sandbox.PYTHON, "-I", "/program/main.py"],
-        files={"main.py": "while True: pass"},
-        stdin="",
-        limits=sandbox.Limits(seconds=0.5),
-        readable=(),
-    )
+    jail = start("while True: pass", seconds=0.5)
     try:
         jail.process.wait(timeout=30)
         assert json.loads(os.read(jail.status, 1000).splitlines()[-1]) == {"exit": -signal.SIGKILL}
@@ -230,9 +224,9 @@ def test_a_launcher_that_is_killed_takes_all_with_it(isolated):
         jail.close()
 
 
-def start(program):
+def start(program, seconds=60.0):
     argv = [sandbox.PYTHON, "-I", "/program/main.py"]
-    return sandbox.start(argv, files={"main.py": program}, stdin="", limits=sandbox.Limits(seconds=60.0), readable=())
+    return sandbox.start(argv, files={"main.py": program}, stdin="", limits=sandbox.Limits(seconds=seconds), readable=())
 
 
 def wait_until(true, seconds=20.0):

@@ -163,6 +163,14 @@ def reads(monkeypatch):
     return found
 
 
+def changes(monkeypatch):
+    """The names of the programs that give the slots another shape, as often as they run."""
+    found, real = [], {name: getattr(programs, name) for name in ("resize", "keep")}
+    for name in real:
+        monkeypatch.setattr(programs, name, lambda *given, name=name: found.append(name) or real[name](*given))
+    return found
+
+
 @pytest.mark.parametrize("before", [[], ["prefix_tuning"], ["prompt_tuning"]], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_what_all_prompts_begin_with_is_read_once_a_row(family, before, key, monkeypatch):
@@ -205,9 +213,7 @@ def test_a_stem_rings_and_slots_change_nothing_of_penalties_grammars_and_adapter
     ]
     plain = engine("gemma3", eos_ids=(end,), slots=4, slot_tokens=128, shared_stem=False).generate(params, requests)
     monkeypatch.setattr(engines, "LEAST_COLUMNS", 32)
-    changed, real = [], {name: getattr(programs, name) for name in ("resize", "keep")}
-    for name in real:
-        monkeypatch.setattr(programs, name, lambda *given, name=name: changed.append(name) or real[name](*given))
+    changed = changes(monkeypatch)
     found = engine("gemma3", eos_ids=(end,), slots=12, slot_tokens=128, read_tokens=24).generate(params, requests)
     assert set(changed) == ({"keep"} if several else {"keep", "resize"})
     assert tokens(found) == tokens(plain) and len({tuple(one.tokens[:3]) for one in found}) > 4
@@ -272,9 +278,7 @@ def test_rings_that_grow_and_slots_that_get_fewer_compile_a_handful_once(key, mo
     model, params = tiny()
     lengths = [70, *[3] * 9]
     requests = [Request(row, count, sampling=DRAWN, key=key[None]) for row, count in zip(prompts(len(lengths), 3), lengths, strict=True)]
-    changed, real = [], {name: getattr(programs, name) for name in ("resize", "keep")}
-    for name in real:
-        monkeypatch.setattr(programs, name, lambda *given, name=name: changed.append(name) or real[name](*given))
+    changed = changes(monkeypatch)
     everything = (programs.empty, programs.read, programs.join, programs.write)
 
     def compiled():
